@@ -1,0 +1,94 @@
+"""What test and esm_test share: run the Trainer over the test clips, print, and write metrics and scores."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from commands._records import device_name, git_revision, is_first_process, print_metrics, write_json
+from commands._trainer import build_trainer
+from data_generator import SEDDataModule
+from evaluation.scores import EventList, Scores
+from prepare.clip_store import ClipTable, open_store, read_events
+from sed_model import _Evaluation
+from settings import Config
+
+
+def check_labels(checkpoint_labels: list[str] | None, table: ClipTable, source: str) -> None:
+    """Raise ValueError where a checkpoint and the data name their classes differently."""
+    if checkpoint_labels and table.labels and checkpoint_labels != table.labels:
+        differing = [pair for pair in zip(checkpoint_labels, table.labels, strict=False) if pair[0] != pair[1]]
+        raise ValueError(
+            f"{source} was trained on other classes than {table.paths[0]} has: {len(checkpoint_labels)} against "
+            f"{len(table.labels)}, first difference {differing[:1]}. Set --dataset_type or --dataset_path."
+        )
+
+
+def run_test(module: _Evaluation, settings: Config, data: SEDDataModule, checkpoints: list[str]) -> None:
+    """Score the test split, print the table of metrics, and write <heatmap_dir>/<test_file>.json and .h5."""
+    trainer: pl.Trainer = build_trainer(settings, training=False)
+    trainer.test(module, data, verbose=False)
+    if not is_first_process():
+        return
+    table = data.tables["test"]
+    folder = Path(settings.heatmap_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {
+        "metrics": [metric.as_dict() for metric in module.test_metrics],
+        "dataset_type": settings.dataset_type,
+        "protocol": settings.protocol,
+        "checkpoints": checkpoints,
+        "tta_shifts": module.shifts,
+        "data_fingerprint": table.fingerprint(),
+        "device": device_name(settings),
+        "git_revision": git_revision(),
+    }
+    write_json(folder / f"{settings.test_file}.json", summary)
+    collect_scores(module, settings, table).save(folder / f"{settings.test_file}.h5")
+    print_metrics(f"HTS-AT: test of {', '.join(checkpoints)}", module.test_metrics, settings)
+    print(f"Metrics: {folder / settings.test_file}.json\nScores: {folder / settings.test_file}.h5")
+
+
+def collect_scores(module: _Evaluation, settings: Config, table: ClipTable) -> Scores:
+    """The score store of a test: scores, truth and times of the clips that were scored."""
+    chosen = module.test_index
+    framewise = module.test_framewise
+    clip_seconds = settings.clip_samples / settings.sample_rate
+    scored = table.select(chosen)
+    return Scores(
+        names=[name.decode() for name in scored.names],
+        clipwise=module.test_clipwise,
+        targets=module.test_targets,
+        durations=clip_durations(scored, clip_seconds),
+        labels=module.labels,
+        framewise=framewise,
+        seconds_per_frame=clip_seconds / framewise.shape[1] if framewise is not None else 0.0,
+        events=clip_events(scored) if framewise is not None else None,
+        attributes={
+            "dataset_type": settings.dataset_type,
+            "sample_rate": settings.sample_rate,
+            "clip_store": str(scored.paths[0]),
+        },
+    )
+
+
+def clip_durations(table: ClipTable, clip_seconds: float) -> Any:
+    """(N,) seconds of each clip, at most what the network was given."""
+    import numpy as np
+
+    durations = np.full(len(table), clip_seconds)
+    for number, path in enumerate(table.paths):
+        with open_store(path, "waveform") as file:
+            if "real_len" in file and table.sample_rate:
+                here = table.path_number == number
+                durations[here] = file["real_len"][:][table.row[here]] / table.sample_rate
+    return np.minimum(durations, clip_seconds)
+
+
+def clip_events(table: ClipTable) -> list[EventList] | None:
+    """True events of each clip, or None where the data has no times."""
+    events = {number: read_events(path) for number, path in enumerate(table.paths)}
+    if not any(any(clips) for clips in events.values()):
+        return None
+    places = zip(table.path_number.tolist(), table.row.tolist(), strict=True)
+    return [[(e.label, e.onset, e.offset) for e in events[number][row]] for number, row in places]

@@ -1,0 +1,180 @@
+"""The one place where Lightning's Trainer is built, with its callbacks and logs."""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_only
+
+from settings import Config
+
+DEBUG_BATCHES = 3  # of each split, with the setting debug
+
+
+def device_count(settings: Config) -> int:
+    """How many devices a run uses. Raises ValueError where there are fewer than asked for."""
+    gpus = torch.cuda.device_count()
+    if settings.accelerator == "cpu" or (settings.accelerator == "auto" and gpus == 0):
+        return max(settings.devices, 1)
+    if gpus < max(settings.devices, 1):
+        raise ValueError(
+            f"accelerator = {settings.accelerator}, devices = {settings.devices}: this machine shows {gpus} GPUs. "
+            f"Use --accelerator cpu, or fewer devices."
+        )
+    return settings.devices or gpus
+
+
+def on_gpu(settings: Config) -> bool:
+    return settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
+
+
+def build_trainer(settings: Config, *, training: bool) -> pl.Trainer:
+    """A Trainer for a run: one process, or one for each device with DistributedDataParallel."""
+    devices = device_count(settings)
+    gpu = on_gpu(settings)
+    strategy: str | Strategy = "auto"
+    if devices > 1:
+        # Nothing but BatchNorm has buffers that change, and SyncBatchNorm keeps those equal: to broadcast them would
+        # only tie together validation shares, which may differ in length.
+        strategy = DDPStrategy(process_group_backend="nccl" if gpu else "gloo", broadcast_buffers=False)
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # the first page says it in one place
+    return pl.Trainer(
+        accelerator="gpu" if gpu else "cpu",
+        devices=devices,
+        strategy=strategy,
+        precision="32-true" if settings.precision == "32" else settings.precision,
+        max_epochs=settings.max_epoch,
+        gradient_clip_val=settings.gradient_clip or None,
+        sync_batchnorm=training and devices > 1,
+        use_distributed_sampler=False,  # data_generator.py has its own
+        deterministic="warn",
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        enable_model_summary=False,
+        logger=_loggers(settings) if training else False,
+        callbacks=_callbacks(settings) if training else [Progress()],
+        enable_checkpointing=training,
+        limit_train_batches=DEBUG_BATCHES if settings.debug else 1.0,
+        limit_val_batches=DEBUG_BATCHES if settings.debug else 1.0,
+        limit_test_batches=DEBUG_BATCHES if settings.debug else 1.0,
+    )
+
+
+def _loggers(settings: Config) -> list[Any]:
+    """CSV and TensorBoard in logs/version_N of the run folder; a resumed run begins a new N."""
+    csv = CSVLogger(str(settings.run_folder), name="logs")
+    return [csv, TensorBoardLogger(str(settings.run_folder), name="logs", version=csv.version)]
+
+
+def checkpoint_folder(settings: Config) -> Path:
+    return settings.run_folder / "checkpoints"
+
+
+def _callbacks(settings: Config) -> list[Callback]:
+    metric = "mAP" if settings.traits.task == "multilabel" else "acc"
+    folder = checkpoint_folder(settings)
+    best = ModelCheckpoint(
+        dirpath=str(folder),
+        filename=f"epoch_{{epoch:03d}}-{metric}_{{{metric}:.4f}}",
+        auto_insert_metric_name=False,
+        monitor=metric,
+        mode="max",
+        save_top_k=settings.save_top_k,
+    )
+    # The last one is written when the epoch is complete, so that a resumed run starts with the next epoch.
+    last = ModelCheckpoint(
+        dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    return [best, last, BestLink(best), Progress(), EpochLine(metric)]
+
+
+class BestLink(Callback):
+    """Keeps best.ckpt, a second name of the best checkpoint so far."""
+
+    def __init__(self, best: ModelCheckpoint) -> None:
+        self.best = best
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._link()
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._link()
+
+    def _link(self) -> None:
+        source = Path(self.best.best_model_path)
+        if self.best.best_model_path and source.is_file():
+            link_or_copy(source, source.with_name("best.ckpt"))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, replacing what had it; where the file system has no hard links, copy."""
+    import shutil
+
+    partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+class Progress(TQDMProgressBar):
+    """A bar on a terminal, nothing elsewhere: a log file gets EpochLine's lines."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 0)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        shown = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        line = next((c for c in trainer.callbacks if isinstance(c, EpochLine)), None)  # type: ignore[attr-defined]
+        return {**shown, "left": line.left(trainer)} if line and trainer.training else shown
+
+
+class EpochLine(Callback):
+    """Prints one line an epoch: training and validation loss, metric, learning rate, time taken and time left."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.first_step, self.started, self.epoch_started = 0, 0.0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first_step, self.started = trainer.global_step, time.monotonic()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epoch_started = time.monotonic()
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        values = trainer.callback_metrics
+        shown = [f"{n} {values[k]:.4f}" for n, k in (("loss", "train_loss_epoch"), ("val loss", "val_loss")) if k in values]
+        shown += [f"{self.metric} {values[self.metric]:.4f}"] if self.metric in values else []
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        seconds = time.monotonic() - self.epoch_started
+        print(
+            f"epoch {trainer.current_epoch + 1:3d}/{trainer.max_epochs}  {'  '.join(shown)}  lr {rate:.2e}  "
+            f"{seconds:.0f} s, left {self.left(trainer)}",
+            flush=True,
+        )
+
+    def left(self, trainer: pl.Trainer) -> str:
+        """Time to the end of the run at the speed so far, as h:mm:ss."""
+        done = trainer.global_step - self.first_step
+        total = int(trainer.estimated_stepping_batches)
+        if done == 0:
+            return "?"
+        seconds = int((time.monotonic() - self.started) / done * (total - trainer.global_step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+

@@ -1,0 +1,81 @@
+"""Every setting of HTS-AT. Edit a value here, or give it as a flag: `python main.py train --max_epoch 5`.
+
+Each setting is one annotated assignment and one comment, which is also the flag's help. Settings further down may
+be computed from those above: they follow a flag too (`--dataset_type scv2` moves sample_rate, hop_size, ...).
+After an edit in a notebook, restart or reload: a running session keeps the values that it has imported.
+"""
+
+from typing import Literal, Optional
+
+# --- what and where -------------------------------------------------------------------------------------------------
+dataset_type: Literal["demo", "audioset", "esc-50", "scv2", "desed"] = "demo"  # which data set
+exp_name: str = f"htsat_{dataset_type}"  # name of the run: its folder is <workspace>/runs/<exp_name>
+workspace: str = "workspace"  # folder of prepared data and runs
+dataset_path: str = f"{workspace}/data/{dataset_type}"  # folder of the prepared data set (AudioSet: the one with hdf5s/)
+index_type: str = "full_train"  # AudioSet: index to train on, hdf5s/indexes/<index_type>.h5
+esc_fold: int = 1  # ESC-50: the fold that is held out for testing, numbered as in esc50.csv (1 to 5)
+protocol: Literal["held_out", "paper"] = "held_out"  # choose the best checkpoint on validation clips, or on the test clips
+debug: bool = False  # run only a few batches of everything, to see whether it runs
+
+# --- training -------------------------------------------------------------------------------------------------------
+resume: Optional[str] = None  # go on with an interrupted run: auto, or the path of one of its checkpoints
+resume_checkpoint: Optional[str] = None  # checkpoint to fine-tune from (train), to evaluate (test) or to use (predict)
+random_seed: int = 970131  # seed of everything that is random
+batch_size: int = 128 if dataset_type == "audioset" else 32  # clips in one step, all devices together
+learning_rate: float = 1e-3  # multiplied by the scale of the epoch (lr_rate)
+max_epoch: int = 100 if dataset_type in ("audioset", "esc-50", "scv2") else 30  # epochs to train
+lr_scheduler_epoch: list[int] = [10, 20, 30]  # last epochs at the scales lr_rate[2], lr_rate[1], lr_rate[0]
+lr_rate: list[float] = [0.02, 0.05, 0.1]  # scales of the three warm-up epochs, then downwards again
+weight_decay: float = 0.05  # AdamW's, on every parameter
+gradient_clip: float = 1.0  # largest norm of the gradient, 0 for no limit
+loss_type: Literal["clip_bce", "clip_ce", "asl_loss"] = "clip_ce" if dataset_type == "esc-50" else "clip_bce"  # the loss
+balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
+mixup_alpha: float = 0.0 if dataset_type == "demo" else 0.5  # mixup of features, weight from Beta(alpha, alpha); 0: none
+mixup_targets: bool = False  # mix the targets as well (the paper leaves them as they are)
+spec_augment: bool = True  # SpecAugment: 2 time masks of up to 64 frames, 2 frequency masks of up to 8 bands
+save_top_k: int = 10 if dataset_type == "audioset" else 3  # checkpoints to keep, best first, beside the last one
+
+# --- machine --------------------------------------------------------------------------------------------------------
+accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # where to run
+devices: int = 0  # how many devices; 0: every GPU there is, or one CPU process
+num_workers: int = 3 if dataset_type == "audioset" else 0  # processes that read data, for each device
+precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"  # arithmetic of the network; the front-end stays float32
+gradient_checkpointing: bool = False  # recompute each Swin block in the backward pass: less memory, a third slower
+
+# --- audio ----------------------------------------------------------------------------------------------------------
+sample_rate: int = 16000 if dataset_type == "scv2" else 32000  # samples per second
+clip_samples: int = sample_rate * 10  # samples that the network is given: 10 s
+window_size: int = 1024  # STFT window in samples
+hop_size: int = sample_rate // 100  # STFT hop in samples: 10 ms
+mel_bins: int = 64  # mel bands
+fmin: float = 50.0  # lower edge of the lowest mel band in Hz
+fmax: float = min(14000.0, sample_rate / 2)  # upper edge of the highest mel band in Hz
+enable_time_shift: bool = False  # training: roll the waveform by a random number of samples
+shift_max: int = clip_samples // 2  # largest such shift in samples
+crop_size: Optional[int] = None  # training: a random stretch of so many samples; None: the whole clip
+
+# --- network --------------------------------------------------------------------------------------------------------
+classes_num: int = {"demo": 10, "esc-50": 50, "scv2": 35}.get(dataset_type, 527)  # classes
+enable_tscam: bool = True  # token-semantic convolution; without it a linear layer on the averaged tokens
+enable_repeat_mode: bool = False  # a quarter of the spectrogram four times, instead of the fold in time
+htsat_attn_heatmap: bool = False  # weight the frame scores with the last stage's attention
+htsat_spec_size: int = 256  # height and width of the folded spectrogram
+htsat_patch_size: int = 4  # side of a patch
+htsat_stride: int = 4  # stride of the patches
+htsat_window_size: int = 8  # side of an attention window in tokens
+htsat_dim: int = 96  # channels of the first stage, doubled by each further one
+htsat_depth: list[int] = [2, 2, 6, 2]  # blocks of each stage
+htsat_num_head: list[int] = [4, 8, 16, 32]  # attention heads of each stage
+htsat_drop_path: float = 0.1  # stochastic depth of the last block, rising linearly from 0 at the first
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+tta_shifts: list[int] = (  # test: average the scores over circular shifts by so many samples
+    [0, 100, 300, 600, 1000, 1500, 2100, 2800, 3600, 4500] if dataset_type == "audioset" else [0]
+)
+fl_local: bool = False  # test: also write frame scores, for localization
+heatmap_dir: str = f"{workspace}/runs/{exp_name}/scores"  # folder of the score files that test writes
+test_file: str = "test"  # name of the score file, without its ending .h5
+fl_threshold: list[float] = [0.5]  # frame score above which a class is on: one for all classes, or one for each
+esm_model_pathes: list[str] = []  # esm_test: checkpoints whose scores are averaged
+wa_folder: Optional[str] = None  # weight_average: folder of the checkpoints whose weights are averaged
+wa_model_path: str = f"{workspace}/runs/{exp_name}/weight_average.ckpt"  # weight_average: the file it writes

@@ -1,0 +1,242 @@
+"""The clip store read as a torch Dataset, the samplers, and the LightningDataModule that brings both to training."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import h5py
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from prepare.clip_store import SPLITS, ClipTable, open_store, read_index_table, read_store_table, store_path
+from settings import Config
+
+Split = Literal["train", "validation", "test"]
+Batch = dict[str, Any]
+
+
+def load_table(settings: Config, split: Split) -> ClipTable:
+    """The clips of a split. Raises ValueError where the data is missing or does not fit the settings."""
+    table = _audioset_table(settings, split) if settings.dataset_type == "audioset" else _split_table(settings, split)
+    if table.targets.shape[1] != settings.classes_num:
+        raise ValueError(
+            f"{table.paths[0]} has {table.targets.shape[1]} classes, the network has classes_num = "
+            f"{settings.classes_num}: test a checkpoint on the data set it was trained for, or set classes_num."
+        )
+    if table.sample_rate not in (None, settings.sample_rate):
+        raise ValueError(
+            f"{table.paths[0]} holds audio at {table.sample_rate} Hz, the network listens at {settings.sample_rate} Hz: "
+            f"prepare it again with --sample_rate {settings.sample_rate}."
+        )
+    if len(table) == 0:
+        raise ValueError(f"{table.paths[0]} has no clips for {split}.")
+    return table
+
+
+def _audioset_table(settings: Config, split: Split) -> ClipTable:
+    """AudioSet: the index of training clips, or the evaluation set, which serves validation and test."""
+    root = Path(settings.dataset_path)
+    name = settings.index_type if split == "train" else "eval"
+    index = root / "hdf5s" / "indexes" / f"{name}.h5"
+    packed = root / "hdf5s" / "waveforms" / f"{name}.h5"
+    return read_store_table(packed) if packed.is_file() and not index.is_file() else read_index_table(index, root)
+
+
+def _split_table(settings: Config, split: Split) -> ClipTable:
+    """One store: by its column `split`, or by fold, with esc_fold for the test and the next fold for validation."""
+    table = read_store_table(store_path(settings.dataset_path, settings.dataset_type))
+    if settings.protocol == "paper" and split == "validation":
+        split = "test"
+    if (table.split != b"").any():
+        return table.select(table.split == split.encode())
+    folds = np.unique(table.fold).tolist()
+    if settings.esc_fold not in folds:
+        raise ValueError(f"esc_fold = {settings.esc_fold} is not among the folds of {table.paths[0]}: {folds}.")
+    following = folds[(folds.index(settings.esc_fold) + 1) % len(folds)]
+    if len(folds) < (3 if settings.protocol == "held_out" else 2):
+        raise ValueError(f"{table.paths[0]} has only the folds {folds}: too few for protocol {settings.protocol}.")
+    if split == "test":
+        return table.select(table.fold == settings.esc_fold)
+    if split == "validation":
+        return table.select(table.fold == following)
+    held_out = [settings.esc_fold] if settings.protocol == "paper" else [settings.esc_fold, following]
+    return table.select(~np.isin(table.fold, held_out))
+
+
+class ClipDataset(Dataset):
+    """Clips of a table as training examples, read in batches.
+
+    An item: audio_name, waveform (clip_samples,) int16, target (K,) float32, real_len and index (its place in the
+    table). A clip that is shorter than clip_samples is padded with zeros or repeated (`fit`); a longer one is cut.
+    Files are opened when first read, by each process for itself.
+    """
+
+    def __init__(self, table: ClipTable, *, clip_samples: int, fit: Literal["pad", "repeat"]) -> None:
+        self.table, self.clip_samples, self.fit = table, clip_samples, fit
+        self._open: dict[int, tuple[h5py.Dataset, Optional[np.ndarray]]] = {}
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __getitem__(self, index: int) -> Batch:
+        batch = self.__getitems__([index])
+        return {name: value[0] for name, value in batch.items()}
+
+    def __getitems__(self, indexes: Sequence[int]) -> Batch:
+        """A whole batch: the items of `__getitem__`, stacked; audio_name is a list."""
+        waveforms = np.zeros((len(indexes), self.clip_samples), dtype=np.int16)
+        lengths = [self._read_into(waveforms[place], index) for place, index in enumerate(indexes)]
+        chosen = np.asarray(indexes)
+        return {
+            "audio_name": [name.decode() for name in self.table.names[chosen]],
+            "waveform": torch.from_numpy(waveforms),
+            "target": torch.from_numpy(self.table.targets[chosen].astype(np.float32)),
+            "real_len": torch.tensor(lengths),
+            "index": torch.from_numpy(chosen),
+        }
+
+    def _read_into(self, waveform: np.ndarray, index: int) -> int:
+        """Fill one row of the batch; returns the clip's own length in samples, at most clip_samples."""
+        stored, real_len = self._file(int(self.table.path_number[index]))
+        row = int(self.table.row[index])
+        length = int(real_len[row]) if real_len is not None else stored.shape[1]
+        length = min(length, self.clip_samples)
+        stored.read_direct(waveform, np.s_[row, :length], np.s_[:length])
+        if self.fit == "repeat" and length < self.clip_samples:
+            waveform[:] = np.resize(waveform[:length], self.clip_samples)
+        return length
+
+    def _file(self, number: int) -> tuple[h5py.Dataset, Optional[np.ndarray]]:
+        if self._process != os.getpid():  # a forked worker: handles of the parent are not its own
+            self._open, self._process = {}, os.getpid()
+        if number not in self._open:
+            file = open_store(self.table.paths[number], "waveform")
+            self._open[number] = (file["waveform"], file["real_len"][:] if "real_len" in file else None)
+        return self._open[number]
+
+
+class EpochSampler(Sampler[int]):
+    """A share of a sequence that is drawn anew each epoch, the same on every process that has the same seed.
+
+    The shares of the `world` processes are disjoint and equally long; up to world - 1 draws of an epoch are left out.
+    """
+
+    def __init__(self, length: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world, self.epoch = length, seed, rank, world, 0
+        if length < world:
+            raise ValueError(f"{length} training clips cannot be shared by {world} processes: set devices lower.")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """(length,) clip numbers of one epoch, for all processes together."""
+        return rng.permutation(self.length)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = self.draw(np.random.default_rng([self.seed, self.epoch]))
+        return iter(drawn[self.rank :: self.world][: len(self)].tolist())
+
+    def __len__(self) -> int:
+        return self.length // self.world
+
+
+class BalancedSampler(EpochSampler):
+    """Class-balanced draws (paper, section 3.1): a random order of the classes, one random clip of each, and again.
+
+    targets: (N, K) bool. An epoch has N draws. Classes without clips are left out.
+    """
+
+    def __init__(self, targets: np.ndarray, *, seed: int, rank: int = 0, world: int = 1) -> None:
+        super().__init__(len(targets), seed=seed, rank=rank, world=world)
+        labels, self.clips = np.nonzero(targets.T)  # the clips of class 0, then those of class 1, ...
+        counts = np.bincount(labels, minlength=targets.shape[1])
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        self.counts, self.starts = counts[counts > 0], starts[counts > 0]
+        if len(self.counts) == 0:
+            raise ValueError("No clip has a class: balanced_data cannot draw from them; set --balanced_data False.")
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        rounds = -(-self.length // len(self.counts))
+        order = np.argsort(rng.random((rounds, len(self.counts))), axis=1).ravel()[: self.length]
+        which = (rng.random(self.length) * self.counts[order]).astype(np.int64)
+        return self.clips[self.starts[order] + which]
+
+
+class ShardSampler(Sampler[int]):
+    """Every clip once, in order, dealt out to the processes: no clip is repeated to fill up a share."""
+
+    def __init__(self, length: int, *, rank: int = 0, world: int = 1) -> None:
+        self.share = range(rank, length, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.share)
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+
+def _as_read(batch: Batch) -> Batch:
+    """ClipDataset hands over whole batches: there is nothing to collate."""
+    return batch
+
+
+class SEDDataModule(pl.LightningDataModule):
+    """The three splits of a data set as DataLoaders. batch_size counts all devices together.
+
+    splits: those that will be used; their tables are read at once, so that a mistake shows before a network is built.
+    """
+
+    def __init__(self, settings: Config, splits: Sequence[Split] = SPLITS) -> None:  # type: ignore[assignment]
+        super().__init__()
+        self.settings = settings
+        self.tables = {split: load_table(settings, split) for split in splits}
+
+    def dataset(self, split: Split) -> ClipDataset:
+        return ClipDataset(self.tables[split], clip_samples=self.settings.clip_samples, fit=self.settings.traits.fit)
+
+    def train_dataloader(self) -> DataLoader:
+        table, seed = self.tables["train"], self.settings.random_seed
+        rank, world = self._place()
+        if self.settings.balanced_data:
+            sampler: EpochSampler = BalancedSampler(table.targets, seed=seed, rank=rank, world=world)
+        else:
+            sampler = EpochSampler(len(table), seed=seed, rank=rank, world=world)
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: Split) -> DataLoader:
+        rank, world = self._place()
+        return self._loader(split, ShardSampler(len(self.tables[split]), rank=rank, world=world))
+
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, split: Split, sampler: Sampler[int]) -> DataLoader:
+        world = self._place()[1]
+        if self.settings.batch_size % world:
+            raise ValueError(f"batch_size = {self.settings.batch_size} must be a multiple of the {world} devices.")
+        workers = self.settings.num_workers
+        return DataLoader(
+            self.dataset(split),
+            batch_size=self.settings.batch_size // world,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_read,
+        )

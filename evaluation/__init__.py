@@ -1,0 +1,1 @@
+"""From scores to numbers and pictures: metrics, score store, post-processing, detection metrics, plots."""

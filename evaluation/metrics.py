@@ -1,0 +1,63 @@
+"""Clip-level metrics by name, with the number of classes and clips that each is taken over."""
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from utils import d_prime
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One named number. classes: how many classes it is taken over, of all_classes."""
+
+    name: str
+    value: float
+    criterion: str
+    clips: int
+    classes: int
+    all_classes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def tagging_metrics(scores: np.ndarray, targets: np.ndarray) -> list[Metric]:
+    """mAP, mAUC and d' of (N, K) scores against (N, K) bool targets: macro means over the classes with positives.
+
+    mAUC and d' also need a negative clip of the class. d' is taken from mAUC, as PANNs and AST report it. The value
+    is NaN where no class qualifies.
+    """
+    clips, classes = targets.shape
+    positive = targets.any(axis=0)
+    both = positive & ~targets.all(axis=0)
+    ap = [average_precision_score(targets[:, k], scores[:, k]) for k in np.flatnonzero(positive)]
+    auc = [roc_auc_score(targets[:, k], scores[:, k]) for k in np.flatnonzero(both)]
+    mean_ap = float(np.mean(ap)) if ap else float("nan")
+    mean_auc = float(np.mean(auc)) if auc else float("nan")
+    return [
+        Metric("mAP", mean_ap, "macro average precision", clips, len(ap), classes),
+        Metric("mAUC", mean_auc, "macro area under the ROC curve", clips, len(auc), classes),
+        Metric("d_prime", d_prime(mean_auc), "sqrt(2) z(mAUC)", clips, len(auc), classes),
+    ]
+
+
+def classification_metrics(scores: np.ndarray, targets: np.ndarray) -> list[Metric]:
+    """Accuracy of (N, K) scores against (N, K) one-hot targets."""
+    clips, classes = targets.shape
+    if clips and (targets.sum(axis=1) != 1).any():
+        warnings.warn("Some clips have no class or several: accuracy counts the first of them.", stacklevel=2)
+    right = scores.argmax(axis=1) == targets.argmax(axis=1)
+    value = float(right.mean()) if clips else float("nan")
+    return [Metric("acc", value, "highest score is the class", clips, int(targets.any(axis=0).sum()), classes)]
+
+
+def clip_metrics(task: Literal["multilabel", "single_label"], scores: np.ndarray, targets: np.ndarray) -> list[Metric]:
+    """The metrics of a task; the first one is what checkpoints are chosen by."""
+    return tagging_metrics(scores, targets) if task == "multilabel" else classification_metrics(scores, targets)
+
+
+MAIN_METRIC = {"multilabel": "mAP", "single_label": "acc"}

@@ -1,0 +1,90 @@
+"""HTS-AT on the command line: python main.py COMMAND [--setting value ...]. One flag for each line of config.py."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn, get_args
+
+import settings as settings_module
+
+# command: (help, its own arguments beside the settings)
+COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
+    "prepare": (
+        "make the clip store of a data set",
+        [
+            ("--raw", {"help": "folder of the downloaded data set", "metavar": "FOLDER"}),
+            ("--clips", {"help": "demo: how many clips to synthesize", "type": int, "default": 400}),
+        ],
+    ),
+    "train": ("train a network, or go on with a run (--resume auto)", []),
+    "test": ("evaluate a checkpoint (--resume_checkpoint PATH)", []),
+    "esm_test": ("evaluate several checkpoints as an ensemble", []),
+    "weight_average": ("average the weights of several checkpoints", []),
+    "save_idc": ("list the clips of each class", []),
+    "predict": (
+        "tag audio files with a checkpoint",
+        [
+            ("files", {"nargs": "+", "help": "audio files"}),
+            ("--top_k", {"type": int, "default": 5, "help": "how many classes to print"}),
+        ],
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the near misses named."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        names = [word.lstrip("-").partition("=")[0] for word in unknown if word.startswith("--")]
+        self.exit(2, f"error: {settings_module.unknown_setting(names[0]) if names else message}\n")
+
+
+def build_parser(chosen: str | None) -> Parser:
+    """The parser; only the chosen command gets its flags, so that the others cost nothing."""
+    parser = Parser(prog="main.py", description=__doc__, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, (text, arguments) in COMMANDS.items():
+        command = subparsers.add_parser(
+            name, help=text, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        if name == chosen:
+            for flag, options in arguments:
+                command.add_argument(flag, **options)
+            add_settings(command)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag for each setting, with config.py's comment as its help."""
+    defaults = settings_module.resolve().model_dump()
+    group = parser.add_argument_group("settings (config.py)")
+    for setting in settings_module.all_settings().values():
+        choices = [str(v) for v in get_args(setting.type)] if "Literal" in str(setting.type) else []
+        shown = f"{{{','.join(choices)}}}" if choices else "VALUE,..." if setting.is_list else "VALUE"
+        text = f"{setting.comment} [{defaults[setting.name]}]".replace("%", "%%")
+        group.add_argument(f"--{setting.name}", metavar=shown, help=text, dest=f"setting_{setting.name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a mistake in what was given, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+        values = vars(parser.parse_args(words))
+        command = values.pop("command")
+        given = {k.removeprefix("setting_"): values.pop(k) for k in list(values) if k.startswith("setting_")}
+        settings_module.resolve(given)  # a wrong value is told before anything heavy is imported
+        importlib.import_module(f"commands.{command}").run(given, **values)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. `python main.py train --resume auto` with the same settings goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""HTS-AT on one page: waveform -> log-mel -> folded image -> Swin stages -> token-semantic convolution.
+
+Chen, Du, Zhu, Ma, Berg-Kirkpatrick, Dubnov: HTS-AT: A Hierarchical Token-Semantic Audio Transformer for Sound
+Classification and Detection, ICASSP 2022, arXiv 2202.00874. Shapes: B clips, T frames, F mel bands, C channels,
+K classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Optional
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.frontend import LogMel, SpecAugment, Spectrogram, fold, stack, stretch
+from model.layers import PatchEmbed, Stage
+from utils import do_mixup
+
+Outputs = dict[str, Tensor]
+
+
+class HTSAT_Swin_Transformer(nn.Module):
+    """The published network, with its state-dict names and shapes.
+
+    spec_size: side of the folded image, a multiple of mel_bins. depths, num_heads: blocks and heads of each stage.
+    loss_type: with clip_ce, clipwise_output holds logits instead of probabilities. Raises ValueError for sizes that
+    do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 527,
+        sample_rate: int = 32000,
+        window_size: int = 1024,
+        hop_size: int = 320,
+        mel_bins: int = 64,
+        fmin: float = 50.0,
+        fmax: float = 14000.0,
+        spec_size: int = 256,
+        patch_size: int = 4,
+        patch_stride: int = 4,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        attention_window: int = 8,
+        drop_path: float = 0.1,
+        loss_type: str = "clip_bce",
+        enable_tscam: bool = True,
+        attn_heatmap: bool = False,
+        repeat_mode: bool = False,
+        spec_augment: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        last_size = spec_size // patch_stride // 2 ** (len(depths) - 1)  # side of the last stage's map in tokens
+        self.freq_ratio = spec_size // mel_bins  # stretches of time that are folded under one another
+        _check_sizes(
+            spec_size, mel_bins, patch_size, patch_stride, embed_dim, depths, num_heads, attention_window, last_size
+        )
+        self.num_classes, self.loss_type, self.enable_tscam = num_classes, loss_type, enable_tscam
+        self.attn_heatmap, self.repeat_mode, self.augments = attn_heatmap, repeat_mode, spec_augment
+        self.image_bands = spec_size // self.freq_ratio
+        self.image_frames = spec_size * self.freq_ratio
+        self.freq_bins = last_size // self.freq_ratio  # of the unfolded map
+        self.steps = last_size * self.freq_ratio  # of the unfolded map, over image_frames
+        self.frames_per_step = self.image_frames // self.steps
+
+        self.spectrogram_extractor = Spectrogram(window_size, hop_size)
+        self.logmel_extractor = LogMel(sample_rate, window_size, mel_bins, fmin, fmax)
+        self.bn0 = nn.BatchNorm1d(mel_bins)  # in place of BatchNorm2d over (B, F, T, 1): same numbers, same names
+        self.spec_augmenter = SpecAugment()
+
+        self.patch_embed = PatchEmbed(patch_size, patch_stride, embed_dim)
+        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        self.layers = nn.ModuleList()
+        for number, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            size = spec_size // patch_stride // 2**number
+            merge = number < len(depths) - 1
+            self.layers.append(
+                Stage(
+                    embed_dim * 2**number, size, heads, attention_window, [next(rates) for _ in range(depth)], merge
+                )
+            )
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.norm = nn.LayerNorm(self.num_features)
+        if enable_tscam:
+            self.tscam_conv = nn.Conv2d(self.num_features, num_classes, (self.freq_bins, 3), padding=(0, 1))
+        # Published token-semantic checkpoints carry a head that nothing uses; it keeps its place in the state dict.
+        self.head = nn.Linear(num_classes if enable_tscam else self.num_features, num_classes)
+        self.apply(_init_linear)
+        self.set_gradient_checkpointing(gradient_checkpointing)
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each Swin block in the backward pass instead of keeping its activations."""
+        for stage in self.layers:
+            stage.gradient_checkpointing = enabled
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters that no output depends on."""
+        return list(self.head.parameters()) if self.enable_tscam else []
+
+    def forward(self, waveform: Tensor, mixup_lambda: Optional[Tensor] = None, infer_mode: bool = False) -> Outputs:
+        """waveform: (B, samples) float in [-1, 1]; mixup_lambda: (B,), used in training only.
+
+        infer_mode: fill a clip shorter than the image by repetition, instead of stretching it in time.
+        Returns clipwise_output (B, K), clipwise_logits (B, K), framewise_output (B, frames, K) and
+        latent_output (B, num_features).
+        """
+        logmel = self.forward_frontend(waveform)  # (B, F, T)
+        if self.training:
+            if self.augments:
+                logmel = self.spec_augmenter(logmel)
+            if mixup_lambda is not None:
+                logmel = do_mixup(logmel, mixup_lambda)
+        outputs = [self.forward_head(*self.forward_features(image)) for image in self.images(logmel, infer_mode)]
+        if len(outputs) == 1:
+            return outputs[0]
+        return {name: torch.stack([output[name] for output in outputs]).mean(dim=0) for name in outputs[0]}
+
+    def forward_frontend(self, waveform: Tensor) -> Tensor:
+        """(B, samples) -> (B, F, T) log-mel, normalized over each band. float32, whatever autocast says."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            logmel = self.logmel_extractor(self.spectrogram_extractor(waveform.float()))  # (B, T, F)
+            return self.bn0(logmel.transpose(1, 2).contiguous())
+
+    def images(self, logmel: Tensor, infer_mode: bool = False) -> Iterator[Tensor]:
+        """(B, F, T) -> one or several (B, 1, spec_size, spec_size) whose outputs are averaged."""
+        for frames in self._views_in_time(logmel, infer_mode):
+            stretched = stretch(frames, self.image_bands, self.image_frames)
+            length = self.image_frames // self.freq_ratio
+            if not self.repeat_mode:
+                yield fold(stretched, self.freq_ratio)
+            elif self.training:
+                start = int(torch.randint(self.image_frames - length, ()))
+                yield stack(stretched, self.freq_ratio, start)
+            else:
+                for start in range(0, self.image_frames, length):
+                    yield stack(stretched, self.freq_ratio, start)
+
+    def _views_in_time(self, logmel: Tensor, infer_mode: bool) -> Iterator[Tensor]:
+        """What the network looks at, of clips of any length: (B, F, at most image_frames)."""
+        frames = logmel.shape[2]
+        if frames <= self.image_frames:
+            yield logmel.repeat(1, 1, self.image_frames // frames) if infer_mode else logmel
+        elif self.training:
+            start = int(torch.randint(frames - self.image_frames + 1, ()))
+            yield logmel[:, :, start : start + self.image_frames]
+        else:  # as published; inference.Tagger has the better way, on absolute time
+            window, hop = (frames - 1) // 2, (frames - 1) // 4
+            for start in range(0, frames - window - 1, hop):
+                yield logmel[:, :, start : start + window]
+
+    def forward_features(self, image: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """(B, 1, spec_size, spec_size) -> (B, C, freq_bins, steps), frequency up, time right; and the attention.
+
+        The attention is (B, steps) with attn_heatmap, else None.
+        """
+        tokens, attention = self.patch_embed(image), None  # (B, H, W, C)
+        for stage in self.layers:
+            tokens, attention = stage(tokens, need_weights=self.attn_heatmap and stage is self.layers[-1])
+        tokens = self.norm(tokens)  # (B, h, w, C)
+        grid = rearrange(tokens, "b (r f) t c -> b c f (r t)", r=self.freq_ratio)  # (B, C, freq_bins, steps)
+        if attention is not None:
+            attention = attention.reshape(tokens.shape[:3])
+            attention = rearrange(attention, "b (r f) t -> b f (r t)", r=self.freq_ratio).mean(dim=1)  # (B, steps)
+        return grid, attention
+
+    def forward_head(self, grid: Tensor, attention: Optional[Tensor] = None) -> Outputs:
+        """(B, C, freq_bins, steps) -> the outputs of `forward` (paper, section 2.3)."""
+        if self.enable_tscam:
+            frame_logits = self.tscam_conv(grid)[:, :, 0].transpose(1, 2).float()  # (B, steps, K)
+            logits = frame_logits.mean(dim=1)
+        else:
+            frame_logits = self.head(grid.sum(dim=2).transpose(1, 2)).float()
+            logits = self.head(grid.mean(dim=(2, 3))).float()
+        frames = frame_logits.sigmoid()
+        if attention is not None:
+            high, low = attention.amax(dim=1, keepdim=True), attention.amin(dim=1, keepdim=True)
+            frames = frames * ((0.15 * attention + 0.85 * high - low) / (high - low)).unsqueeze(2).to(frames.dtype)
+        return {
+            "clipwise_output": logits if self.loss_type == "clip_ce" else logits.sigmoid(),
+            "clipwise_logits": logits,
+            "framewise_output": frames.repeat_interleave(self.frames_per_step, dim=1),
+            "latent_output": grid.mean(dim=(2, 3)).float(),
+        }
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _check_sizes(
+    spec_size: int,
+    mel_bins: int,
+    patch_size: int,
+    patch_stride: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    attention_window: int,
+    last_size: int,
+) -> None:
+    """Raise ValueError, by the names of config.py, where the network cannot be built."""
+    if len(depths) != len(num_heads) or not depths or min(depths) < 1:
+        raise ValueError(f"htsat_depth {list(depths)} and htsat_num_head {list(num_heads)} need one number a stage.")
+    for stage, heads in enumerate(num_heads):
+        if heads < 1 or embed_dim * 2**stage % heads:
+            raise ValueError(
+                f"htsat_num_head: stage {stage} has {embed_dim * 2**stage} channels (htsat_dim x 2^stage), which "
+                f"{heads} heads do not divide."
+            )
+        size = spec_size // patch_stride // 2**stage
+        if size > attention_window and size % attention_window:
+            raise ValueError(
+                f"htsat_window_size {attention_window} does not divide the {size} x {size} tokens of stage {stage}."
+            )
+    freq_ratio = spec_size // mel_bins
+    if freq_ratio < 1 or spec_size % freq_ratio:
+        raise ValueError(f"mel_bins {mel_bins} must fit into htsat_spec_size {spec_size} a whole number of times.")
+    if patch_size < patch_stride or (patch_size - patch_stride) % 2:
+        raise ValueError(f"htsat_patch_size {patch_size} must be htsat_stride {patch_stride} plus an even number.")
+    if spec_size % (patch_stride * 2 ** (len(depths) - 1)) or last_size < freq_ratio or last_size % freq_ratio:
+        raise ValueError(
+            f"htsat_spec_size {spec_size}, htsat_stride {patch_stride} and {len(depths)} stages leave {last_size} "
+            f"rows of tokens, which cannot be unfolded into {freq_ratio} (htsat_spec_size / mel_bins) stretches of time."
+        )

@@ -1,0 +1,1 @@
+"""Adapters: a raw download -> a clip store. One file a data set."""

@@ -1,0 +1,221 @@
+"""The clip store: one HDF5 file of clips with their classes, events and split. Writer and reader of the one format.
+
+Datasets: audio_name (N,) bytes, waveform (N, samples) int16 = float x 32767, target (N, K) bool, and, beyond what
+PANNs' AudioSet files have: real_len (N,) int32 samples, fold (N,) int8 or split (N,) bytes, and the table of events
+event_clip (E,) int32, event_class (E,) int16, event_onset (E,) and event_offset (E,) float64 seconds.
+Attributes: sample_rate in Hz, labels (K names), dataset_type, source, licence. A file of PANNs has none of these
+additions and is a valid store.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional
+
+import h5py
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One sound: class index, onset and offset in seconds from the clip's start."""
+
+    label: int
+    onset: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What an adapter gives the writer. waveform: (samples,) int16; labels: class indexes that are present."""
+
+    name: str
+    waveform: np.ndarray
+    labels: Sequence[int]
+    fold: int = 0
+    split: str = ""
+    events: Sequence[Event] = ()
+
+
+class ClipStoreWriter:
+    """Writes a store under a temporary name; it takes its own name when the `with` block ends without an error."""
+
+    def __init__(
+        self, path: Path, *, clip_samples: int, sample_rate: int, labels: Sequence[str], **attributes: str
+    ) -> None:
+        """clip_samples: longest clip in samples. attributes: dataset_type, source, licence."""
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.clip_samples, self.labels = clip_samples, list(labels)
+        self.attributes: dict[str, Any] = {"sample_rate": sample_rate, "labels": self.labels, **attributes}
+        self.rows: list[tuple[str, int, int, str]] = []  # name, real_len, fold, split
+        self.targets: list[np.ndarray] = []
+        self.events: list[tuple[int, int, float, float]] = []
+
+    def __enter__(self) -> "ClipStoreWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = h5py.File(self.partial, "w")
+        self.waveforms = self.file.create_dataset(
+            "waveform", (0, self.clip_samples), "int16", maxshape=(None, self.clip_samples), chunks=(1, self.clip_samples)
+        )
+        return self
+
+    def add(self, clip: Clip) -> None:
+        """Append a clip; a longer one than clip_samples is cut. Raises ValueError for an empty or mislabelled one."""
+        waveform = clip.waveform[: self.clip_samples]
+        if len(waveform) == 0:
+            raise ValueError(f"{clip.name} holds no samples.")
+        if any(not 0 <= label < len(self.labels) for label in clip.labels):
+            raise ValueError(f"{clip.name} has class {max(clip.labels)}; the classes are 0 to {len(self.labels) - 1}.")
+        row = len(self.rows)
+        self.waveforms.resize(row + 1, axis=0)
+        self.waveforms[row, : len(waveform)] = waveform
+        target = np.zeros(len(self.labels), dtype=bool)
+        target[list(clip.labels)] = True
+        self.targets.append(target)
+        self.rows.append((clip.name, len(waveform), clip.fold, clip.split))
+        self.events += [(row, event.label, event.onset, event.offset) for event in clip.events]
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self.file.close()
+            if kind is not None:
+                self.partial.unlink(missing_ok=True)
+        if kind is None:
+            os.replace(self.partial, self.path)
+
+    def _finish(self) -> None:
+        names, lengths, folds, splits = zip(*self.rows, strict=True) if self.rows else ((), (), (), ())
+        self.file["audio_name"] = np.array([name.encode() for name in names], dtype="S")
+        self.file["target"] = np.array(self.targets, dtype=bool).reshape(len(names), len(self.labels))
+        self.file["real_len"] = np.array(lengths, dtype=np.int32)
+        self.file["fold"] = np.array(folds, dtype=np.int8)
+        self.file["split"] = np.array([split.encode() for split in splits], dtype="S10")
+        clips, labels, onsets, offsets = zip(*self.events, strict=True) if self.events else ((), (), (), ())
+        self.file["event_clip"] = np.array(clips, dtype=np.int32)
+        self.file["event_class"] = np.array(labels, dtype=np.int16)
+        self.file["event_onset"] = np.array(onsets, dtype=np.float64)
+        self.file["event_offset"] = np.array(offsets, dtype=np.float64)
+        self.file.attrs.update(self.attributes)
+
+
+@dataclass(frozen=True)
+class ClipTable:
+    """Which clips there are and where they lie: everything about a data set but the sound itself.
+
+    All arrays have one entry a clip, but paths (the files) and the event table. labels may be empty (PANNs' files).
+    """
+
+    paths: list[Path]
+    names: np.ndarray  # (N,) bytes
+    targets: np.ndarray  # (N, K) bool
+    path_number: np.ndarray  # (N,) int: which of `paths`
+    row: np.ndarray  # (N,) int: which row of that file
+    fold: np.ndarray  # (N,) int, 0 without folds
+    split: np.ndarray  # (N,) bytes, b"" without splits
+    labels: list[str] = field(default_factory=list)
+    sample_rate: Optional[int] = None  # None: the files do not say (PANNs' hold 32 kHz)
+    attributes: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, wanted: np.ndarray) -> "ClipTable":
+        """The clips where the (N,) bool array `wanted` is true."""
+        rows = {name: getattr(self, name)[wanted] for name in ("names", "targets", "path_number", "row", "fold", "split")}
+        return ClipTable(self.paths, **rows, labels=self.labels, sample_rate=self.sample_rate, attributes=self.attributes)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the clips, their order or their classes."""
+        digest = hashlib.sha256()
+        for array in (self.names, self.targets, self.row):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def store_path(dataset_path: str | Path, dataset_type: str) -> Path:
+    """Where the one store of a prepared data set lies (AudioSet has many: see read_index_table)."""
+    return Path(dataset_path) / f"{dataset_type}.h5"
+
+
+def open_store(path: Path, *keys: str) -> h5py.File:
+    """Open a store or index for reading. Raises ValueError where it is missing, cut off, or lacks one of `keys`."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. `python main.py prepare` makes it, or set dataset_path.")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as HDF5; it may be cut off: prepare it again. ({error})") from None
+    lacking = [key for key in keys if key not in file]
+    if lacking:
+        found = ", ".join(file)
+        file.close()
+        raise ValueError(f"{path} lacks {', '.join(lacking)}; it has {found}. It is no {'/'.join(keys)} file.")
+    return file
+
+
+def read_store_table(path: Path) -> ClipTable:
+    """The table of one store: all its clips, in the order of the file."""
+    with open_store(path, "audio_name", "waveform", "target") as file:
+        count = len(file["audio_name"])
+        attributes = {key: str(file.attrs[key]) for key in ("dataset_type", "source", "licence") if key in file.attrs}
+        return ClipTable(
+            paths=[path],
+            names=file["audio_name"][:],
+            targets=file["target"][:].astype(bool),
+            path_number=np.zeros(count, dtype=np.int64),
+            row=np.arange(count),
+            fold=file["fold"][:] if "fold" in file else np.zeros(count, dtype=np.int8),
+            split=file["split"][:] if "split" in file else np.zeros(count, dtype="S10"),
+            labels=[str(label) for label in file.attrs.get("labels", [])],
+            sample_rate=int(file.attrs["sample_rate"]) if "sample_rate" in file.attrs else None,
+            attributes=attributes,
+        )
+
+
+def read_index_table(path: Path, root: Path) -> ClipTable:
+    """The table of an AudioSet index: audio_name, target, hdf5_path and index_in_hdf5, as PANNs' scripts write it.
+
+    Paths in the index are taken from `root` where they are relative or no longer exist.
+    """
+    with open_store(path, "audio_name", "target", "hdf5_path", "index_in_hdf5") as file:
+        unique, path_number = np.unique(file["hdf5_path"][:], return_inverse=True)
+        names, targets, row = file["audio_name"][:], file["target"][:].astype(bool), file["index_in_hdf5"][:]
+    return ClipTable(
+        paths=[_relocate(Path(name.decode()), root) for name in unique],
+        names=names,
+        targets=targets,
+        path_number=path_number,
+        row=row.astype(np.int64),
+        fold=np.zeros(len(names), dtype=np.int8),
+        split=np.zeros(len(names), dtype="S10"),
+    )
+
+
+def _relocate(path: Path, root: Path) -> Path:
+    """Where a file of an index lies now: as written, or below `root` from its hdf5s/ folder on."""
+    if path.is_file():
+        return path
+    parts = path.parts
+    return root.joinpath(*parts[parts.index("hdf5s") :]) if "hdf5s" in parts else root / path
+
+
+def read_events(path: Path) -> list[list[Event]]:
+    """The events of each clip of a store, in the order of the file; empty lists where the store has no times."""
+    with open_store(path, "audio_name") as file:
+        events: list[list[Event]] = [[] for _ in range(len(file["audio_name"]))]
+        if "event_clip" in file:
+            columns = (file[f"event_{name}"][:].tolist() for name in ("clip", "class", "onset", "offset"))
+            for clip, label, onset, offset in zip(*columns, strict=True):
+                events[clip].append(Event(label, onset, offset))
+        return events

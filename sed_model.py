@@ -1,0 +1,192 @@
+"""Training and testing of the network: SEDWrapper for one, Ensemble_SEDWrapper for several. PyTorch Lightning."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from evaluation.metrics import MAIN_METRIC, Metric, clip_metrics
+from model.htsat import HTSAT_Swin_Transformer, Outputs
+from model.losses import LOSSES
+from settings import Config
+from utils import do_mixup, get_mix_lambda, int16_to_float32
+
+Batch = dict[str, Any]
+
+
+def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: Sequence[float]) -> float:
+    """Factor of learning_rate in an epoch, counted from 0: three warm-up epochs, three plateaus, then a slow decay.
+
+    The plateaus last up to and including their epoch of lr_scheduler_epoch. As the published code has it, the decay
+    ends at 0.03, which lies above lr_rate[0] = 0.02: the rate rises after the last plateau.
+    """
+    if epoch < 3:
+        return lr_rate[epoch]
+    for last_epoch, rate in zip(lr_scheduler_epoch, reversed(lr_rate), strict=True):
+        if epoch <= last_epoch:
+            return rate
+    return max(lr_rate[0] * 0.98**epoch, 0.03)
+
+
+class _Evaluation(pl.LightningModule):
+    """What one network and an ensemble share: scoring every clip once, and the metrics over all of them.
+
+    After a test: test_metrics, test_index (N,), test_clipwise (N, K), test_targets (N, K) and, with fl_local,
+    test_framewise (N, steps, K), on every process, in the order of the table.
+    """
+
+    def __init__(self, settings: Config, labels: Sequence[str]) -> None:
+        super().__init__()
+        self.settings, self.labels = settings, list(labels)
+        self.task = settings.traits.task
+        self.main_metric = MAIN_METRIC[self.task]
+        self.keep_frames = settings.fl_local
+        self.shifts = [0] if settings.fl_local else settings.tta_shifts  # localization is not averaged over shifts
+        self.collected: list[tuple[Tensor, ...]] = []
+        self.test_metrics: list[Metric] = []
+
+    def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, samples) -> probabilities (B, K) of the clips and (B, steps, K) of the frames."""
+        raise NotImplementedError
+
+    def on_test_epoch_start(self) -> None:
+        self.collected = []
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        waveform = int16_to_float32(batch["waveform"])
+        shifted = [self.clip_and_frame_scores(waveform.roll(shift, dims=1)) for shift in self.shifts]
+        clipwise = torch.stack([clip for clip, _ in shifted]).mean(dim=0)
+        frames = [shifted[0][1]] if self.keep_frames else []
+        self.collected.append((batch["index"], clipwise, batch["target"], *frames))
+
+    def on_test_epoch_end(self) -> None:
+        index, clipwise, targets, *frames = self._gather_collected()
+        self.test_index, self.test_clipwise, self.test_targets = index, clipwise, targets > 0.5
+        self.test_framewise: Optional[np.ndarray] = frames[0] if frames else None
+        self.test_metrics = clip_metrics(self.task, clipwise, self.test_targets)
+
+    def _gather_collected(self) -> list[np.ndarray]:
+        """What the steps collected, from all processes, sorted by the clips' place in the table."""
+        if self.collected:
+            parts = [torch.cat(part).float() if n else torch.cat(part) for n, part in enumerate(zip(*self.collected))]
+        else:  # fewer clips than processes: this one had none
+            classes = self.settings.classes_num
+            parts = [torch.zeros(0, dtype=torch.long), torch.zeros(0, classes), torch.zeros(0, classes)]
+            if self.keep_frames:
+                parts.append(torch.zeros(0, 0, classes))
+        self.collected = []
+        if self.trainer.world_size > 1:
+            parts = [torch.cat(gather_all_tensors(part.to(self.device).contiguous())) for part in parts]
+        order = parts[0].argsort()
+        return [part[order].cpu().numpy() for part in parts]
+
+
+class SEDWrapper(_Evaluation):
+    """One network with the paper's training recipe (section 3.1).
+
+    network: HTSAT_Swin_Transformer or anything with its outputs; its weights are saved under the prefix sed_model.
+    """
+
+    def __init__(self, network: HTSAT_Swin_Transformer, settings: Config, labels: Sequence[str]) -> None:
+        super().__init__(settings, labels)
+        self.sed_model = network
+        self.loss_func = LOSSES[settings.loss_type]
+        for parameter in network.unused_parameters():  # they get no gradient, which DistributedDataParallel refuses
+            parameter.requires_grad_(False)
+
+    def forward(self, waveform: Tensor, mixup_lambda: Optional[Tensor] = None) -> Outputs:
+        return self.sed_model(waveform, mixup_lambda)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        waveform, targets = int16_to_float32(batch["waveform"]), batch["target"]  # int16 travels to the device
+        waveform = self._augment(waveform)
+        mixup_lambda = None
+        if self.settings.mixup_alpha > 0:
+            mixup_lambda = get_mix_lambda(self.settings.mixup_alpha, len(waveform), self.device)
+            if self.settings.mixup_targets:
+                targets = do_mixup(targets, mixup_lambda)
+        loss = self.loss_func(self(waveform, mixup_lambda)["clipwise_logits"], targets)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss.item()} in epoch {self.current_epoch}, step {self.global_step}, with the clips "
+                f"{', '.join(batch['audio_name'][:4])}, ...: lower learning_rate, or use precision 32."
+            )
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(waveform))
+        return loss
+
+    def _augment(self, waveform: Tensor) -> Tensor:
+        """Random time shift and crop of each clip, where the settings ask for them. (B, samples)"""
+        samples = waveform.shape[1]
+        if self.settings.enable_time_shift:
+            shifts = torch.randint(self.settings.shift_max, (len(waveform),)).tolist()
+            waveform = torch.stack([clip.roll(shift) for clip, shift in zip(waveform, shifts, strict=True)])
+        length = self.settings.crop_size
+        if length is not None and length < samples:
+            starts = torch.randint(samples - length + 1, (len(waveform),)).tolist()
+            waveform = torch.stack([clip[at : at + length] for clip, at in zip(waveform, starts, strict=True)])
+        return waveform
+
+    def on_validation_epoch_start(self) -> None:
+        self.collected = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self(int16_to_float32(batch["waveform"]))["clipwise_logits"]
+        self.collected.append((batch["index"], logits, batch["target"]))
+
+    def on_validation_epoch_end(self) -> None:
+        _, logits, targets, *_ = self._gather_collected()
+        loss = self.loss_func(torch.from_numpy(logits), torch.from_numpy(targets))
+        self.log("val_loss", loss.to(self.device), prog_bar=True, sync_dist=True)
+        for metric in clip_metrics(self.task, logits, targets > 0.5):
+            self.log(metric.name, metric.value, prog_bar=metric.name == self.main_metric, sync_dist=True)
+
+    def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        return network_scores(self.sed_model, self.task, waveform)[:2]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.settings
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=settings.weight_decay,
+            fused=settings.precision != "16-mixed",  # fused and gradient scaling exclude clipping
+        )
+        scale: Callable[[int], float] = lambda epoch: learning_rate_scale(  # noqa: E731
+            epoch, settings.lr_scheduler_epoch, settings.lr_rate
+        )
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint says itself what it is: plain values only, so that reading it cannot run code."""
+        values = self.settings.model_dump()
+        checkpoint["settings"], checkpoint["labels"] = values, self.labels
+        frontend = ("sample_rate", "window_size", "hop_size", "mel_bins", "fmin", "fmax")
+        checkpoint["frontend"] = {name: values[name] for name in frontend}
+
+
+class Ensemble_SEDWrapper(_Evaluation):
+    """Several networks tested as one: the mean of their probabilities, of clips and of frames (paper, section 3.1)."""
+
+    def __init__(self, networks: Sequence[HTSAT_Swin_Transformer], settings: Config, labels: Sequence[str]) -> None:
+        super().__init__(settings, labels)
+        self.sed_models = nn.ModuleList(networks)
+
+    def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        clips, frames, _ = zip(*(network_scores(n, self.task, waveform) for n in self.sed_models), strict=True)
+        return torch.stack(clips).mean(dim=0), torch.stack(frames).mean(dim=0)
+
+
+def network_scores(network: Any, task: str, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities (B, K) of the clips and (B, steps, K) of the frames, without their repeats; embeddings (B, C)."""
+    outputs = network(waveform)
+    if task == "single_label" and network.loss_type == "clip_ce":
+        clipwise = outputs["clipwise_logits"].softmax(dim=1)
+    else:
+        clipwise = outputs["clipwise_logits"].sigmoid()
+    return clipwise, outputs["framewise_output"][:, :: network.frames_per_step], outputs["latent_output"]

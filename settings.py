@@ -1,0 +1,241 @@
+"""config.py + flags -> one frozen, validated Config.
+
+config.py is executed with the given values in place of its own, so whatever it computes from a setting follows.
+"""
+
+import ast
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Optional, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+
+CONFIG_PATH = Path(__file__).with_name("config.py")
+
+
+@dataclass(frozen=True)
+class DatasetTraits:
+    """What sets a data set apart, beyond the settings that config.py computes for it."""
+
+    task: Literal["multilabel", "single_label"]  # several classes a clip (mAP), or exactly one (accuracy)
+    fit: Literal["pad", "repeat"]  # how a clip shorter than clip_samples is filled up
+
+
+DATASETS = {
+    "demo": DatasetTraits("multilabel", "pad"),
+    "audioset": DatasetTraits("multilabel", "pad"),
+    "esc-50": DatasetTraits("single_label", "repeat"),
+    "scv2": DatasetTraits("single_label", "repeat"),
+    "desed": DatasetTraits("multilabel", "pad"),
+}
+
+# What a checkpoint decides: the network, what it hears, and what it was trained on. `test` and `predict` take these
+# from the checkpoint; the rest (folders, batch size, device, ...) comes from config.py and the flags.
+NETWORK_SETTINGS = (
+    "sample_rate", "window_size", "hop_size", "mel_bins", "fmin", "fmax", "classes_num", "loss_type", "enable_tscam",
+    "enable_repeat_mode", "htsat_attn_heatmap", "htsat_spec_size", "htsat_patch_size", "htsat_stride",
+    "htsat_window_size", "htsat_dim", "htsat_depth", "htsat_num_head", "htsat_drop_path",
+)  # fmt: skip
+TRAINED_SETTINGS = (*NETWORK_SETTINGS, "dataset_type", "exp_name", "esc_fold", "protocol", "clip_samples")
+
+POSITIVE = (
+    "batch_size", "learning_rate", "max_epoch", "sample_rate", "clip_samples", "window_size", "hop_size", "mel_bins",
+    "fmax", "classes_num", "htsat_spec_size", "htsat_patch_size", "htsat_stride", "htsat_window_size", "htsat_dim",
+    "shift_max", "crop_size", "esc_fold", "save_top_k",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "weight_decay", "gradient_clip", "mixup_alpha", "devices", "num_workers", "fmin", "htsat_drop_path", "random_seed",
+)  # fmt: skip
+
+
+class Config(BaseModel):
+    """All settings of a run, checked and frozen. The fields are those of config.py, in its order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __getattr__(self, name: str) -> Any:  # the fields exist at run time only: tell type checkers so
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    @property
+    def traits(self) -> DatasetTraits:
+        """The row of DATASETS that belongs to dataset_type."""
+        return DATASETS[self.dataset_type]
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of this run's checkpoints, logs and records."""
+        return Path(self.workspace) / "runs" / self.exp_name
+
+    def save(self, path: Path) -> None:
+        """Write the settings to `path` as JSON."""
+        path.write_text(json.dumps(self.model_dump(), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of config.py."""
+
+    name: str
+    type: Any
+    comment: str
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.type) is list
+
+    @property
+    def is_optional(self) -> bool:
+        return get_origin(self.type) is Union and type(None) in get_args(self.type)
+
+    def check(self, value: Any) -> Any:
+        """`value` as this setting's type. Raises ValueError that says what was given and what is allowed."""
+        if isinstance(value, str):
+            value = self._parse(value)
+        try:
+            return TypeAdapter(self.type).validate_python(value)
+        except ValidationError as error:
+            reasons = "; ".join(e["msg"] for e in error.errors())
+            raise ValueError(f"{self.name} = {value!r} is not allowed: {reasons}. ({self.comment})") from None
+
+    def _parse(self, text: str) -> Any:
+        """Text of the command line: None for an optional setting, a list as 1,2,3 or [1, 2, 3]."""
+        if self.is_optional and text in ("None", "none", ""):
+            return None
+        if not self.is_list:
+            return text
+        return [part.strip().strip("'\"") for part in text.strip("[] ").split(",") if part.strip()]
+
+
+@cache
+def _source() -> tuple[str, dict[str, str]]:
+    """The text of config.py, and the comment of each setting in it."""
+    text = CONFIG_PATH.read_text()
+    lines = text.splitlines()
+    comments = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            statement = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            comments[node.target.id] = statement.rpartition("  # ")[2].splitlines()[0].strip()
+    return text, comments
+
+
+def _execute(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Run config.py with the values of `given` in place of its own; returns its namespace."""
+    tree = ast.parse(_source()[0])
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in given:
+            node.value = ast.Subscript(ast.Name("_given", ast.Load()), ast.Constant(node.target.id), ast.Load())
+    namespace: dict[str, Any] = {"_given": dict(given), "__name__": "config", "__file__": str(CONFIG_PATH)}
+    exec(compile(ast.fix_missing_locations(tree), str(CONFIG_PATH), "exec"), namespace)
+    return namespace
+
+
+@cache
+def all_settings() -> dict[str, Setting]:
+    """Every setting of config.py by name, in order."""
+    annotations = _execute({})["__annotations__"]
+    comments = _source()[1]
+    return {name: Setting(name, kind, comments[name]) for name, kind in annotations.items()}
+
+
+@cache
+def _config_class() -> type[Config]:
+    fields: dict[str, Any] = {name: (setting.type, ...) for name, setting in all_settings().items()}
+    return create_model("Config", __base__=Config, **fields)
+
+
+def _edited_in_session(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a notebook changed by `import config; config.max_epoch = 3`, compared with the file itself."""
+    module = sys.modules.get("config")
+    if module is None:
+        return {}
+    known = all_settings()
+    stray = [n for n, v in vars(module).items() if n not in known and not n.startswith("_") and _is_plain(v)]
+    if stray:
+        raise ValueError(unknown_setting(stray[0]))
+    return {name: getattr(module, name) for name in known if getattr(module, name) != values[name]}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple))
+
+
+def unknown_setting(name: str) -> str:
+    """The message for a setting that does not exist: close names first, then all of them."""
+    close = difflib.get_close_matches(name, all_settings(), n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"There is no setting {name!r}.{hint} The settings are: {', '.join(all_settings())}."
+
+
+def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[Mapping[str, Any]] = None) -> Config:
+    """Settings of a run: config.py, then what a checkpoint decides, then what is given.
+
+    given: {name: value}, as from flags. checkpoint: the settings saved in a checkpoint; those in TRAINED_SETTINGS
+    count. Raises ValueError for unknown names, wrong values and values that do not fit together.
+    """
+    given = dict(given or {})
+    known = all_settings()
+    for name in given:
+        if name not in known:
+            raise ValueError(unknown_setting(name))
+    given = {name: known[name].check(value) for name, value in given.items()}
+    session = _edited_in_session(_execute({}))
+    session = {name: known[name].check(value) for name, value in session.items()}
+    trained = {name: known[name].check(v) for name, v in (checkpoint or {}).items() if name in TRAINED_SETTINGS}
+    for name in NETWORK_SETTINGS:
+        if name in trained and name in given and given[name] != trained[name]:
+            raise ValueError(
+                f"{name} = {given[name]!r} contradicts the checkpoint, whose network has {name} = {trained[name]!r}. "
+                f"Leave --{name} out: the checkpoint brings its own."
+            )
+    values = _execute({**session, **trained, **given})
+    config = _config_class()(**{name: known[name].check(values[name]) for name in known})
+    _check_together(config)
+    return config
+
+
+def from_saved(saved: Mapping[str, Any]) -> Config:
+    """A Config as it was saved with a run; settings that have come since take the values config.py gives them."""
+    known = all_settings()
+    values = _execute({name: value for name, value in saved.items() if name in known})
+    return _config_class()(**{name: values[name] for name in known})
+
+
+def _check_together(config: Config) -> None:
+    """What no single setting shows. Raises ValueError, or warns where a value is legal but odd."""
+    values = config.model_dump()
+    for name in POSITIVE:
+        if values[name] is not None and values[name] <= 0:
+            raise ValueError(f"{name} = {values[name]} is not allowed: it must be greater than 0.")
+    for name in NOT_NEGATIVE:
+        if values[name] < 0:
+            raise ValueError(f"{name} = {values[name]} is not allowed: it must be 0 or greater.")
+    if config.fmin >= config.fmax:
+        raise ValueError(f"fmin = {config.fmin} Hz must lie below fmax = {config.fmax} Hz.")
+    if config.fmax > config.sample_rate / 2:
+        warnings.warn(
+            f"fmax = {config.fmax} Hz lies above half the sample rate ({config.sample_rate / 2} Hz): the mel bands "
+            f"up there stay empty.",
+            stacklevel=3,
+        )
+    if len(config.lr_rate) != 3 or len(config.lr_scheduler_epoch) != 3:
+        raise ValueError("lr_rate and lr_scheduler_epoch each need three values, as in config.py.")
+    if sorted(config.lr_scheduler_epoch) != config.lr_scheduler_epoch:
+        raise ValueError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
+    if not config.tta_shifts:
+        raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
+    if len(config.fl_threshold) not in (1, config.classes_num):
+        raise ValueError(
+            f"fl_threshold has {len(config.fl_threshold)} values: give 1, or {config.classes_num} (classes_num)."
+        )
+    if config.loss_type == "clip_ce" and config.traits.task == "multilabel":
+        raise ValueError(
+            f"loss_type = clip_ce expects one class a clip, but {config.dataset_type} clips may have several: "
+            f"use clip_bce or asl_loss."
+        )
