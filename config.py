@@ -11,26 +11,26 @@ from typing import Literal, Optional
 dataset_type: Literal["demo", "audioset", "esc-50", "scv2", "desed"] = "demo"  # which data set
 exp_name: str = f"htsat_{dataset_type}"  # name of the run: its folder is <workspace>/runs/<exp_name>
 workspace: str = "workspace"  # folder of prepared data and runs
-dataset_path: str = f"{workspace}/data/{dataset_type}"  # folder of the prepared data set (AudioSet: the one with hdf5s/)
+dataset_path: str = f"{workspace}/data/{dataset_type}"  # folder of the prepared data (AudioSet: that of hdf5s/)
 index_type: str = "full_train"  # AudioSet: index to train on, hdf5s/indexes/<index_type>.h5
-esc_fold: int = 1  # ESC-50: the fold that is held out for testing, numbered as in esc50.csv (1 to 5)
-protocol: Literal["held_out", "paper"] = "held_out"  # choose the best checkpoint on validation clips, or on the test clips
+esc_fold: int = 1  # ESC-50: the fold held out for testing, numbered as in esc50.csv (1 to 5)
+protocol: Literal["held_out", "paper"] = "held_out"  # choose the best checkpoint on validation, or on test clips
 debug: bool = False  # run only a few batches of everything, to see whether it runs
 
 # --- training -------------------------------------------------------------------------------------------------------
 resume: Optional[str] = None  # go on with an interrupted run: auto, or the path of one of its checkpoints
-resume_checkpoint: Optional[str] = None  # checkpoint to fine-tune from (train), to evaluate (test) or to use (predict)
+resume_checkpoint: Optional[str] = None  # checkpoint to fine-tune from (train), evaluate (test) or use (predict)
 random_seed: int = 970131  # seed of everything that is random
 batch_size: int = 128 if dataset_type == "audioset" else 32  # clips in one step, all devices together
-learning_rate: float = 1e-3  # multiplied by the scale of the epoch (lr_rate)
+learning_rate: float = 1e-2 if dataset_type == "demo" else 1e-3  # multiplied by the scale of the epoch (lr_rate)
 max_epoch: int = 100 if dataset_type in ("audioset", "esc-50", "scv2") else 30  # epochs to train
 lr_scheduler_epoch: list[int] = [10, 20, 30]  # last epochs at the scales lr_rate[2], lr_rate[1], lr_rate[0]
 lr_rate: list[float] = [0.02, 0.05, 0.1]  # scales of the three warm-up epochs, then downwards again
 weight_decay: float = 0.05  # AdamW's, on every parameter
 gradient_clip: float = 1.0  # largest norm of the gradient, 0 for no limit
-loss_type: Literal["clip_bce", "clip_ce", "asl_loss"] = "clip_ce" if dataset_type == "esc-50" else "clip_bce"  # the loss
+loss_type: Literal["clip_bce", "clip_ce", "asl_loss"] = "clip_ce" if dataset_type == "esc-50" else "clip_bce"  # loss
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
-mixup_alpha: float = 0.0 if dataset_type == "demo" else 0.5  # mixup of features, weight from Beta(alpha, alpha); 0: none
+mixup_alpha: float = 0.0 if dataset_type == "demo" else 0.5  # mixup of features with weights from Beta(a, a), 0: none
 mixup_targets: bool = False  # mix the targets as well (the paper leaves them as they are)
 spec_augment: bool = True  # SpecAugment: 2 time masks of up to 64 frames, 2 frequency masks of up to 8 bands
 save_top_k: int = 10 if dataset_type == "audioset" else 3  # checkpoints to keep, best first, beside the last one

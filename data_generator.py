@@ -28,7 +28,7 @@ def load_table(settings: Config, split: Split) -> ClipTable:
         )
     if table.sample_rate not in (None, settings.sample_rate):
         raise ValueError(
-            f"{table.paths[0]} holds audio at {table.sample_rate} Hz, the network listens at {settings.sample_rate} Hz: "
+            f"{table.paths[0]} holds audio at {table.sample_rate} Hz, the network takes {settings.sample_rate} Hz: "
             f"prepare it again with --sample_rate {settings.sample_rate}."
         )
     if len(table) == 0:
@@ -184,7 +184,7 @@ class ShardSampler(Sampler[int]):
         return len(self.share)
 
 
-def _as_read(batch: Batch) -> Batch:
+def _as_read(batch: Any) -> Any:
     """ClipDataset hands over whole batches: there is nothing to collate."""
     return batch
 

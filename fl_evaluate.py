@@ -51,11 +51,11 @@ def evaluate(scores: Scores, thresholds: np.ndarray) -> tuple[pd.DataFrame, list
 
 def draw_clips(scores: Scores, found: pd.DataFrame, folder: Path, count: int) -> list[Path]:
     """Draw the first `count` clips with events, from the audio of the clip store. Empty where that store is gone."""
+    import torch
+
     from model.frontend import LogMel, Spectrogram
     from prepare.clip_store import open_store
     from utils import int16_to_float32
-
-    import torch
 
     store = Path(str(scores.attributes["clip_store"]))
     rate = int(scores.attributes["sample_rate"])

@@ -100,7 +100,8 @@ class Tagger:
         window = self.settings.clip_samples
         cut = waveform[start : start + window].astype(np.float32)
         if len(cut) < window:
-            cut = np.resize(cut, window) if self.settings.traits.fit == "repeat" else np.pad(cut, (0, window - len(cut)))
+            repeats = self.settings.traits.fit == "repeat"
+            cut = np.resize(cut, window) if repeats else np.pad(cut, (0, window - len(cut)))
         return torch.from_numpy(cut)
 
 
@@ -112,9 +113,7 @@ def window_starts(samples: int, window: int) -> list[int]:
     return [*range(0, samples - window, hop), samples - window]
 
 
-def overlap_average(
-    framewise: np.ndarray, starts: np.ndarray, seconds_per_frame: float, duration: float
-) -> np.ndarray:
+def overlap_average(framewise: np.ndarray, starts: np.ndarray, seconds_per_frame: float, duration: float) -> np.ndarray:
     """(W, steps, K) scores of windows that begin at `starts` (seconds) -> (T, K) on one grid over the duration.
 
     Each frame of the grid takes, from every window that covers its middle, the score there; those are averaged.

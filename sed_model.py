@@ -72,7 +72,8 @@ class _Evaluation(pl.LightningModule):
     def _gather_collected(self) -> list[np.ndarray]:
         """What the steps collected, from all processes, sorted by the clips' place in the table."""
         if self.collected:
-            parts = [torch.cat(part).float() if n else torch.cat(part) for n, part in enumerate(zip(*self.collected))]
+            columns = list(zip(*self.collected, strict=True))
+            parts = [torch.cat(columns[0]), *(torch.cat(column).float() for column in columns[1:])]
         else:  # fewer clips than processes: this one had none
             classes = self.settings.classes_num
             parts = [torch.zeros(0, dtype=torch.long), torch.zeros(0, classes), torch.zeros(0, classes)]
@@ -147,7 +148,8 @@ class SEDWrapper(_Evaluation):
     def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         return network_scores(self.sed_model, self.task, waveform)[:2]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
+        """AdamW, and a factor of its learning rate that changes from epoch to epoch."""
         settings = self.settings
         optimizer = torch.optim.AdamW(
             [parameter for parameter in self.parameters() if parameter.requires_grad],

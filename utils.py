@@ -35,5 +35,5 @@ def get_mix_lambda(alpha: float, batch_size: int, device: torch.device | str = "
 
 
 def d_prime(auc: float) -> float:
-    """Sensitivity index d' = sqrt(2) x z(AUC), z the inverse of the normal distribution function (Hershey et al. 2017)."""
+    """Sensitivity index d' = sqrt(2) z(AUC), z the inverse normal distribution function (Hershey et al. 2017)."""
     return float(np.sqrt(2.0) * norm.ppf(auc))

@@ -42,8 +42,8 @@ def build_trainer(settings: Config, *, training: bool) -> pl.Trainer:
     gpu = on_gpu(settings)
     strategy: str | Strategy = "auto"
     if devices > 1:
-        # Nothing but BatchNorm has buffers that change, and SyncBatchNorm keeps those equal: to broadcast them would
-        # only tie together validation shares, which may differ in length.
+        # Nothing but BandNorm has buffers that change, and it keeps them equal by itself: to broadcast them would only
+        # tie together validation shares, which may differ in length.
         strategy = DDPStrategy(process_group_backend="nccl" if gpu else "gloo", broadcast_buffers=False)
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the first page says it in one place
@@ -54,7 +54,6 @@ def build_trainer(settings: Config, *, training: bool) -> pl.Trainer:
         precision="32-true" if settings.precision == "32" else settings.precision,
         max_epochs=settings.max_epoch,
         gradient_clip_val=settings.gradient_clip or None,
-        sync_batchnorm=training and devices > 1,
         use_distributed_sampler=False,  # data_generator.py has its own
         deterministic="warn",
         num_sanity_val_steps=0,
@@ -158,8 +157,8 @@ class EpochLine(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = trainer.callback_metrics
-        shown = [f"{n} {values[k]:.4f}" for n, k in (("loss", "train_loss_epoch"), ("val loss", "val_loss")) if k in values]
-        shown += [f"{self.metric} {values[self.metric]:.4f}"] if self.metric in values else []
+        names = {"train_loss_epoch": "loss", "val_loss": "val loss", self.metric: self.metric}
+        shown = [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values]
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         seconds = time.monotonic() - self.epoch_started
         print(
@@ -176,5 +175,3 @@ class EpochLine(Callback):
             return "?"
         seconds = int((time.monotonic() - self.started) / done * (total - trainer.global_step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-

@@ -56,17 +56,17 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
         if is_first_process() and folder.is_dir() and any(folder.glob("*.ckpt")):
             raise ValueError(
                 f"{settings.run_folder} holds a run already: --resume auto goes on with it, --exp_name NAME begins "
-                f"another beside it."
+                f"another."
             )
         return None
     if settings.resume == "auto" and not last.is_file():
         return None
     resumed = read_checkpoint(last if settings.resume == "auto" else Path(settings.resume))
     if resumed.settings is None or resumed.epoch is None:
-        raise ValueError(f"{resumed.path} is no checkpoint of a run: to start from its weights use --resume_checkpoint.")
-    now = settings.model_dump()
-    changed = [n for n in (*NETWORK_SETTINGS, "dataset_type") if n in resumed.settings and resumed.settings[n] != now[n]]
+        raise ValueError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
+    now, then = settings.model_dump(), resumed.settings
+    changed = [name for name in (*NETWORK_SETTINGS, "dataset_type") if name in then and then[name] != now[name]]
     if changed:
-        was = ", ".join(f"{name} = {resumed.settings[name]!r} (now {now[name]!r})" for name in changed)
-        raise ValueError(f"The run to go on with was started with {was}: give the same settings, or another --exp_name.")
+        was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
+        raise ValueError(f"The run to go on with has {was}: give the same settings, or another --exp_name.")
     return resumed

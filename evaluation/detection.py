@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evaluation.postprocess import frame_edges
+from evaluation.postprocess import EVENT_COLUMNS, frame_edges
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def score_tables(
 
 def _truth_by_clip(truth: pd.DataFrame, names: list[str]) -> dict[str, list[tuple[float, float, str]]]:
     events: dict[str, list[tuple[float, float, str]]] = {name: [] for name in names}
-    for row in truth.itertuples():
-        events[row.filename].append((row.onset, row.offset, row.event_label))
+    for name, onset, offset, label in truth[EVENT_COLUMNS].to_numpy().tolist():
+        events[name].append((onset, offset, label))
     return events
 
 

@@ -7,7 +7,7 @@ EVENT_COLUMNS = ["filename", "onset", "offset", "event_label"]
 
 
 def frame_edges(frames: int, seconds_per_frame: float, duration: float) -> np.ndarray:
-    """(frames + 1,) times in seconds at which the frames of a clip begin, and the last one ends, within its duration."""
+    """(frames + 1,) times in seconds at which the frames of a clip begin, and the last one ends."""
     return np.minimum(np.arange(frames + 1) * seconds_per_frame, duration)
 
 

@@ -6,7 +6,7 @@ from model.htsat import HTSAT_Swin_Transformer
 
 
 def build_model(settings: Any) -> HTSAT_Swin_Transformer:
-    """The network that `settings` (a Config, as from settings.resolve) describe. Raises ValueError for sizes that clash."""
+    """The network that `settings` (a Config of settings.resolve) describe. Raises ValueError for sizes that clash."""
     return HTSAT_Swin_Transformer(
         num_classes=settings.classes_num,
         sample_rate=settings.sample_rate,

@@ -54,7 +54,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no checkpoint {path}. Give the path of a .ckpt file, as train prints it at its end.")
+        raise ValueError(f"There is no checkpoint {path}: give the path of a .ckpt file, as train prints it.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

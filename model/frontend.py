@@ -4,6 +4,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 import torchaudio
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -71,6 +72,35 @@ class LogMel(nn.Module):
 
     def forward(self, power: Tensor) -> Tensor:
         return 10.0 * torch.log10(torch.clamp(power @ self.melW, min=POWER_FLOOR))
+
+
+class BandNorm(nn.BatchNorm1d):
+    """BatchNorm over each mel band, (B, F, T) -> (B, F, T), in training with the statistics of all processes' clips.
+
+    torch's SyncBatchNorm does so on CUDA only. This one also runs on the CPU; its input must need no gradient, which
+    a log-mel spectrogram does not. The published network has a BatchNorm2d over (B, F, T, 1) here: same numbers, same
+    names, but on the CPU torch 2.11 gets the gradients of that one wrong for some layouts.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+        if alone or not self.training:
+            return super().forward(x)
+        assert not x.requires_grad, "the statistics pass no gradient"
+        values = x.double()
+        count = values.new_full((1,), x.shape[0] * x.shape[2])
+        sums = torch.cat([values.sum(dim=(0, 2)), values.square().sum(dim=(0, 2)), count])
+        dist.all_reduce(sums)
+        mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        variance = square - mean**2
+        unbiased = variance * (sums[-1] / (sums[-1] - 1))
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(x.dtype), self.momentum or 0.1)
+        self.running_var.lerp_(unbiased.to(x.dtype), self.momentum or 0.1)
+        return F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), self.weight, self.bias, eps=self.eps)
 
 
 class SpecAugment(nn.Module):

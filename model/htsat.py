@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.frontend import LogMel, SpecAugment, Spectrogram, fold, stack, stretch
+from model.frontend import BandNorm, LogMel, SpecAugment, Spectrogram, fold, stack, stretch
 from model.layers import PatchEmbed, Stage
 from utils import do_mixup
 
@@ -68,7 +68,7 @@ class HTSAT_Swin_Transformer(nn.Module):
 
         self.spectrogram_extractor = Spectrogram(window_size, hop_size)
         self.logmel_extractor = LogMel(sample_rate, window_size, mel_bins, fmin, fmax)
-        self.bn0 = nn.BatchNorm1d(mel_bins)  # in place of BatchNorm2d over (B, F, T, 1): same numbers, same names
+        self.bn0 = BandNorm(mel_bins)
         self.spec_augmenter = SpecAugment()
 
         self.patch_embed = PatchEmbed(patch_size, patch_stride, embed_dim)
@@ -78,9 +78,7 @@ class HTSAT_Swin_Transformer(nn.Module):
             size = spec_size // patch_stride // 2**number
             merge = number < len(depths) - 1
             self.layers.append(
-                Stage(
-                    embed_dim * 2**number, size, heads, attention_window, [next(rates) for _ in range(depth)], merge
-                )
+                Stage(embed_dim * 2**number, size, heads, attention_window, [next(rates) for _ in range(depth)], merge)
             )
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.norm = nn.LayerNorm(self.num_features)
@@ -94,6 +92,7 @@ class HTSAT_Swin_Transformer(nn.Module):
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recompute each Swin block in the backward pass instead of keeping its activations."""
         for stage in self.layers:
+            assert isinstance(stage, Stage)
             stage.gradient_checkpointing = enabled
 
     def unused_parameters(self) -> list[nn.Parameter]:
@@ -226,5 +225,5 @@ def _check_sizes(
     if spec_size % (patch_stride * 2 ** (len(depths) - 1)) or last_size < freq_ratio or last_size % freq_ratio:
         raise ValueError(
             f"htsat_spec_size {spec_size}, htsat_stride {patch_stride} and {len(depths)} stages leave {last_size} "
-            f"rows of tokens, which cannot be unfolded into {freq_ratio} (htsat_spec_size / mel_bins) stretches of time."
+            f"rows of tokens, which cannot be unfolded into {freq_ratio} (htsat_spec_size / mel_bins) stretches."
         )

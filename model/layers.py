@@ -86,6 +86,8 @@ def shifted_window_mask(size: int, window: int, shift: int) -> Tensor:
 class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, with a learned bias by relative position."""
 
+    relative_position_index: Tensor
+
     def __init__(self, channels: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
@@ -157,9 +159,7 @@ class SwinBlock(nn.Module):
 class Stage(nn.Module):
     """Swin blocks of one resolution, then patch merging but in the last stage."""
 
-    def __init__(
-        self, channels: int, size: int, heads: int, window: int, drop_path: list[float], merge: bool
-    ) -> None:
+    def __init__(self, channels: int, size: int, heads: int, window: int, drop_path: list[float], merge: bool) -> None:
         """channels, size (side of the map in tokens) and heads of this stage; drop_path: the rate of each block."""
         super().__init__()
         self.gradient_checkpointing = False

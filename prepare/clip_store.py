@@ -10,7 +10,7 @@ additions and is a valid store.
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional
@@ -60,8 +60,9 @@ class ClipStoreWriter:
     def __enter__(self) -> "ClipStoreWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = h5py.File(self.partial, "w")
+        samples = self.clip_samples
         self.waveforms = self.file.create_dataset(
-            "waveform", (0, self.clip_samples), "int16", maxshape=(None, self.clip_samples), chunks=(1, self.clip_samples)
+            "waveform", (0, samples), "int16", maxshape=(None, samples), chunks=(1, samples)
         )
         return self
 
@@ -131,9 +132,9 @@ class ClipTable:
         return len(self.names)
 
     def select(self, wanted: np.ndarray) -> "ClipTable":
-        """The clips where the (N,) bool array `wanted` is true."""
-        rows = {name: getattr(self, name)[wanted] for name in ("names", "targets", "path_number", "row", "fold", "split")}
-        return ClipTable(self.paths, **rows, labels=self.labels, sample_rate=self.sample_rate, attributes=self.attributes)
+        """The clips that `wanted` picks: an (N,) bool array, or clip numbers in the order they shall have."""
+        columns = ("names", "targets", "path_number", "row", "fold", "split")
+        return replace(self, **{name: getattr(self, name)[wanted] for name in columns})
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the clips, their order or their classes."""

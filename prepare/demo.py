@@ -68,7 +68,8 @@ def chirp(rng: Generator, t: np.ndarray, rate: int) -> np.ndarray:
 def hum(rng: Generator, t: np.ndarray, rate: int) -> np.ndarray:
     """Mains-like hum: steady harmonics of 90 to 130 Hz."""
     base = rng.uniform(90, 130)
-    return sum((np.sin(2 * np.pi * base * k * t + rng.uniform(0, 6.28)) / k**0.5 for k in range(1, 9)), np.zeros_like(t))
+    harmonics = [np.sin(2 * np.pi * base * k * t + rng.uniform(0, 6.28)) / k**0.5 for k in range(1, 9)]
+    return np.sum(harmonics, axis=0)
 
 
 def noise_burst(rng: Generator, t: np.ndarray, rate: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from model.htsat import HTSAT_Swin_Transformer
 
 FOLDER = Path(__file__).parent / "golden"
 _spec = importlib.util.spec_from_file_location("golden", FOLDER / "golden.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 golden = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(golden)
 SHAPES = json.loads((FOLDER / "state_dict_shapes_527.json").read_text())

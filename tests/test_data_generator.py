@@ -1,0 +1,119 @@
+"""Reading clips, and the order in which they are read."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_generator import BalancedSampler, ClipDataset, EpochSampler, SEDDataModule, ShardSampler, load_table
+from prepare.clip_store import Clip, ClipStoreWriter, read_store_table
+from settings import resolve
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    path = tmp_path / "esc-50.h5"
+    with ClipStoreWriter(path, clip_samples=8, sample_rate=32000, labels=["x"] * 50) as writer:
+        for number in range(10):
+            sound = np.arange(1, 6 + number % 3).astype(np.int16) + 10 * number
+            writer.add(Clip(f"{number}", sound, [number % 4], fold=number % 5 + 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fit", "expected"),
+    [("pad", [1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 0, 0]), ("repeat", [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2])],
+)
+def test_short_clips_are_fitted(store: Path, fit: str, expected: list[int]) -> None:
+    dataset = ClipDataset(read_store_table(store), clip_samples=12, fit=fit)  # type: ignore[arg-type]
+    assert dataset[0]["waveform"].dtype == torch.int16
+    assert dataset[0]["waveform"].tolist() == expected
+    assert dataset[0]["real_len"] == 5
+    assert ClipDataset(read_store_table(store), clip_samples=4, fit="pad")[1]["waveform"].tolist() == [11, 12, 13, 14]
+
+
+def test_a_batch_is_its_items(store: Path) -> None:
+    dataset = ClipDataset(read_store_table(store), clip_samples=8, fit="pad")
+    batch = dataset.__getitems__([7, 2, 2])
+    for place, index in enumerate([7, 2, 2]):
+        item = dataset[index]
+        assert batch["audio_name"][place] == item["audio_name"] == str(index)
+        for name in ("waveform", "target", "real_len", "index"):
+            assert torch.equal(batch[name][place], item[name])
+
+
+def test_handles_do_not_travel(store: Path) -> None:
+    dataset = ClipDataset(read_store_table(store), clip_samples=8, fit="pad")
+    first = dataset[3]["waveform"]
+    copy = pickle.loads(pickle.dumps(dataset))  # as a DataLoader does for a spawned worker
+    assert not copy._open
+    assert torch.equal(copy[3]["waveform"], first)
+
+
+def test_folds(store: Path) -> None:
+    given = {"dataset_type": "esc-50", "dataset_path": str(store.parent), "esc_fold": 5}
+    held_out = {split: load_table(resolve(given), split).names.tolist() for split in ("train", "validation", "test")}
+    assert held_out == {"test": [b"4", b"9"], "validation": [b"0", b"5"], "train": [b"1", b"2", b"3", b"6", b"7", b"8"]}
+    paper = resolve({**given, "protocol": "paper"})
+    assert load_table(paper, "validation").names.tolist() == load_table(paper, "test").names.tolist() == [b"4", b"9"]
+    assert len(load_table(paper, "train")) == 8
+    with pytest.raises(ValueError, match=r"esc_fold = 6 .* \[1, 2, 3, 4, 5\]"):
+        load_table(resolve({**given, "esc_fold": 6}), "test")
+
+
+def test_data_that_does_not_fit_is_refused(store: Path) -> None:
+    given = {"dataset_type": "esc-50", "dataset_path": str(store.parent)}
+    with pytest.raises(ValueError, match="has 50 classes"):
+        load_table(resolve({**given, "classes_num": 10}), "train")
+    with pytest.raises(ValueError, match="prepare it again with --sample_rate 16000"):
+        load_table(resolve({**given, "sample_rate": 16000}), "train")
+    with pytest.raises(ValueError, match="There is no file"):
+        load_table(resolve({**given, "dataset_path": "nowhere"}), "train")
+
+
+def test_epoch_sampler_shares_are_disjoint() -> None:
+    shares = [list(EpochSampler(11, seed=1, rank=rank, world=3)) for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 3]
+    assert len({clip for share in shares for clip in share}) == 9
+    sampler = EpochSampler(11, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(11))
+    assert first == list(sampler)
+    sampler.set_epoch(1)
+    assert first != list(sampler)
+    with pytest.raises(ValueError, match="set devices lower"):
+        EpochSampler(2, seed=1, world=3)
+
+
+def test_balanced_sampler_draws_classes_equally_often() -> None:
+    targets = np.zeros((1000, 4), dtype=bool)
+    targets[:900, 0] = targets[900:990, 1] = targets[990:, 3] = True  # class 2 has no clips
+    drawn = np.array(list(BalancedSampler(targets, seed=1)))
+    label = targets[drawn].argmax(axis=1)
+    assert len(drawn) == 1000
+    for start in range(0, 999, 3):  # each class once a round
+        assert sorted(label[start : start + 3]) == [0, 1, 3]
+    assert len(set(drawn[label == 0])) > 250
+    halves = [list(BalancedSampler(targets, seed=1, rank=rank, world=2)) for rank in range(2)]
+    assert [clip for pair in zip(*halves, strict=True) for clip in pair] == drawn.tolist()
+    with pytest.raises(ValueError, match="--balanced_data False"):
+        BalancedSampler(np.zeros((3, 2), dtype=bool), seed=1)
+
+
+@pytest.mark.parametrize(("length", "world"), [(7, 1), (7, 2), (1, 3)])
+def test_shard_sampler_repeats_nothing(length: int, world: int) -> None:
+    shares = [list(ShardSampler(length, rank=rank, world=world)) for rank in range(world)]
+    assert sorted(clip for share in shares for clip in share) == list(range(length))
+
+
+def test_loaders_give_every_clip_with_and_without_workers(demo_workspace: Path) -> None:
+    orders = []
+    for workers in (0, 2):
+        path = str(demo_workspace / "workspace" / "data" / "demo")
+        settings = resolve({"dataset_path": path, "num_workers": workers, "batch_size": 4})
+        loader = SEDDataModule(settings).train_dataloader()
+        orders.append([name for batch in loader for name in batch["audio_name"]])
+    assert orders[0] == orders[1]
+    assert len(set(orders[0])) == 14

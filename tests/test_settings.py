@@ -1,0 +1,124 @@
+"""config.py, flags and derived values; what is refused, and how."""
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+import main
+import settings
+from settings import all_settings, resolve
+
+
+@pytest.fixture
+def notebook_config() -> Iterator[ModuleType]:
+    """`import config`, as in a notebook; forgotten afterwards."""
+    sys.modules.pop("config", None)
+    import config
+
+    yield config
+    sys.modules.pop("config", None)
+
+
+def test_derived_settings_follow() -> None:
+    scv2 = resolve({"dataset_type": "scv2"})
+    assert (scv2.sample_rate, scv2.hop_size, scv2.clip_samples, scv2.classes_num) == (16000, 160, 160000, 35)
+    assert scv2.fmax == 8000.0
+    audioset = resolve({"dataset_type": "audioset"})
+    assert (audioset.sample_rate, audioset.hop_size, audioset.classes_num, audioset.batch_size) == (
+        32000,
+        320,
+        527,
+        128,
+    )
+    assert resolve({"dataset_type": "esc-50"}).loss_type == "clip_ce"
+    assert resolve({"sample_rate": 16000}).hop_size == 160
+    assert resolve({"sample_rate": 16000, "hop_size": 200}).hop_size == 200
+    assert resolve({"exp_name": "x"}).heatmap_dir == "workspace/runs/x/scores"
+
+
+def test_text_of_flags_becomes_values() -> None:
+    given = {"max_epoch": "5", "lr_scheduler_epoch": "1,2,3", "lr_rate": "[0.1, 0.2, 0.3]", "fl_local": "True"}
+    found = resolve({**given, "crop_size": "None", "esm_model_pathes": "a.ckpt,b.ckpt"})
+    assert (found.max_epoch, found.lr_scheduler_epoch, found.lr_rate) == (5, [1, 2, 3], [0.1, 0.2, 0.3])
+    assert found.fl_local is True
+    assert found.crop_size is None
+    assert found.esm_model_pathes == ["a.ckpt", "b.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_epochs": 5}, "Did you mean max_epoch"),
+        ({"dataset_type": "esc50"}, "'audioset', 'esc-50'"),
+        ({"max_epoch": "many"}, "max_epoch = 'many' is not allowed"),
+        ({"max_epoch": 0}, "must be greater than 0"),
+        ({"mixup_alpha": -1}, "must be 0 or greater"),
+        ({"fmin": 15000}, "must lie below fmax"),
+        ({"lr_rate": [0.1]}, "three values"),
+        ({"loss_type": "clip_ce"}, "use clip_bce"),
+        ({"tta_shifts": []}, r"give \[0\]"),
+        ({"fl_threshold": [0.1, 0.2]}, "give 1, or 10"),
+    ],
+)
+def test_refusals_say_what_is_allowed(given: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        resolve(given)
+
+
+def test_bands_above_half_the_rate_warn() -> None:
+    with pytest.warns(UserWarning, match="stay empty"):
+        assert resolve({"dataset_type": "scv2", "fmax": 14000}).fmax == 14000
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        resolve().max_epoch = 3
+
+
+def test_notebook_edit_counts(notebook_config: ModuleType) -> None:
+    notebook_config.max_epoch = 3  # type: ignore[attr-defined]
+    notebook_config.dataset_type = "scv2"  # type: ignore[attr-defined]
+    found = resolve()
+    assert (found.max_epoch, found.sample_rate) == (3, 16000)
+    assert resolve({"max_epoch": 4}).max_epoch == 4
+
+
+def test_notebook_typo_is_refused(notebook_config: ModuleType) -> None:
+    notebook_config.max_epochs = 3  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="Did you mean max_epoch"):
+        resolve()
+
+
+def test_every_setting_is_a_flag_with_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in main.COMMANDS:
+        with pytest.raises(SystemExit):
+            main.build_parser(name).parse_args([name, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        for setting in all_settings().values():
+            assert f"--{setting.name} " in shown
+            assert setting.comment
+            assert setting.comment.split()[0] in shown
+
+
+def test_checkpoint_decides_the_network() -> None:
+    saved = resolve({"dataset_type": "esc-50", "htsat_dim": 48, "batch_size": 7, "esc_fold": 3}).model_dump()
+    found = resolve({}, checkpoint=saved)
+    assert (found.dataset_type, found.htsat_dim, found.classes_num, found.esc_fold) == ("esc-50", 48, 50, 3)
+    assert found.batch_size == resolve({"dataset_type": "esc-50"}).batch_size
+    assert found.dataset_path == "workspace/data/esc-50"
+    with pytest.raises(ValueError, match="contradicts the checkpoint"):
+        resolve({"htsat_dim": 96}, checkpoint=saved)
+
+
+def test_saved_settings_come_back() -> None:
+    config = resolve({"dataset_type": "scv2", "max_epoch": 7})
+    assert settings.from_saved(config.model_dump()) == config
+
+
+def test_unknown_flag_names_the_close_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main.main(["train", "--max_epochs", "3"])
+    assert left.value.code == 2
+    assert "Did you mean max_epoch" in capsys.readouterr().err
