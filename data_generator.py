@@ -216,7 +216,7 @@ class SEDDataModule(pl.LightningDataModule):
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader:
-        return self._evaluation_loader("test")
+        return self._evaluation_loader(self.settings.test_split)
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
         rank, world = self._place()

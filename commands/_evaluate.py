@@ -25,17 +25,18 @@ def check_labels(checkpoint_labels: list[str] | None, table: ClipTable, source: 
 
 
 def run_test(module: _Evaluation, settings: Config, data: SEDDataModule, checkpoints: list[str]) -> None:
-    """Score the test split, print the table of metrics, and write <heatmap_dir>/<test_file>.json and .h5."""
+    """Score the clips of test_split, print the table of metrics, and write <heatmap_dir>/<test_file>.json and .h5."""
     trainer: pl.Trainer = build_trainer(settings, training=False)
     trainer.test(module, data, verbose=False)
     if not is_first_process():
         return
-    table = data.tables["test"]
+    table = data.tables[settings.test_split]
     folder = Path(settings.heatmap_dir)
     folder.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {
         "metrics": [metric.as_dict() for metric in module.test_metrics],
         "dataset_type": settings.dataset_type,
+        "split": settings.test_split,
         "protocol": settings.protocol,
         "checkpoints": checkpoints,
         "tta_shifts": module.shifts,

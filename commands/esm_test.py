@@ -19,10 +19,10 @@ def run(given: dict[str, Any]) -> None:
     checkpoints = [read_checkpoint(path) for path in paths]
     members = [resolve(given, checkpoint=checkpoint.settings) for checkpoint in checkpoints]
     settings = members[0]
-    data = SEDDataModule(settings, ("test",))
+    data = SEDDataModule(settings, (settings.test_split,))
     networks = []
     for checkpoint, member in zip(checkpoints, members, strict=True):
-        check_labels(checkpoint.labels, data.tables["test"], str(checkpoint.path))
+        check_labels(checkpoint.labels, data.tables[settings.test_split], str(checkpoint.path))
         if (member.sample_rate, member.classes_num) != (settings.sample_rate, settings.classes_num):
             raise ValueError(
                 f"{checkpoint.path} listens at {member.sample_rate} Hz for {member.classes_num} classes, {paths[0]} at "
@@ -33,5 +33,9 @@ def run(given: dict[str, Any]) -> None:
         if is_first_process():
             print(report)
     print_first_page(f"HTS-AT: test of {len(networks)} networks together", settings, data, networks[0])
-    labels = checkpoints[0].labels or data.tables["test"].labels or [f"class {k}" for k in range(settings.classes_num)]
+    labels = (
+        checkpoints[0].labels
+        or data.tables[settings.test_split].labels
+        or [f"class {k}" for k in range(settings.classes_num)]
+    )
     run_test(Ensemble_SEDWrapper(networks, settings, labels), settings, data, paths)

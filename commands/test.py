@@ -23,13 +23,17 @@ def run(given: dict[str, Any]) -> None:
         )
     checkpoint = read_checkpoint(path)
     settings = resolve(given, checkpoint=checkpoint.settings)
-    data = SEDDataModule(settings, ("test",))
-    check_labels(checkpoint.labels, data.tables["test"], path)
+    data = SEDDataModule(settings, (settings.test_split,))
+    check_labels(checkpoint.labels, data.tables[settings.test_split], path)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = build_model(settings)
     report = load_network(network, checkpoint)
     if is_first_process():
         print(report)
     print_first_page(f"HTS-AT: test of {path}", settings, data, network)
-    labels = checkpoint.labels or data.tables["test"].labels or [f"class {k}" for k in range(settings.classes_num)]
+    labels = (
+        checkpoint.labels
+        or data.tables[settings.test_split].labels
+        or [f"class {k}" for k in range(settings.classes_num)]
+    )
     run_test(SEDWrapper(network, settings, labels), settings, data, [path])

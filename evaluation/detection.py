@@ -36,9 +36,9 @@ def intersection_f1(
     from psds_eval import PSDSEval
 
     metadata = pd.DataFrame({"filename": list(durations), "duration": list(durations.values())})
-    present = [label for label in labels if (truth.event_label == label).any()]
-    judge = PSDSEval(0.5, 0.5, 0.3, class_names=labels, ground_truth=truth, metadata=metadata)
-    _, by_class = judge.compute_macro_f_score(detections)
+    present = _present(labels, truth)
+    judge = PSDSEval(0.5, 0.5, 0.3, class_names=present, ground_truth=truth, metadata=metadata)
+    _, by_class = judge.compute_macro_f_score(detections[detections.event_label.isin(present)])
     per_class = {label: float(np.nan_to_num(by_class[label])) if label in present else float("nan") for label in labels}
     return DetectionMetric("intersection F1", "DTC = GTC = 0.5", "psds_eval", _mean(per_class), per_class)
 
@@ -56,12 +56,13 @@ def collar_f1(
     """
     from sed_scores_eval import collar_based
 
-    wanted = dict(zip(labels, np.broadcast_to(thresholds, len(labels)).tolist(), strict=True))
+    present = _present(labels, truth)
+    by_label = dict(zip(labels, np.broadcast_to(thresholds, len(labels)).tolist(), strict=True))
     values = collar_based.fscore(
-        scores, _truth_by_clip(truth, list(scores)), wanted,
+        _columns(scores, present), _truth_by_clip(truth, list(scores)), {label: by_label[label] for label in present},
         onset_collar=0.2, offset_collar=0.2, offset_collar_rate=0.2,
     )[0]  # fmt: skip
-    per_class = {label: _if_present(float(values[label]), label, truth) for label in labels}
+    per_class = {label: float(values[label]) if label in present else float("nan") for label in labels}
     return DetectionMetric(
         "collar F1", "onset 200 ms, offset 200 ms or 20 %", "sed_scores_eval", _mean(per_class), per_class
     )
@@ -77,11 +78,10 @@ def psds1(
     """
     from sed_scores_eval import intersection_based
 
-    present = [label for label in labels if (truth.event_label == label).any()]
-    kept = {name: table[["onset", "offset", *present]] for name, table in scores.items()}
+    present = _present(labels, truth)
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
         value, by_class, *_ = intersection_based.psds(
-            kept, _truth_by_clip(truth, list(scores)), durations,
+            _columns(scores, present), _truth_by_clip(truth, list(scores)), durations,
             dtc_threshold=0.7, gtc_threshold=0.7, cttc_threshold=None, alpha_ct=0.0, alpha_st=1.0, max_efpr=100.0,
         )  # fmt: skip
     per_class = {label: float(by_class[label]) if label in present else float("nan") for label in labels}
@@ -113,8 +113,13 @@ def _truth_by_clip(truth: pd.DataFrame, names: list[str]) -> dict[str, list[tupl
     return events
 
 
-def _if_present(value: float, label: str, truth: pd.DataFrame) -> float:
-    return value if (truth.event_label == label).any() else float("nan")
+def _present(labels: list[str], truth: pd.DataFrame) -> list[str]:
+    """The classes with true events: the others have no score."""
+    return [label for label in labels if (truth.event_label == label).any()]
+
+
+def _columns(scores: dict[str, pd.DataFrame], labels: list[str]) -> dict[str, pd.DataFrame]:
+    return {name: table[["onset", "offset", *labels]] for name, table in scores.items()}
 
 
 def _mean(per_class: dict[str, float]) -> float:

@@ -1,6 +1,7 @@
 """Adapters: the demo from its seed, ESC-50 from a folder of any audio."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import h5py
@@ -13,7 +14,6 @@ from prepare.clip_store import read_events, read_store_table
 from prepare.demo import CLIP_SECONDS, EVENTS, LABELS, prepare_demo, synthesize_event
 from prepare.esc50 import LABELS as ESC50_LABELS
 from prepare.esc50 import prepare_esc50
-import itertools
 
 
 def test_demo_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
