@@ -119,7 +119,8 @@ def overlap_average(framewise: np.ndarray, starts: np.ndarray, seconds_per_frame
     Each frame of the grid takes, from every window that covers its middle, the score there; those are averaged.
     """
     count = max(1, int(np.ceil(duration / seconds_per_frame - 1e-9)))
-    middle = np.minimum((np.arange(count) + 0.5) * seconds_per_frame, duration)
+    begin = np.arange(count) * seconds_per_frame
+    middle = (begin + np.minimum(begin + seconds_per_frame, duration)) / 2
     total = np.zeros((count, framewise.shape[2]))
     covered = np.zeros((count, 1))
     for scores, start in zip(framewise, starts, strict=True):

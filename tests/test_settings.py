@@ -74,7 +74,7 @@ def test_bands_above_half_the_rate_warn() -> None:
 
 def test_config_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        resolve().max_epoch = 3
+        resolve().max_epoch = 3  # type: ignore[attr-defined]
 
 
 def test_notebook_edit_counts(notebook_config: ModuleType) -> None:

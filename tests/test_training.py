@@ -1,0 +1,161 @@
+"""Training: it learns, it is deterministic, it goes on after a kill, and two processes agree with one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import main
+from data_generator import SEDDataModule
+from model import build_model
+from model.frontend import BandNorm
+from sed_model import SEDWrapper
+from settings import Config, resolve
+from tests.helpers import ROOT, TINY, TINY_FLAGS, run_python
+
+
+def tiny(workspace: Path, **changes: Any) -> Config:
+    return resolve({**TINY, "workspace": str(workspace / "workspace"), **changes})
+
+
+def test_eight_clips_are_learned_by_heart(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace, spec_augment=False, htsat_drop_path=0.0, learning_rate=3e-3, weight_decay=0.0)
+    torch.manual_seed(0)
+    data = SEDDataModule(settings, ("train",))
+    batch = data.dataset("train").__getitems__(range(8))
+    wrapper = SEDWrapper(build_model(settings), settings, data.tables["train"].labels).train()
+    wrapper.log = lambda *_, **__: None  # type: ignore[method-assign]
+    optimizer = torch.optim.AdamW(wrapper.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    for _ in range(80):
+        loss = wrapper.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+        optimizer.step()
+    assert loss.item() < 0.02
+
+
+def test_recipe_of_the_optimizer(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace, dataset_type="audioset", classes_num=10)
+    wrapper = SEDWrapper(build_model(settings), settings, [])
+    configured = wrapper.configure_optimizers()
+    (group,) = configured["optimizer"].param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.05)
+    assert group["lr"] == pytest.approx(1e-3 * 0.02)
+    assert len(group["params"]) == sum(p.requires_grad for p in wrapper.parameters())
+    assert not any(p.requires_grad for p in wrapper.sed_model.unused_parameters())
+
+
+def test_augmentations_of_the_waveform(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace, enable_time_shift=True, shift_max=50, crop_size=60)
+    wrapper = SEDWrapper(build_model(settings), settings, [])
+    torch.manual_seed(0)
+    clips = torch.arange(100.0).repeat(20, 1)
+    augmented = wrapper._augment(clips)
+    assert augmented.shape == (20, 60)
+    assert len({row[0].item() for row in augmented}) > 5
+    steps = (augmented[:, 1:] - augmented[:, :-1]) % 100
+    assert (steps == 1).all()  # each is a stretch of the rolled clip
+
+
+def test_a_broken_loss_stops_the_run(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace)
+    wrapper = SEDWrapper(build_model(settings), settings, [])
+    wrapper.loss_func = lambda logits, targets: logits.sum() * float("nan")
+    batch = SEDDataModule(settings, ("train",)).dataset("train").__getitems__([0, 1])
+    with pytest.raises(ValueError, match="The loss is nan in epoch 0"):
+        wrapper.training_step(batch, 0)
+
+
+def run_folder(workspace: Path, name: str) -> Path:
+    return workspace / "workspace" / "runs" / name
+
+
+def last_checkpoint(workspace: Path, name: str) -> dict[str, Any]:
+    return torch.load(run_folder(workspace, name) / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_killed_run_goes_on(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL in the second of four epochs; --resume auto ends with the steps and the rate of an unbroken run."""
+    words = [
+        str(ROOT / "main.py"),
+        "train",
+        *TINY_FLAGS,
+        "--exp_name",
+        "killed",
+        "--max_epoch",
+        "4",
+        "--resume",
+        "auto",
+    ]
+    last = run_folder(demo_workspace, "killed") / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen([sys.executable, *words], cwd=demo_workspace, stdout=subprocess.DEVNULL)
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    stopped_at = last_checkpoint(demo_workspace, "killed")["global_step"]
+    assert 0 < stopped_at < 16
+
+    done = run_python(*["main.py", *words[1:]], cwd=demo_workspace)
+    assert "resumed from" in done.stdout
+    monkeypatch.chdir(demo_workspace)
+    assert main.main([*words[1:], "--exp_name", "unbroken"]) == 0
+    resumed, unbroken = (last_checkpoint(demo_workspace, name) for name in ("killed", "unbroken"))
+    assert resumed["global_step"] == unbroken["global_step"] == 16
+    assert resumed["epoch"] == unbroken["epoch"] == 3
+    assert resumed["lr_schedulers"] == unbroken["lr_schedulers"]
+    assert len(json.loads((run_folder(demo_workspace, "killed") / "provenance.json").read_text())) == 2
+
+
+def test_the_same_seed_gives_the_same_weights(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_workspace)
+    for name in ("first", "second"):
+        assert main.main(["train", *TINY_FLAGS, "--max_epoch", "1", "--exp_name", name]) == 0
+    first, second = (last_checkpoint(demo_workspace, name)["state_dict"] for name in ("first", "second"))
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_training_with_two_processes(demo_workspace: Path) -> None:
+    flags = [*TINY_FLAGS, "--max_epoch", "1", "--devices", "2", "--exp_name", "two"]
+    done = run_python("main.py", "train", *flags, cwd=demo_workspace)
+    assert done.stdout.count("epoch   1/1") == 1  # one process speaks
+    assert last_checkpoint(demo_workspace, "two")["global_step"] == 4  # 14 clips, 4 a step over both processes
+
+
+def _band_norm_share(rank: int, folder: str) -> None:
+    """One of two processes: its half of the batch through BandNorm, forwards and backwards."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    x, weights = torch.load(f"{folder}/input.pt", weights_only=True)
+    norm = BandNorm(8)
+    share = slice(4 * rank, 4 * rank + 4)
+    (norm(x[share]) * weights[share]).sum().backward()
+    assert norm.weight.grad is not None
+    torch.save({**norm.state_dict(), "grad": norm.weight.grad}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_band_norm_sees_the_clips_of_all_processes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(8, 8, 20) * torch.arange(1, 9)[:, None, None] - 40, torch.randn(8, 8, 20)
+    torch.save([x, weights], tmp_path / "input.pt")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    mp.spawn(_band_norm_share, args=(str(tmp_path),), nprocs=2)
+    norm = BandNorm(8)
+    (norm(x) * weights).sum().backward()
+    assert norm.weight.grad is not None
+    shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for share in shares:
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(share[key], norm.state_dict()[key], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shares[0]["grad"] + shares[1]["grad"], norm.weight.grad, rtol=1e-4, atol=1e-4)
