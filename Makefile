@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The network and the recipe of the demo: small enough for two cores and five minutes.
 DEMO := --exp_name demo --htsat_dim 32 --htsat_depth 1,1,2,1 --htsat_num_head 2,4,8,16 --batch_size 16 \
-	--max_epoch 16 --lr_scheduler_epoch 10,13,16 --lr_rate 0.02,0.1,0.2
-# Chosen on the validation split: test with --test_split validation, then fl_evaluate.py with several values.
-DEMO_THRESHOLD := 0.9
+	--max_epoch 16 --lr_scheduler_epoch 10,13,16 --lr_rate 0.02,0.1,0.2 --spec_augment False
+# Of 0.8, 0.9 and 0.95 the best on the validation split (test --test_split validation, then fl_evaluate.py). Frame
+# scores run high: their logits are trained by their mean alone, and an event fills a part of its clip.
+DEMO_THRESHOLD := 0.95
 RUN := workspace/runs/demo
 
 .PHONY: demo test lint install install-dev clean

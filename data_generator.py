@@ -203,6 +203,10 @@ class SEDDataModule(pl.LightningDataModule):
     def dataset(self, split: Split) -> ClipDataset:
         return ClipDataset(self.tables[split], clip_samples=self.settings.clip_samples, fit=self.settings.traits.fit)
 
+    def steps_per_epoch(self) -> int:
+        """Training steps in an epoch, over all devices together."""
+        return -(-len(self.tables["train"]) // self.settings.batch_size)
+
     def train_dataloader(self) -> DataLoader:
         table, seed = self.tables["train"], self.settings.random_seed
         rank, world = self._place()

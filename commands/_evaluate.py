@@ -26,7 +26,7 @@ def check_labels(checkpoint_labels: list[str] | None, table: ClipTable, source: 
 
 def run_test(module: _Evaluation, settings: Config, data: SEDDataModule, checkpoints: list[str]) -> None:
     """Score the clips of test_split, print the table of metrics, and write <heatmap_dir>/<test_file>.json and .h5."""
-    trainer: pl.Trainer = build_trainer(settings, training=False)
+    trainer: pl.Trainer = build_trainer(settings, steps_per_epoch=None)
     trainer.test(module, data, verbose=False)
     if not is_first_process():
         return

@@ -90,9 +90,10 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
     table.add_row("precision", settings.precision)
     table.add_row("parameters", f"{count:,} ({trained:,} trained)")
     if "train" in data.tables:
-        clips, batch = len(data.tables["train"]), settings.batch_size
-        steps = -(-clips // batch)
-        table.add_row("steps", f"{steps} an epoch of {batch} clips, {steps * settings.max_epoch:,} in all")
+        steps = data.steps_per_epoch()
+        table.add_row(
+            "steps", f"{steps} an epoch, each of {settings.batch_size} clips; {steps * settings.max_epoch:,} in all"
+        )
         needed = trained * BYTES_PER_TRAINED_PARAMETER / 2**30
         table.add_row("memory", f"{needed:.2f} GiB for weights, gradients and optimizer, beside activations")
     for name, text in more.items():

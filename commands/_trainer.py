@@ -4,8 +4,9 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytorch_lightning as pl
 import torch
@@ -36,8 +37,14 @@ def on_gpu(settings: Config) -> bool:
     return settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
 
 
-def build_trainer(settings: Config, *, training: bool) -> pl.Trainer:
-    """A Trainer for a run: one process, or one for each device with DistributedDataParallel."""
+def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Trainer:
+    """A Trainer for a run: one process, or one for each device with DistributedDataParallel.
+
+    steps_per_epoch: of the training, for the logs; None: a test, which keeps neither logs nor checkpoints.
+    """
+    training = steps_per_epoch is not None
+    # Lightning's own use of a function that torch has renamed.
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", module="pytorch_lightning")
     devices = device_count(settings)
     gpu = on_gpu(settings)
     strategy: str | Strategy = "auto"
@@ -57,7 +64,7 @@ def build_trainer(settings: Config, *, training: bool) -> pl.Trainer:
         use_distributed_sampler=False,  # data_generator.py has its own
         deterministic="warn",
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, steps_per_epoch or 1),
         enable_model_summary=False,
         logger=_loggers(settings) if training else False,
         callbacks=_callbacks(settings) if training else [Progress()],

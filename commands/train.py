@@ -34,7 +34,7 @@ def run(given: dict[str, Any]) -> None:
     wrapper = SEDWrapper(network, settings, data.tables["train"].labels)
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
-    trainer = build_trainer(settings, training=True)
+    trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch())
     trainer.fit(wrapper, data, ckpt_path=str(resumed.path) if resumed else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
