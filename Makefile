@@ -34,10 +34,12 @@ install-dev: $(VENV)/installed-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# sed_scores_eval comes as source with a C extension. Where there is no C compiler, one is taken from PyPI.
+# sed_scores_eval comes as source with a C++ extension. Where there is no compiler, one is taken from PyPI.
 $(VENV)/installed: requirements.txt | $(BIN)/python
-	@command -v cc > /dev/null || $(BIN)/pip install ziglang
-	@command -v cc > /dev/null || export CC="$(CURDIR)/$(BIN)/python -m ziglang cc"; $(BIN)/pip install -r requirements.txt
+	@if ! command -v c++ > /dev/null; then \
+		$(BIN)/pip install ziglang && zig=$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/ziglang/zig) && \
+		export CC="$$zig cc" CXX="$$zig c++"; \
+	fi; $(BIN)/pip install -r requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed

@@ -72,7 +72,7 @@ htsat_drop_path: float = 0.1  # stochastic depth of the last block, rising linea
 tta_shifts: list[int] = (  # test: average the scores over circular shifts by so many samples
     [0, 100, 300, 600, 1000, 1500, 2100, 2800, 3600, 4500] if dataset_type == "audioset" else [0]
 )
-test_split: Literal["test", "validation"] = "test"  # test: the clips to score; validation to choose thresholds on
+test_split: Literal["test", "validation", "train"] = "test"  # test: the clips to score; thresholds: validation
 fl_local: bool = False  # test: also write frame scores, for localization
 heatmap_dir: str = f"{workspace}/runs/{exp_name}/scores"  # folder of the score files that test writes
 test_file: str = "test"  # name of the score file, without its ending .h5

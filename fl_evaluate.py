@@ -19,7 +19,7 @@ from evaluation.plots import draw_clip
 from evaluation.postprocess import EVENT_COLUMNS, decode_events, truth_table
 from evaluation.scores import Scores, load_scores
 from main import Parser, add_settings
-from settings import Config, resolve
+from settings import FRONTEND_SETTINGS, Config, resolve
 
 
 def evaluate(scores: Scores, thresholds: np.ndarray) -> tuple[pd.DataFrame, list[DetectionMetric]]:
@@ -62,9 +62,13 @@ def draw_clips(scores: Scores, found: pd.DataFrame, folder: Path, count: int) ->
     if not store.is_file():
         print(f"No pictures: the clips' audio {store} is not there.")
         return []
-    spectrogram, mel = Spectrogram(1024, rate // 100), LogMel(rate, 1024, 64, 50.0, min(14000.0, rate / 2))
+    frontend = {name: scores.attributes[name] for name in FRONTEND_SETTINGS}
+    spectrogram = Spectrogram(int(frontend["window_size"]), int(frontend["hop_size"]))
+    mel = LogMel(
+        rate, int(frontend["window_size"]), int(frontend["mel_bins"]), float(frontend["fmin"]), float(frontend["fmax"])
+    )
     assert scores.framewise is not None
-    centres = mel.melW.argmax(dim=0).numpy() * rate / 1024
+    centres = mel.melW.argmax(dim=0).numpy() * rate / int(frontend["window_size"])
     pictures = []
     with open_store(store, "audio_name", "waveform") as file:
         rows = {name.decode(): row for row, name in enumerate(file["audio_name"][:])}

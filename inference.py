@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model import build_model
 from model.checkpoint import LoadReport, load_network, read_checkpoint
+from model.htsat import HTSAT_Swin_Transformer
 from prepare.audio import read_audio
-from sed_model import network_scores
 from settings import Config, resolve
 
 WINDOW_OVERLAP = 0.5  # share of a window that the next one covers again
@@ -41,8 +41,11 @@ class Tagger:
     shorter than a window is padded with zeros, or repeated where the network was trained on repeated clips.
     """
 
-    def __init__(self, network: torch.nn.Module, settings: Config, labels: Sequence[str], report: LoadReport) -> None:
-        self.network, self.settings, self.labels, self.report = network.eval(), settings, list(labels), report
+    def __init__(
+        self, network: HTSAT_Swin_Transformer, settings: Config, labels: Sequence[str], report: LoadReport
+    ) -> None:
+        self.network = network.eval()
+        self.settings, self.labels, self.report = settings, list(labels), report
         self.device = torch.device("cpu")
 
     @classmethod
@@ -81,7 +84,7 @@ class Tagger:
         for at in range(0, len(starts), batch_size):
             batch = torch.stack([self._window(waveform, start) for start in starts[at : at + batch_size]])
             batch = batch.to(self.device)
-            clip, frame, embedding = network_scores(self.network, self.settings.traits.task, batch)
+            clip, frame, embedding = self.network.probabilities(batch)
             clips.append(clip.cpu())
             frames.append(frame.cpu())
             embeddings.append(embedding.cpu())

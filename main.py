@@ -47,7 +47,12 @@ def build_parser(chosen: str | None) -> Parser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (text, arguments) in COMMANDS.items():
         command = subparsers.add_parser(
-            name, help=text, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS
+            name,
+            help=text,
+            description=text,
+            usage=f"main.py {name} {'FILE ... ' if name == 'predict' else ''}[--setting VALUE ...]",
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
         )
         if name == chosen:
             for flag, options in arguments:

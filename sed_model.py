@@ -12,7 +12,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from evaluation.metrics import MAIN_METRIC, Metric, clip_metrics
 from model.htsat import HTSAT_Swin_Transformer, Outputs
 from model.losses import LOSSES
-from settings import Config
+from settings import FRONTEND_SETTINGS, Config
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
@@ -32,7 +32,7 @@ def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: 
     return max(lr_rate[0] * 0.98**epoch, 0.03)
 
 
-class _Evaluation(pl.LightningModule):
+class Evaluation(pl.LightningModule):
     """What one network and an ensemble share: scoring every clip once, and the metrics over all of them.
 
     After a test: test_metrics, test_index (N,), test_clipwise (N, K), test_targets (N, K) and, with fl_local,
@@ -86,7 +86,7 @@ class _Evaluation(pl.LightningModule):
         return [part[order].cpu().numpy() for part in parts]
 
 
-class SEDWrapper(_Evaluation):
+class SEDWrapper(Evaluation):
     """One network with the paper's training recipe (section 3.1).
 
     network: HTSAT_Swin_Transformer or anything with its outputs; its weights are saved under the prefix sed_model.
@@ -146,7 +146,7 @@ class SEDWrapper(_Evaluation):
             self.log(metric.name, metric.value, prog_bar=metric.name == self.main_metric, sync_dist=True)
 
     def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        return network_scores(self.sed_model, self.task, waveform)[:2]
+        return self.sed_model.probabilities(waveform)[:2]
 
     def configure_optimizers(self) -> Any:
         """AdamW, and a factor of its learning rate that changes from epoch to epoch."""
@@ -168,27 +168,19 @@ class SEDWrapper(_Evaluation):
         """A checkpoint says itself what it is: plain values only, so that reading it cannot run code."""
         values = self.settings.model_dump()
         checkpoint["settings"], checkpoint["labels"] = values, self.labels
-        frontend = ("sample_rate", "window_size", "hop_size", "mel_bins", "fmin", "fmax")
-        checkpoint["frontend"] = {name: values[name] for name in frontend}
+        checkpoint["frontend"] = {name: values[name] for name in FRONTEND_SETTINGS}
 
 
-class Ensemble_SEDWrapper(_Evaluation):
+class Ensemble_SEDWrapper(Evaluation):
     """Several networks tested as one: the mean of their probabilities, of clips and of frames (paper, section 3.1)."""
 
     def __init__(self, networks: Sequence[HTSAT_Swin_Transformer], settings: Config, labels: Sequence[str]) -> None:
         super().__init__(settings, labels)
         self.sed_models = nn.ModuleList(networks)
 
+    def networks(self) -> list[HTSAT_Swin_Transformer]:
+        return list(self.sed_models)  # type: ignore[arg-type]
+
     def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        clips, frames, _ = zip(*(network_scores(n, self.task, waveform) for n in self.sed_models), strict=True)
+        clips, frames, _ = zip(*(network.probabilities(waveform) for network in self.networks()), strict=True)
         return torch.stack(clips).mean(dim=0), torch.stack(frames).mean(dim=0)
-
-
-def network_scores(network: Any, task: str, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities (B, K) of the clips and (B, steps, K) of the frames, without their repeats; embeddings (B, C)."""
-    outputs = network(waveform)
-    if task == "single_label" and network.loss_type == "clip_ce":
-        clipwise = outputs["clipwise_logits"].softmax(dim=1)
-    else:
-        clipwise = outputs["clipwise_logits"].sigmoid()
-    return clipwise, outputs["framewise_output"][:, :: network.frames_per_step], outputs["latent_output"]

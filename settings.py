@@ -37,8 +37,9 @@ DATASETS = {
 
 # What a checkpoint decides: the network, what it hears, and what it was trained on. `test` and `predict` take these
 # from the checkpoint; the rest (folders, batch size, device, ...) comes from config.py and the flags.
+FRONTEND_SETTINGS = ("sample_rate", "window_size", "hop_size", "mel_bins", "fmin", "fmax")
 NETWORK_SETTINGS = (
-    "sample_rate", "window_size", "hop_size", "mel_bins", "fmin", "fmax", "classes_num", "loss_type", "enable_tscam",
+    *FRONTEND_SETTINGS, "classes_num", "loss_type", "enable_tscam",
     "enable_repeat_mode", "htsat_attn_heatmap", "htsat_spec_size", "htsat_patch_size", "htsat_stride",
     "htsat_window_size", "htsat_dim", "htsat_depth", "htsat_num_head", "htsat_drop_path",
 )  # fmt: skip
@@ -200,13 +201,6 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
     return config
 
 
-def from_saved(saved: Mapping[str, Any]) -> Config:
-    """A Config as it was saved with a run; settings that have come since take the values config.py gives them."""
-    known = all_settings()
-    values = _execute({name: value for name, value in saved.items() if name in known})
-    return _config_class()(**{name: values[name] for name in known})
-
-
 def _check_together(config: Config) -> None:
     """What no single setting shows. Raises ValueError, or warns where a value is legal but odd."""
     values = config.model_dump()
@@ -230,10 +224,6 @@ def _check_together(config: Config) -> None:
         raise ValueError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
     if not config.tta_shifts:
         raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
-    if len(config.fl_threshold) not in (1, config.classes_num):
-        raise ValueError(
-            f"fl_threshold has {len(config.fl_threshold)} values: give 1, or {config.classes_num} (classes_num)."
-        )
     if config.loss_type == "clip_ce" and config.traits.task == "multilabel":
         raise ValueError(
             f"loss_type = clip_ce expects one class a clip, but {config.dataset_type} clips may have several: "

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 
 from commands._records import device_name, git_revision, is_first_process, print_metrics, write_json
@@ -10,8 +11,8 @@ from commands._trainer import build_trainer
 from data_generator import SEDDataModule
 from evaluation.scores import EventList, Scores
 from prepare.clip_store import ClipTable, open_store, read_events
-from sed_model import _Evaluation
-from settings import Config
+from sed_model import Evaluation
+from settings import FRONTEND_SETTINGS, Config
 
 
 def check_labels(checkpoint_labels: list[str] | None, table: ClipTable, source: str) -> None:
@@ -24,7 +25,7 @@ def check_labels(checkpoint_labels: list[str] | None, table: ClipTable, source: 
         )
 
 
-def run_test(module: _Evaluation, settings: Config, data: SEDDataModule, checkpoints: list[str]) -> None:
+def run_test(module: Evaluation, settings: Config, data: SEDDataModule, checkpoints: list[str]) -> None:
     """Score the clips of test_split, print the table of metrics, and write <heatmap_dir>/<test_file>.json and .h5."""
     trainer: pl.Trainer = build_trainer(settings, steps_per_epoch=None)
     trainer.test(module, data, verbose=False)
@@ -50,7 +51,7 @@ def run_test(module: _Evaluation, settings: Config, data: SEDDataModule, checkpo
     print(f"Metrics: {folder / settings.test_file}.json\nScores: {folder / settings.test_file}.h5")
 
 
-def collect_scores(module: _Evaluation, settings: Config, table: ClipTable) -> Scores:
+def collect_scores(module: Evaluation, settings: Config, table: ClipTable) -> Scores:
     """The score store of a test: scores, truth and times of the clips that were scored."""
     chosen = module.test_index
     framewise = module.test_framewise
@@ -67,16 +68,14 @@ def collect_scores(module: _Evaluation, settings: Config, table: ClipTable) -> S
         events=clip_events(scored) if framewise is not None else None,
         attributes={
             "dataset_type": settings.dataset_type,
-            "sample_rate": settings.sample_rate,
             "clip_store": str(scored.paths[0]),
+            **{name: getattr(settings, name) for name in FRONTEND_SETTINGS},
         },
     )
 
 
-def clip_durations(table: ClipTable, clip_seconds: float) -> Any:
+def clip_durations(table: ClipTable, clip_seconds: float) -> np.ndarray:
     """(N,) seconds of each clip, at most what the network was given."""
-    import numpy as np
-
     durations = np.full(len(table), clip_seconds)
     for number, path in enumerate(table.paths):
         with open_store(path, "waveform") as file:

@@ -95,6 +95,7 @@ def _callbacks(settings: Config) -> list[Callback]:
         monitor=metric,
         mode="max",
         save_top_k=settings.save_top_k,
+        enable_version_counter=False,  # an epoch that is trained again after an interruption takes its old name
     )
     # The last one is written when the epoch is complete, so that a resumed run starts with the next epoch.
     last = ModelCheckpoint(

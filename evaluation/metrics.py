@@ -22,7 +22,8 @@ class Metric:
     all_classes: int
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no NaN: None in its place."""
+        return {**asdict(self), "value": None if np.isnan(self.value) else self.value}
 
 
 def tagging_metrics(scores: np.ndarray, targets: np.ndarray) -> list[Metric]:

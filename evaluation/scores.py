@@ -2,8 +2,8 @@
 
 Datasets: audio_name (N,) bytes, clipwise (N, K) float32, target (N, K) bool, duration (N,) float64 seconds; with
 localization framewise (N, steps, K) float32 and the true events event_clip, event_class (E,), event_onset and
-event_offset (E,) float64 seconds. Attributes: labels (K names), seconds_per_frame, dataset_type, sample_rate,
-clip_store (where the audio lies).
+event_offset (E,) float64 seconds. Attributes: labels (K names), seconds_per_frame, dataset_type,
+clip_store (where the audio lies), and the front-end's settings (sample_rate, window_size, ...).
 """
 
 import os
@@ -29,7 +29,7 @@ class Scores:
     framewise: Optional[np.ndarray] = None
     seconds_per_frame: float = 0.0
     events: Optional[list[EventList]] = None  # of each clip; None: no times are known
-    attributes: dict[str, str | int] = field(default_factory=dict)
+    attributes: dict[str, str | int | float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the store; it takes its name when it is whole."""

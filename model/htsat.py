@@ -117,6 +117,16 @@ class HTSAT_Swin_Transformer(nn.Module):
             return outputs[0]
         return {name: torch.stack([output[name] for output in outputs]).mean(dim=0) for name in outputs[0]}
 
+    def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, samples) -> (B, K) of the clips, (B, steps, K) of the frames without their repeats; embeddings (B, C).
+
+        Clip probabilities sum to 1 where the network was trained with cross entropy (clip_ce).
+        """
+        outputs = self(waveform)
+        logits = outputs["clipwise_logits"]
+        clipwise = logits.softmax(dim=1) if self.loss_type == "clip_ce" else logits.sigmoid()
+        return clipwise, outputs["framewise_output"][:, :: self.frames_per_step], outputs["latent_output"]
+
     def forward_frontend(self, waveform: Tensor) -> Tensor:
         """(B, samples) -> (B, F, T) log-mel, normalized over each band. float32, whatever autocast says."""
         with torch.autocast(waveform.device.type, enabled=False):

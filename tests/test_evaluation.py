@@ -80,7 +80,7 @@ def random_scores(clips: int = 12) -> Scores:
         framewise=framewise,
         seconds_per_frame=STEP,
         events=events,
-        attributes={"dataset_type": "demo", "sample_rate": 32000, "clip_store": "gone.h5"},
+        attributes={"dataset_type": "demo", "sample_rate": 32000, "fmin": 50.0, "clip_store": "gone.h5"},
     )
 
 

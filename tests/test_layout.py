@@ -9,8 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the top; a room may import from the floors below it, and from itself
     {"main", "fl_evaluate"},
     {"commands"},
-    {"inference"},
-    {"sed_model", "data_generator"},
+    {"inference", "sed_model", "data_generator"},
     {"model", "prepare", "evaluation"},
     {"settings", "utils"},
     {"config"},

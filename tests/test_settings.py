@@ -7,7 +7,6 @@ from types import ModuleType
 import pytest
 
 import main
-import settings
 from settings import all_settings, resolve
 
 
@@ -59,7 +58,6 @@ def test_text_of_flags_becomes_values() -> None:
         ({"lr_rate": [0.1]}, "three values"),
         ({"loss_type": "clip_ce"}, "use clip_bce"),
         ({"tta_shifts": []}, r"give \[0\]"),
-        ({"fl_threshold": [0.1, 0.2]}, "give 1, or 10"),
     ],
 )
 def test_refusals_say_what_is_allowed(given: dict, said: str) -> None:
@@ -110,11 +108,6 @@ def test_checkpoint_decides_the_network() -> None:
     assert found.dataset_path == "workspace/data/esc-50"
     with pytest.raises(ValueError, match="contradicts the checkpoint"):
         resolve({"htsat_dim": 96}, checkpoint=saved)
-
-
-def test_saved_settings_come_back() -> None:
-    config = resolve({"dataset_type": "scv2", "max_epoch": 7})
-    assert settings.from_saved(config.model_dump()) == config
 
 
 def test_unknown_flag_names_the_close_one(capsys: pytest.CaptureFixture[str]) -> None:
