@@ -8,7 +8,10 @@ After an edit in a notebook, restart or reload: a running session keeps the valu
 from typing import Literal, Optional
 
 # --- what and where -------------------------------------------------------------------------------------------------
-dataset_type: Literal["demo", "audioset", "esc-50", "scv2", "desed"] = "demo"  # which data set
+dataset_type: Literal["demo", "audioset", "esc-50", "scv2", "desed", "folder"] = "demo"  # which data set
+task: Literal["multilabel", "single_label"] = (  # several classes a clip (mAP), or exactly one (accuracy)
+    "single_label" if dataset_type in ("esc-50", "scv2") else "multilabel"
+)
 exp_name: str = f"htsat_{dataset_type}"  # name of the run: its folder is <workspace>/runs/<exp_name>
 workspace: str = "workspace"  # folder of prepared data and runs
 dataset_path: str = f"{workspace}/data/{dataset_type}"  # folder of the prepared data (AudioSet: that of hdf5s/)
@@ -28,7 +31,9 @@ lr_scheduler_epoch: list[int] = [10, 20, 30]  # last epochs at the scales lr_rat
 lr_rate: list[float] = [0.02, 0.05, 0.1]  # scales of the three warm-up epochs, then downwards again
 weight_decay: float = 0.05  # AdamW's, on every parameter
 gradient_clip: float = 1.0  # largest norm of the gradient, 0 for no limit
-loss_type: Literal["clip_bce", "clip_ce", "asl_loss"] = "clip_ce" if dataset_type == "esc-50" else "clip_bce"  # loss
+loss_type: Literal["clip_bce", "clip_ce", "asl_loss"] = (  # clip_ce for one class a clip
+    "clip_ce" if task == "single_label" and dataset_type != "scv2" else "clip_bce"
+)
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
 mixup_alpha: float = 0.0 if dataset_type == "demo" else 0.5  # mixup of features with weights from Beta(a, a), 0: none
 mixup_targets: bool = False  # mix the targets as well (the paper leaves them as they are)
@@ -45,6 +50,9 @@ gradient_checkpointing: bool = False  # recompute each Swin block in the backwar
 # --- audio ----------------------------------------------------------------------------------------------------------
 sample_rate: int = 16000 if dataset_type == "scv2" else 32000  # samples per second
 clip_samples: int = sample_rate * 10  # samples that the network is given: 10 s
+short_clips: Literal["pad", "repeat"] = (  # how a clip shorter than clip_samples is filled up
+    "repeat" if dataset_type in ("esc-50", "scv2") else "pad"
+)
 window_size: int = 1024  # STFT window in samples
 hop_size: int = sample_rate // 100  # STFT hop in samples: 10 ms
 mel_bins: int = 64  # mel bands

@@ -201,7 +201,7 @@ class SEDDataModule(pl.LightningDataModule):
         self.tables = {split: load_table(settings, split) for split in splits}
 
     def dataset(self, split: Split) -> ClipDataset:
-        return ClipDataset(self.tables[split], clip_samples=self.settings.clip_samples, fit=self.settings.traits.fit)
+        return ClipDataset(self.tables[split], clip_samples=self.settings.clip_samples, fit=self.settings.short_clips)
 
     def steps_per_epoch(self) -> int:
         """Training steps in an epoch, over all devices together."""

@@ -103,7 +103,7 @@ class Tagger:
         window = self.settings.clip_samples
         cut = waveform[start : start + window].astype(np.float32)
         if len(cut) < window:
-            repeats = self.settings.traits.fit == "repeat"
+            repeats = self.settings.short_clips == "repeat"
             cut = np.resize(cut, window) if repeats else np.pad(cut, (0, window - len(cut)))
         return torch.from_numpy(cut)
 

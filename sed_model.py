@@ -42,7 +42,7 @@ class Evaluation(pl.LightningModule):
     def __init__(self, settings: Config, labels: Sequence[str]) -> None:
         super().__init__()
         self.settings, self.labels = settings, list(labels)
-        self.task = settings.traits.task
+        self.task = settings.task
         self.main_metric = MAIN_METRIC[self.task]
         self.keep_frames = settings.fl_local
         self.shifts = [0] if settings.fl_local else settings.tta_shifts  # localization is not averaged over shifts

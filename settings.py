@@ -12,28 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Optional, Union, get_args, get_origin
+from typing import Any, Optional, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
 CONFIG_PATH = Path(__file__).with_name("config.py")
 
-
-@dataclass(frozen=True)
-class DatasetTraits:
-    """What sets a data set apart, beyond the settings that config.py computes for it."""
-
-    task: Literal["multilabel", "single_label"]  # several classes a clip (mAP), or exactly one (accuracy)
-    fit: Literal["pad", "repeat"]  # how a clip shorter than clip_samples is filled up
-
-
-DATASETS = {
-    "demo": DatasetTraits("multilabel", "pad"),
-    "audioset": DatasetTraits("multilabel", "pad"),
-    "esc-50": DatasetTraits("single_label", "repeat"),
-    "scv2": DatasetTraits("single_label", "repeat"),
-    "desed": DatasetTraits("multilabel", "pad"),
-}
 
 # What a checkpoint decides: the network, what it hears, and what it was trained on. `test` and `predict` take these
 # from the checkpoint; the rest (folders, batch size, device, ...) comes from config.py and the flags.
@@ -43,7 +27,16 @@ NETWORK_SETTINGS = (
     "enable_repeat_mode", "htsat_attn_heatmap", "htsat_spec_size", "htsat_patch_size", "htsat_stride",
     "htsat_window_size", "htsat_dim", "htsat_depth", "htsat_num_head", "htsat_drop_path",
 )  # fmt: skip
-TRAINED_SETTINGS = (*NETWORK_SETTINGS, "dataset_type", "exp_name", "esc_fold", "protocol", "clip_samples")
+TRAINED_SETTINGS = (
+    *NETWORK_SETTINGS,
+    "dataset_type",
+    "task",
+    "short_clips",
+    "exp_name",
+    "esc_fold",
+    "protocol",
+    "clip_samples",
+)
 
 POSITIVE = (
     "batch_size", "learning_rate", "max_epoch", "sample_rate", "clip_samples", "window_size", "hop_size", "mel_bins",
@@ -62,11 +55,6 @@ class Config(BaseModel):
 
     def __getattr__(self, name: str) -> Any:  # the fields exist at run time only: tell type checkers so
         return super().__getattr__(name)  # type: ignore[misc]
-
-    @property
-    def traits(self) -> DatasetTraits:
-        """The row of DATASETS that belongs to dataset_type."""
-        return DATASETS[self.dataset_type]
 
     @property
     def run_folder(self) -> Path:
@@ -224,8 +212,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
     if not config.tta_shifts:
         raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
-    if config.loss_type == "clip_ce" and config.traits.task == "multilabel":
+    if config.loss_type == "clip_ce" and config.task == "multilabel":
         raise ValueError(
-            f"loss_type = clip_ce expects one class a clip, but {config.dataset_type} clips may have several: "
-            f"use clip_bce or asl_loss."
+            "loss_type = clip_ce expects one class a clip, but task = multilabel allows several: use clip_bce or "
+            "asl_loss, or set task = single_label."
         )

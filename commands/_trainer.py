@@ -86,7 +86,7 @@ def checkpoint_folder(settings: Config) -> Path:
 
 
 def _callbacks(settings: Config) -> list[Callback]:
-    metric = "mAP" if settings.traits.task == "multilabel" else "acc"
+    metric = "mAP" if settings.task == "multilabel" else "acc"
     folder = checkpoint_folder(settings)
     best = ModelCheckpoint(
         dirpath=str(folder),
