@@ -12,12 +12,16 @@ dataset_type: Literal["demo", "audioset", "esc-50", "scv2", "desed", "folder"] =
 task: Literal["multilabel", "single_label"] = (  # several classes a clip (mAP), or exactly one (accuracy)
     "single_label" if dataset_type in ("esc-50", "scv2") else "multilabel"
 )
-exp_name: str = f"htsat_{dataset_type}"  # name of the run: its folder is <workspace>/runs/<exp_name>
+esc_fold: int = 1  # ESC-50: the fold held out for testing, numbered as in esc50.csv (1 to 5)
+exp_name: str = (  # name of the run: its folder is <workspace>/runs/<exp_name>
+    f"htsat_{dataset_type}_fold{esc_fold}" if dataset_type == "esc-50" else f"htsat_{dataset_type}"
+)
 workspace: str = "workspace"  # folder of prepared data and runs
 dataset_path: str = f"{workspace}/data/{dataset_type}"  # folder of the prepared data (AudioSet: that of hdf5s/)
 index_type: str = "full_train"  # AudioSet: index to train on, hdf5s/indexes/<index_type>.h5
-esc_fold: int = 1  # ESC-50: the fold held out for testing, numbered as in esc50.csv (1 to 5)
-protocol: Literal["held_out", "paper"] = "held_out"  # choose the best checkpoint on validation, or on test clips
+protocol: Literal["held_out", "paper"] = (  # choose the best checkpoint on validation clips, or on the test clips
+    "paper" if dataset_type == "audioset" else "held_out"
+)
 debug: bool = False  # run only a few batches of everything, to see whether it runs
 
 # --- training -------------------------------------------------------------------------------------------------------

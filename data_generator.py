@@ -16,6 +16,8 @@ from settings import Config
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, Any]
+BLOCK_DRAWS = 2**15  # draws that BalancedSampler makes at once
+PANNS_SAMPLE_RATE = 32000  # of AudioSet's files as PANNs' scripts pack them, which do not say it
 
 
 def load_table(settings: Config, split: Split) -> ClipTable:
@@ -26,9 +28,10 @@ def load_table(settings: Config, split: Split) -> ClipTable:
             f"{table.paths[0]} has {table.targets.shape[1]} classes, the network has classes_num = "
             f"{settings.classes_num}: test a checkpoint on the data set it was trained for, or set classes_num."
         )
-    if table.sample_rate not in (None, settings.sample_rate):
+    sample_rate = table.sample_rate or PANNS_SAMPLE_RATE
+    if sample_rate != settings.sample_rate:
         raise ValueError(
-            f"{table.paths[0]} holds audio at {table.sample_rate} Hz, the network takes {settings.sample_rate} Hz: "
+            f"{table.paths[0]} holds audio at {sample_rate} Hz, the network takes {settings.sample_rate} Hz: "
             f"prepare it again with --sample_rate {settings.sample_rate}."
         )
     if len(table) == 0:
@@ -157,7 +160,8 @@ class BalancedSampler(EpochSampler):
 
     def __init__(self, targets: np.ndarray, *, seed: int, rank: int = 0, world: int = 1) -> None:
         super().__init__(len(targets), seed=seed, rank=rank, world=world)
-        labels, self.clips = np.nonzero(targets.T)  # the clips of class 0, then those of class 1, ...
+        labels, clips = np.nonzero(targets.T)  # the clips of class 0, then those of class 1, ...
+        self.clips = clips.astype(np.int32)  # half the memory to jump about in
         counts = np.bincount(labels, minlength=targets.shape[1])
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         self.counts, self.starts = counts[counts > 0], starts[counts > 0]
@@ -165,17 +169,30 @@ class BalancedSampler(EpochSampler):
             raise ValueError("No clip has a class: balanced_data cannot draw from them; set --balanced_data False.")
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        rounds = -(-self.length // len(self.counts))
-        order = np.argsort(rng.random((rounds, len(self.counts))), axis=1).ravel()[: self.length]
-        which = (rng.random(self.length) * self.counts[order]).astype(np.int64)
-        return self.clips[self.starts[order] + which]
+        classes = np.arange(len(self.counts), dtype=np.uint64)
+        drawn = np.empty(self.length, dtype=np.int64)
+        block = max(1, BLOCK_DRAWS // len(classes)) * len(classes)  # whole rounds, that a processor's cache holds
+        for start in range(0, self.length, block):
+            count = min(block, self.length - start)
+            rounds = -(-count // len(classes))
+            # A random number with its class in the lower half: sorted, a row is a random order of the classes.
+            keys = rng.integers(2**32, size=(rounds, len(classes)), dtype=np.uint64) << np.uint64(32) | classes
+            keys.sort(axis=1)
+            order = (keys.ravel()[:count] & np.uint64(2**32 - 1)).astype(np.int64)
+            which = (rng.random(count) * self.counts[order]).astype(np.int64)
+            drawn[start : start + count] = self.clips[self.starts[order] + which]
+        return drawn
 
 
 class ShardSampler(Sampler[int]):
-    """Every clip once, in order, dealt out to the processes: no clip is repeated to fill up a share."""
+    """Every clip once, in order, dealt out to the processes: no clip is repeated to fill up a share.
+
+    Only where there are fewer clips than processes do those without any take the first one, since Lightning leaves
+    out a process that has nothing to do; sed_model.py counts a clip once all the same.
+    """
 
     def __init__(self, length: int, *, rank: int = 0, world: int = 1) -> None:
-        self.share = range(rank, length, world)
+        self.share = range(rank, length, world) or range(1)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.share)
@@ -203,9 +220,9 @@ class SEDDataModule(pl.LightningDataModule):
     def dataset(self, split: Split) -> ClipDataset:
         return ClipDataset(self.tables[split], clip_samples=self.settings.clip_samples, fit=self.settings.short_clips)
 
-    def steps_per_epoch(self) -> int:
-        """Training steps in an epoch, over all devices together."""
-        return -(-len(self.tables["train"]) // self.settings.batch_size)
+    def steps_per_epoch(self, devices: int) -> int:
+        """Training steps in an epoch on so many devices, of which each has an equal share of the clips."""
+        return -(-(len(self.tables["train"]) // devices) // (self.settings.batch_size // devices))
 
     def train_dataloader(self) -> DataLoader:
         table, seed = self.tables["train"], self.settings.random_seed
@@ -231,9 +248,7 @@ class SEDDataModule(pl.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _loader(self, split: Split, sampler: Sampler[int]) -> DataLoader:
-        world = self._place()[1]
-        if self.settings.batch_size % world:
-            raise ValueError(f"batch_size = {self.settings.batch_size} must be a multiple of the {world} devices.")
+        world = self._place()[1]  # it divides batch_size: commands/_trainer.py sees to it
         workers = self.settings.num_workers
         return DataLoader(
             self.dataset(split),
@@ -243,4 +258,7 @@ class SEDDataModule(pl.LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_as_read,
+            # Of its own: else each loader that is begun takes a number from the network's random stream, and a resumed
+            # run begins them at other moments than an unbroken one.
+            generator=torch.Generator().manual_seed(self.settings.random_seed),
         )

@@ -1,8 +1,9 @@
 """From a checkpoint and audio of any length to clip scores, frame scores and embeddings. The only inference path."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from model import build_model
 from model.checkpoint import LoadReport, load_network, read_checkpoint
 from model.htsat import HTSAT_Swin_Transformer
 from prepare.audio import read_audio
+from prepare.labels import published_labels
 from settings import Config, resolve
 
 WINDOW_OVERLAP = 0.5  # share of a window that the next one covers again
@@ -49,17 +51,19 @@ class Tagger:
         self.device = torch.device("cpu")
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "auto") -> "Tagger":
+    def from_checkpoint(
+        cls, path: str | Path, device: str = "auto", given: Optional[Mapping[str, Any]] = None
+    ) -> "Tagger":
         """Load a checkpoint. device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
 
-        A checkpoint that carries no settings (a published one) takes them from config.py. Raises ValueError where the
-        file is missing or does not fit.
+        A checkpoint that carries no settings (a published one) takes them from config.py and `given`, as in
+        {"dataset_type": "audioset"}. Raises ValueError where the file is missing or does not fit.
         """
         checkpoint = read_checkpoint(path)
-        settings = resolve({}, checkpoint=checkpoint.settings)
+        settings = resolve(given or {}, checkpoint=checkpoint.settings)
         network = build_model(settings)
         report = load_network(network, checkpoint)
-        labels = checkpoint.labels or [f"class {k}" for k in range(settings.classes_num)]
+        labels = checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
         tagger = cls(network, settings, labels, report)
         return tagger.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = vars(parser.parse_args(words))
         command = values.pop("command")
         given = {k.removeprefix("setting_"): values.pop(k) for k in list(values) if k.startswith("setting_")}
-        settings_module.resolve(given)  # a wrong value is told before anything heavy is imported
+        settings_module.check_values(given)  # a wrong value is told before anything heavy is imported
         importlib.import_module(f"commands.{command}").run(given, **values)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from settings import FRONTEND_SETTINGS, Config
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
+CHECK_LOSS_EVERY = 50  # steps; a loss that is not finite stays so
 
 
 def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: Sequence[float]) -> float:
@@ -70,20 +71,15 @@ class Evaluation(pl.LightningModule):
         self.test_metrics = clip_metrics(self.task, clipwise, self.test_targets)
 
     def _gather_collected(self) -> list[np.ndarray]:
-        """What the steps collected, from all processes, sorted by the clips' place in the table."""
-        if self.collected:
-            columns = list(zip(*self.collected, strict=True))
-            parts = [torch.cat(columns[0]), *(torch.cat(column).float() for column in columns[1:])]
-        else:  # fewer clips than processes: this one had none
-            classes = self.settings.classes_num
-            parts = [torch.zeros(0, dtype=torch.long), torch.zeros(0, classes), torch.zeros(0, classes)]
-            if self.keep_frames:
-                parts.append(torch.zeros(0, 0, classes))
+        """What the steps collected, from all processes, sorted by the clips' place in the table, each clip once."""
+        columns = list(zip(*self.collected, strict=True))
+        parts = [torch.cat(columns[0]), *(torch.cat(column).float() for column in columns[1:])]
         self.collected = []
         if self.trainer.world_size > 1:
-            parts = [torch.cat(gather_all_tensors(part.to(self.device).contiguous())) for part in parts]
-        order = parts[0].argsort()
-        return [part[order].cpu().numpy() for part in parts]
+            parts = [torch.cat(gather_all_tensors(part.contiguous())) for part in parts]
+        arrays = [part.cpu().numpy() for part in parts]
+        _, first = np.unique(arrays[0], return_index=True)
+        return [array[first] for array in arrays]
 
 
 class SEDWrapper(Evaluation):
@@ -102,6 +98,11 @@ class SEDWrapper(Evaluation):
     def forward(self, waveform: Tensor, mixup_lambda: Optional[Tensor] = None) -> Outputs:
         return self.sed_model(waveform, mixup_lambda)
 
+    def on_train_epoch_start(self) -> None:
+        """Random numbers of their own for each epoch and process: a resumed run draws what an unbroken one draws."""
+        seeds = np.random.SeedSequence([self.settings.random_seed, self.current_epoch, self.global_rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         waveform, targets = int16_to_float32(batch["waveform"]), batch["target"]  # int16 travels to the device
         waveform = self._augment(waveform)
@@ -111,7 +112,7 @@ class SEDWrapper(Evaluation):
             if self.settings.mixup_targets:
                 targets = do_mixup(targets, mixup_lambda)
         loss = self.loss_func(self(waveform, mixup_lambda)["clipwise_logits"], targets)
-        if not torch.isfinite(loss):
+        if self.global_step % CHECK_LOSS_EVERY == 0 and not torch.isfinite(loss):  # it makes the CPU wait for a GPU
             raise ValueError(
                 f"The loss is {loss.item()} in epoch {self.current_epoch}, step {self.global_step}, with the clips "
                 f"{', '.join(batch['audio_name'][:4])}, ...: lower learning_rate, or use precision 32."
@@ -139,7 +140,7 @@ class SEDWrapper(Evaluation):
         self.collected.append((batch["index"], logits, batch["target"]))
 
     def on_validation_epoch_end(self) -> None:
-        _, logits, targets, *_ = self._gather_collected()
+        _, logits, targets = self._gather_collected()
         loss = self.loss_func(torch.from_numpy(logits), torch.from_numpy(targets))
         self.log("val_loss", loss.to(self.device), prog_bar=True, sync_dist=True)
         for metric in clip_metrics(self.task, logits, targets > 0.5):
@@ -157,7 +158,7 @@ class SEDWrapper(Evaluation):
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=settings.weight_decay,
-            fused=settings.precision != "16-mixed",  # fused and gradient scaling exclude clipping
+            fused=settings.precision == "32",  # Lightning clips no gradients for a fused optimizer in mixed precision
         )
         scale: Callable[[int], float] = lambda epoch: learning_rate_scale(  # noqa: E731
             epoch, settings.lr_scheduler_epoch, settings.lr_rate

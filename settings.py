@@ -56,6 +56,9 @@ class Config(BaseModel):
     def __getattr__(self, name: str) -> Any:  # the fields exist at run time only: tell type checkers so
         return super().__getattr__(name)  # type: ignore[misc]
 
+    def __reduce__(self) -> tuple[Any, ...]:  # its class is made from config.py: copies and processes make it again
+        return _rebuild, (self.model_dump(),)
+
     @property
     def run_folder(self) -> Path:
         """Folder of this run's checkpoints, logs and records."""
@@ -139,6 +142,10 @@ def _config_class() -> type[Config]:
     return create_model("Config", __base__=Config, **fields)
 
 
+def _rebuild(values: dict[str, Any]) -> Config:
+    return _config_class()(**values)
+
+
 def _edited_in_session(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a notebook changed by `import config; config.max_epoch = 3`, compared with the file itself."""
     module = sys.modules.get("config")
@@ -162,18 +169,28 @@ def unknown_setting(name: str) -> str:
     return f"There is no setting {name!r}.{hint} The settings are: {', '.join(all_settings())}."
 
 
+def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with each value as its setting's type. Raises ValueError for unknown names and wrong values."""
+    known = all_settings()
+    for name in given:
+        if name not in known:
+            raise ValueError(unknown_setting(name))
+    return {name: known[name].check(value) for name, value in given.items()}
+
+
+def requested(name: str, given: Mapping[str, Any]) -> Any:
+    """One setting, given or from config.py, before a checkpoint has had its say about the others."""
+    return getattr(resolve({name: given[name]} if name in given else {}), name)
+
+
 def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[Mapping[str, Any]] = None) -> Config:
     """Settings of a run: config.py, then what a checkpoint decides, then what is given.
 
     given: {name: value}, as from flags. checkpoint: the settings saved in a checkpoint; those in TRAINED_SETTINGS
     count. Raises ValueError for unknown names, wrong values and values that do not fit together.
     """
-    given = dict(given or {})
     known = all_settings()
-    for name in given:
-        if name not in known:
-            raise ValueError(unknown_setting(name))
-    given = {name: known[name].check(value) for name, value in given.items()}
+    given = check_values(given or {})
     session = _edited_in_session(_execute({}))
     session = {name: known[name].check(value) for name, value in session.items()}
     trained = {name: known[name].check(v) for name, v in (checkpoint or {}).items() if name in TRAINED_SETTINGS}
@@ -183,6 +200,13 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
                 f"{name} = {given[name]!r} contradicts the checkpoint, whose network has {name} = {trained[name]!r}. "
                 f"Leave --{name} out: the checkpoint brings its own."
             )
+    if trained.get("dataset_type") == given.get("dataset_type", trained.get("dataset_type")):
+        for name in ("esc_fold", "protocol"):
+            if name in trained and name in given and given[name] != trained[name]:
+                raise ValueError(
+                    f"{name} = {given[name]!r} contradicts the checkpoint, which was trained with {name} = "
+                    f"{trained[name]!r}: the clips to test would be among those it was trained or chosen on."
+                )
     values = _execute({**session, **trained, **given})
     config = _config_class()(**{name: known[name].check(values[name]) for name in known})
     _check_together(config)
@@ -210,6 +234,16 @@ def _check_together(config: Config) -> None:
         raise ValueError("lr_rate and lr_scheduler_epoch each need three values, as in config.py.")
     if sorted(config.lr_scheduler_epoch) != config.lr_scheduler_epoch:
         raise ValueError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
+    if config.htsat_drop_path >= 1:
+        raise ValueError(f"htsat_drop_path = {config.htsat_drop_path} must be below 1: nothing would be left.")
+    frames, most = config.clip_samples // config.hop_size + 1, config.htsat_spec_size**2 // config.mel_bins
+    if frames > most:
+        raise ValueError(
+            f"clip_samples = {config.clip_samples} makes {frames} frames, the network takes {most}: lower clip_samples "
+            f"(longer recordings are cut into windows) or raise hop_size."
+        )
+    if config.dataset_type == "audioset" and config.protocol == "held_out":
+        raise ValueError("AudioSet has no validation clips to choose on: protocol must be paper.")
     if not config.tta_shifts:
         raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
     if config.loss_type == "clip_ce" and config.task == "multilabel":

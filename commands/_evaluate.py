@@ -10,18 +10,27 @@ from commands._records import device_name, git_revision, is_first_process, print
 from commands._trainer import build_trainer
 from data_generator import SEDDataModule
 from evaluation.scores import EventList, Scores
+from model.checkpoint import Checkpoint
 from prepare.clip_store import ClipTable, open_store, read_events
+from prepare.labels import published_labels
 from sed_model import Evaluation
 from settings import FRONTEND_SETTINGS, Config
 
 
-def check_labels(checkpoint_labels: list[str] | None, table: ClipTable, source: str) -> None:
+def checkpoint_labels(checkpoint: Checkpoint, settings: Config) -> list[str]:
+    """The classes of a checkpoint: its own, or those of the published one where it carries none."""
+    return checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
+
+
+def check_labels(checkpoint: Checkpoint, settings: Config, table: ClipTable) -> None:
     """Raise ValueError where a checkpoint and the data name their classes differently."""
-    if checkpoint_labels and table.labels and checkpoint_labels != table.labels:
-        differing = [pair for pair in zip(checkpoint_labels, table.labels, strict=False) if pair[0] != pair[1]]
+    known = checkpoint_labels(checkpoint, settings)
+    if table.labels and known != table.labels and known[0] != "class 0":
+        differing = [pair for pair in zip(known, table.labels, strict=False) if pair[0] != pair[1]]
         raise ValueError(
-            f"{source} was trained on other classes than {table.paths[0]} has: {len(checkpoint_labels)} against "
-            f"{len(table.labels)}, first difference {differing[:1]}. Set --dataset_type or --dataset_path."
+            f"{checkpoint.path} knows other classes than {table.paths[0]} has: {len(known)} against "
+            f"{len(table.labels)}, first difference {differing[:1]}. Set --dataset_type or --dataset_path, or prepare "
+            f"the data with the checkpoint's order of labels."
         )
 
 
@@ -47,7 +56,7 @@ def run_test(module: Evaluation, settings: Config, data: SEDDataModule, checkpoi
     }
     write_json(folder / f"{settings.test_file}.json", summary)
     collect_scores(module, settings, table).save(folder / f"{settings.test_file}.h5")
-    print_metrics(f"HTS-AT: test of {', '.join(checkpoints)}", module.test_metrics, settings)
+    print_metrics(f"HTS-AT: {settings.test_split} clips, {', '.join(checkpoints)}", module.test_metrics, settings)
     print(f"Metrics: {folder / settings.test_file}.json\nScores: {folder / settings.test_file}.h5")
 
 

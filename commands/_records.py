@@ -90,7 +90,7 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
     table.add_row("precision", settings.precision)
     table.add_row("parameters", f"{count:,} ({trained:,} trained)")
     if "train" in data.tables:
-        steps = data.steps_per_epoch()
+        steps = data.steps_per_epoch(device_count(settings))
         table.add_row(
             "steps", f"{steps} an epoch, each of {settings.batch_size} clips; {steps * settings.max_epoch:,} in all"
         )

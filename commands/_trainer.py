@@ -10,8 +10,9 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -21,8 +22,13 @@ DEBUG_BATCHES = 3  # of each split, with the setting debug
 
 
 def device_count(settings: Config) -> int:
-    """How many devices a run uses. Raises ValueError where there are fewer than asked for."""
+    """How many devices a run uses: with devices = 0 as many GPUs as divide batch_size.
+
+    Raises ValueError where there are fewer than asked for, or where they do not divide batch_size.
+    """
     gpus = torch.cuda.device_count()
+    if settings.devices and settings.batch_size % settings.devices:
+        raise ValueError(f"batch_size = {settings.batch_size} must be a multiple of devices = {settings.devices}.")
     if settings.accelerator == "cpu" or (settings.accelerator == "auto" and gpus == 0):
         return max(settings.devices, 1)
     if gpus < max(settings.devices, 1):
@@ -30,7 +36,7 @@ def device_count(settings: Config) -> int:
             f"accelerator = {settings.accelerator}, devices = {settings.devices}: this machine shows {gpus} GPUs. "
             f"Use --accelerator cpu, or fewer devices."
         )
-    return settings.devices or gpus
+    return settings.devices or max(count for count in range(1, gpus + 1) if settings.batch_size % count == 0)
 
 
 def on_gpu(settings: Config) -> bool:
@@ -52,6 +58,8 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         # Nothing but BandNorm has buffers that change, and it keeps them equal by itself: to broadcast them would only
         # tie together validation shares, which may differ in length.
         strategy = DDPStrategy(process_group_backend="nccl" if gpu else "gloo", broadcast_buffers=False)
+    # float32 means float32: torch lets cuDNN's convolutions use TF32 unless told otherwise.
+    torch.backends.cudnn.allow_tf32 = settings.precision != "32"
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the first page says it in one place
     return pl.Trainer(
@@ -62,7 +70,8 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         max_epochs=settings.max_epoch,
         gradient_clip_val=settings.gradient_clip or None,
         use_distributed_sampler=False,  # data_generator.py has its own
-        deterministic="warn",
+        deterministic=True,
+        plugins=[AtomicCheckpointIO()],
         num_sanity_val_steps=0,
         log_every_n_steps=min(10, steps_per_epoch or 1),
         enable_model_summary=False,
@@ -104,21 +113,28 @@ def _callbacks(settings: Config) -> list[Callback]:
     return [best, last, BestLink(best), Progress(), EpochLine(metric)]
 
 
-class BestLink(Callback):
-    """Keeps best.ckpt, a second name of the best checkpoint so far."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then renames it: a kill leaves the old one or the new one whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        torch.save(checkpoint, partial)
+        os.replace(partial, target)
+
+
+class BestLink(Checkpoint):
+    """Keeps best.ckpt, a second name of the best checkpoint so far.
+
+    Being a Checkpoint keeps its place between the two ModelCheckpoints: last.ckpt is never there without its best.
+    """
 
     def __init__(self, best: ModelCheckpoint) -> None:
         self.best = best
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._link()
-
-    @rank_zero_only
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._link()
-
-    def _link(self) -> None:
         source = Path(self.best.best_model_path)
         if self.best.best_model_path and source.is_file():
             link_or_copy(source, source.with_name("best.ckpt"))

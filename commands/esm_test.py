@@ -8,12 +8,12 @@ from data_generator import SEDDataModule
 from model import build_model
 from model.checkpoint import load_network, read_checkpoint
 from sed_model import Ensemble_SEDWrapper
-from settings import resolve
+from settings import requested, resolve
 
 
 def run(given: dict[str, Any]) -> None:
     """Print the metrics of the ensemble of --esm_model_pathes A,B,... and write them into heatmap_dir."""
-    paths = resolve(given).esm_model_pathes
+    paths = requested("esm_model_pathes", given)
     if not paths:
         raise ValueError("esm_test needs checkpoints: --esm_model_pathes A.ckpt,B.ckpt")
     checkpoints = [read_checkpoint(path) for path in paths]
@@ -22,7 +22,7 @@ def run(given: dict[str, Any]) -> None:
     data = SEDDataModule(settings, (settings.test_split,))
     networks = []
     for checkpoint, member in zip(checkpoints, members, strict=True):
-        check_labels(checkpoint.labels, data.tables[settings.test_split], str(checkpoint.path))
+        check_labels(checkpoint, member, data.tables[settings.test_split])
         if (member.sample_rate, member.classes_num) != (settings.sample_rate, settings.classes_num):
             raise ValueError(
                 f"{checkpoint.path} listens at {member.sample_rate} Hz for {member.classes_num} classes, {paths[0]} at "

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from settings import resolve
+from settings import requested
 
 
 def run(given: dict[str, Any], files: list[str], top_k: int = 5) -> None:
@@ -11,12 +11,14 @@ def run(given: dict[str, Any], files: list[str], top_k: int = 5) -> None:
 
     Raises ValueError at the end where any file failed.
     """
-    path = resolve(given).resume_checkpoint
+    path = requested("resume_checkpoint", given)
     if path is None:
         raise ValueError("predict needs a checkpoint: --resume_checkpoint PATH")
     from inference import Tagger
 
-    tagger = Tagger.from_checkpoint(path, "auto" if resolve(given).accelerator != "cpu" else "cpu")
+    device = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}[requested("accelerator", given)]
+    tagger = Tagger.from_checkpoint(path, device, given)
+    print(tagger.report, file=sys.stderr)
     failed = 0
     for name in files:
         try:

@@ -10,21 +10,21 @@ from data_generator import SEDDataModule
 from model import build_model
 from model.checkpoint import load_network, read_checkpoint
 from sed_model import SEDWrapper
-from settings import resolve
+from settings import requested, resolve
 
 
 def run(given: dict[str, Any]) -> None:
     """Print the metrics of --resume_checkpoint and write them, with the scores, into heatmap_dir."""
-    path = resolve(given).resume_checkpoint
+    path = requested("resume_checkpoint", given)
     if path is None:
         raise ValueError(
             "test needs a checkpoint: --resume_checkpoint PATH, for example "
-            f"{resolve(given).run_folder / 'checkpoints' / 'best.ckpt'} after a training."
+            f"{resolve().run_folder / 'checkpoints' / 'best.ckpt'} after a training."
         )
     checkpoint = read_checkpoint(path)
     settings = resolve(given, checkpoint=checkpoint.settings)
     data = SEDDataModule(settings, (settings.test_split,))
-    check_labels(checkpoint.labels, data.tables[settings.test_split], path)
+    check_labels(checkpoint, settings, data.tables[settings.test_split])
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = build_model(settings)
     report = load_network(network, checkpoint)

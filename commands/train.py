@@ -10,8 +10,12 @@ from commands._trainer import build_trainer, checkpoint_folder, device_count
 from data_generator import SEDDataModule
 from model import build_model
 from model.checkpoint import Checkpoint, load_network, read_checkpoint
+from prepare.labels import published_labels
 from sed_model import SEDWrapper
 from settings import NETWORK_SETTINGS, Config, resolve
+
+# What must not change when a run is gone on with: its network, and which clips it may learn from.
+RUN_SETTINGS = (*NETWORK_SETTINGS, "dataset_type", "esc_fold", "protocol", "clip_samples")
 
 
 def run(given: dict[str, Any]) -> None:
@@ -31,13 +35,17 @@ def run(given: dict[str, Any]) -> None:
         more["fine-tuned_from"] = str(report)
     if resumed:
         more["resumed_from"] = f"{resumed.path}, after epoch {(resumed.epoch or 0) + 1}"
-    wrapper = SEDWrapper(network, settings, data.tables["train"].labels)
+    labels = data.tables["train"].labels or published_labels(settings.dataset_type, settings.classes_num)
+    wrapper = SEDWrapper(network, settings, labels)
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
-    trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch())
-    trainer.fit(wrapper, data, ckpt_path=str(resumed.path) if resumed else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(device_count(settings)))
+    try:
+        trainer.fit(wrapper, data, ckpt_path=str(resumed.path) if resumed else None, weights_only=True)
+    except SystemExit:  # so Lightning ends a run that was interrupted at the keyboard
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     if is_first_process():
         best = checkpoint_folder(settings) / "best.ckpt"
         value = trainer.callback_metrics.get(wrapper.main_metric)
@@ -65,7 +73,7 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
     if resumed.settings is None or resumed.epoch is None:
         raise ValueError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
     now, then = settings.model_dump(), resumed.settings
-    changed = [name for name in (*NETWORK_SETTINGS, "dataset_type") if name in then and then[name] != now[name]]
+    changed = [name for name in RUN_SETTINGS if name in then and then[name] != now[name]]
     if changed:
         was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
         raise ValueError(f"The run to go on with has {was}: give the same settings, or another --exp_name.")

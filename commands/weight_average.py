@@ -50,5 +50,6 @@ def average_checkpoints(paths: list[Path]) -> dict[str, Any]:
         "state_dict": mean,
         "settings": first.settings,
         "labels": first.labels,
+        "frontend": first.frontend,
         "sources": [path.name for path in paths],
     }

@@ -22,9 +22,9 @@ class DetectionMetric:
     per_class: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: None in its place."""
-        per_class = {label: None if np.isnan(value) else value for label, value in self.per_class.items()}
-        return {**asdict(self), "macro": None if np.isnan(self.macro) else self.macro, "per_class": per_class}
+        """For JSON, which has no NaN and no infinity: None in their place."""
+        per_class = {label: value if np.isfinite(value) else None for label, value in self.per_class.items()}
+        return {**asdict(self), "macro": self.macro if np.isfinite(self.macro) else None, "per_class": per_class}
 
 
 def intersection_f1(

@@ -22,8 +22,8 @@ class Metric:
     all_classes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: None in its place."""
-        return {**asdict(self), "value": None if np.isnan(self.value) else self.value}
+        """For JSON, which has no NaN and no infinity: None in their place."""
+        return {**asdict(self), "value": self.value if np.isfinite(self.value) else None}
 
 
 def tagging_metrics(scores: np.ndarray, targets: np.ndarray) -> list[Metric]:

@@ -1,6 +1,8 @@
 """The one place that loads weights. What is loaded cannot run code, and every load says what matched."""
 
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ class Checkpoint:
     settings: Optional[dict[str, Any]] = None  # None: the file is not this project's, the settings must be given
     labels: Optional[list[str]] = None
     epoch: Optional[int] = None
+    frontend: Optional[dict[str, Any]] = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"There is no checkpoint {path}: give the path of a .ckpt file, as train prints it.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
+        if not (zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80"):
+            raise ValueError(f"{path} is no checkpoint: it is no file of torch.save.") from None
         raise ValueError(
             f"{path} holds more than tensors and plain values, and loading it could run code: refused. "
-            f"Save its state_dict alone, where you trust its source. ({str(error).splitlines()[0]})"
+            f"Save its state_dict alone, where you trust its source."
         ) from None
     except (RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is no checkpoint, or it is cut off: {str(error).splitlines()[0]}") from None
@@ -70,7 +75,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     state_dict = {key.removeprefix(PREFIX): value for key, value in weights.items() if isinstance(value, Tensor)}
     if not state_dict:
         raise ValueError(f"{path} holds no weights: its keys are {', '.join(map(str, list(content)[:8]))}.")
-    return Checkpoint(path, state_dict, content.get("settings"), content.get("labels"), content.get("epoch"))
+    return Checkpoint(
+        path, state_dict, content.get("settings"), content.get("labels"), content.get("epoch"), content.get("frontend")
+    )
 
 
 def load_network(network: nn.Module, checkpoint: Checkpoint, *, new_classifier: bool = False) -> LoadReport:
@@ -82,6 +89,20 @@ def load_network(network: nn.Module, checkpoint: Checkpoint, *, new_classifier: 
     own = network.state_dict()
     given = checkpoint.state_dict
     matched = [key for key in own if key in given and own[key].shape == given[key].shape]
+    foreign = [key for key in matched if key.startswith(FRONTEND) and not _close(own[key], given[key])]
+    if foreign:
+        kept = (
+            "the configured one is kept"
+            if new_classifier
+            else "the file's is used, which its weights were trained with"
+        )
+        warnings.warn(
+            f"{checkpoint.path} holds another front-end than the settings describe ({', '.join(foreign)}): {kept}. "
+            f"Its sample_rate, fmin or fmax differ.",
+            stacklevel=2,
+        )
+        if new_classifier:
+            matched = [key for key in matched if key not in foreign]
     reshaped = [key for key in own if key in given and own[key].shape != given[key].shape]
     missing = [key for key in own if key not in given]
     unexpected = [key for key in given if key not in own]
@@ -90,7 +111,8 @@ def load_network(network: nn.Module, checkpoint: Checkpoint, *, new_classifier: 
     needed = [key for key in reshaped + missing if not key.endswith(COMPUTED)]
     if new_classifier:
         needed = [key for key in needed if not key.startswith(CLASSIFIER)]
-    needed = [key for key in needed if not key.startswith(("head.", *FRONTEND)) or key in reshaped]
+    spare = ("head.", *FRONTEND) if "tscam_conv.weight" in own else FRONTEND
+    needed = [key for key in needed if not key.startswith(spare) or key in reshaped]
     if report.share < LEAST_MATCHED or needed:
         raise ValueError(
             f"{report}. This file does not fit the network. {_advice(reshaped)} "
@@ -98,6 +120,11 @@ def load_network(network: nn.Module, checkpoint: Checkpoint, *, new_classifier: 
         )
     network.load_state_dict({**own, **{key: given[key] for key in matched}})
     return report
+
+
+def _close(own: Tensor, given: Tensor) -> bool:
+    """Whether two front-end tensors are the same but for how they were rounded."""
+    return bool(torch.allclose(own.cpu(), given.cpu().to(own.dtype), rtol=1e-3, atol=1e-5))
 
 
 def _share(own: Mapping[str, Tensor], matched: Sequence[str]) -> float:

@@ -58,6 +58,11 @@ class HTSAT_Swin_Transformer(nn.Module):
         _check_sizes(
             spec_size, mel_bins, patch_size, patch_stride, embed_dim, depths, num_heads, attention_window, last_size
         )
+        if attn_heatmap and last_size > attention_window:
+            raise ValueError(
+                f"htsat_attn_heatmap needs a last stage of one window: {last_size} x {last_size} tokens are more "
+                f"than htsat_window_size {attention_window}."
+            )
         self.num_classes, self.loss_type, self.enable_tscam = num_classes, loss_type, enable_tscam
         self.attn_heatmap, self.repeat_mode, self.augments = attn_heatmap, repeat_mode, spec_augment
         self.image_bands = spec_size // self.freq_ratio

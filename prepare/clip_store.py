@@ -137,8 +137,8 @@ class ClipTable:
         return replace(self, **{name: getattr(self, name)[wanted] for name in columns})
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the clips, their order or their classes."""
-        digest = hashlib.sha256()
+        """16 hexadecimal digits that change with the clips' names, places, classes and rate, not with the sound."""
+        digest = hashlib.sha256(f"{self.sample_rate} {self.labels}".encode())
         for array in (self.names, self.targets, self.row):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
@@ -152,7 +152,10 @@ def store_path(dataset_path: str | Path, dataset_type: str) -> Path:
 def open_store(path: Path, *keys: str) -> h5py.File:
     """Open a store or index for reading. Raises ValueError where it is missing, cut off, or lacks one of `keys`."""
     if not path.is_file():
-        raise ValueError(f"There is no file {path}. `python main.py prepare` makes it, or set dataset_path.")
+        raise ValueError(
+            f"There is no file {path}. Make it with `python main.py prepare --dataset_type ...`, or say with "
+            f"--dataset_path where the prepared data lies."
+        )
     try:
         file = h5py.File(path, "r")
     except OSError as error:

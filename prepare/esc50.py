@@ -30,10 +30,10 @@ def prepare_esc50(raw: Path, store: Path, sample_rate: int) -> PrepareReport:
         for row in rows:
             try:
                 waveform = read_int16(raw / "audio" / row["filename"], sample_rate)
+                writer.add(Clip(row["filename"], waveform, [int(row["target"])], fold=int(row["fold"])))
             except ValueError as error:
                 report.skipped.append((row["filename"], str(error)))
                 continue
-            writer.add(Clip(row["filename"], waveform, [int(row["target"])], fold=int(row["fold"])))
             report.clips += 1
         if report.clips == 0:
             raise ValueError(f"None of the {len(rows)} files of esc50.csv could be read.\n{report}")
@@ -51,7 +51,7 @@ def read_meta(path: Path) -> list[dict[str, str]]:
             raise ValueError(f"{path} lacks the columns {', '.join(lacking)}; it has {reader.fieldnames}.")
         rows = list(reader)
     for number, row in enumerate(rows, start=2):
-        target, fold = row["target"], row["fold"]
+        target, fold = row["target"] or "", row["fold"] or ""
         if not (target.isdigit() and int(target) < len(LABELS) and row["category"] == LABELS[int(target)]):
             raise ValueError(f"{path}, line {number}: class {target} {row['category']!r} is not one of ESC-50's.")
         if not (fold.isdigit() and 1 <= int(fold) <= 127):

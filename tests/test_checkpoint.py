@@ -49,6 +49,24 @@ def test_new_classifier_only_where_asked(tmp_path: Path) -> None:
     assert torch.equal(other.norm.weight, read_checkpoint(path).state_dict["norm.weight"])
 
 
+def test_another_frontend_is_not_taken_over_silently(tmp_path: Path) -> None:
+    """A 32 kHz checkpoint in a 16 kHz network: fine-tuning keeps the configured filterbank, evaluation the file's."""
+    path = save(tmp_path / "a.ckpt", HTSAT_Swin_Transformer(**SMALL))
+    given = read_checkpoint(path).state_dict["logmel_extractor.melW"]
+    for new_classifier in (True, False):
+        network = HTSAT_Swin_Transformer(**SMALL, sample_rate=16000, hop_size=160, fmax=8000)
+        with pytest.warns(UserWarning, match="holds another front-end"):
+            load_network(network, read_checkpoint(path), new_classifier=new_classifier)
+        assert torch.equal(network.logmel_extractor.melW, given) is not new_classifier
+
+
+def test_a_linear_classifier_must_come_from_the_file(tmp_path: Path) -> None:
+    source = HTSAT_Swin_Transformer(**SMALL, enable_tscam=False)
+    torch.save({k: v for k, v in source.state_dict().items() if not k.startswith("head.")}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"needed: head\.weight"):
+        load_network(HTSAT_Swin_Transformer(**SMALL, enable_tscam=False), read_checkpoint(tmp_path / "a.ckpt"))
+
+
 def test_another_network_is_refused(tmp_path: Path) -> None:
     wide = save(tmp_path / "wide.ckpt", HTSAT_Swin_Transformer(**{**SMALL, "embed_dim": 32}))
     with pytest.raises(ValueError, match="other sizes: set htsat_dim"):
@@ -77,7 +95,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="There is no checkpoint"):
         read_checkpoint(tmp_path / "missing.ckpt")
     (tmp_path / "text.ckpt").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text\.ckpt"):
+    with pytest.raises(ValueError, match="it is no file of torch"):
         read_checkpoint(tmp_path / "text.ckpt")
     whole = save(tmp_path / "whole.ckpt", HTSAT_Swin_Transformer(**SMALL)).read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])

@@ -112,8 +112,21 @@ def test_average_and_ensemble(trained: Path) -> None:
 
 def test_ensemble_of_one_network_is_that_network(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
-    assert main.main(["test", "--resume_checkpoint", str(BEST), "--test_file", "one"]) == 0
-    assert main.main(["esm_test", "--esm_model_pathes", ",".join([str(BEST)] * 3), "--test_file", "three"]) == 0
+    assert main.main(["test", "--resume_checkpoint", str(BEST), "--test_file", "one", "--accelerator", "cpu"]) == 0
+    assert (
+        main.main(
+            [
+                "esm_test",
+                "--esm_model_pathes",
+                ",".join([str(BEST)] * 3),
+                "--test_file",
+                "three",
+                "--accelerator",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     with h5py.File(SCORES / "one.h5") as a, h5py.File(SCORES / "three.h5") as b:
         np.testing.assert_allclose(a["clipwise"][:], b["clipwise"][:], atol=1e-6)
 

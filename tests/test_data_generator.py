@@ -102,7 +102,11 @@ def test_balanced_sampler_draws_classes_equally_often() -> None:
         BalancedSampler(np.zeros((3, 2), dtype=bool), seed=1)
 
 
-@pytest.mark.parametrize(("length", "world"), [(7, 1), (7, 2), (1, 3)])
+def test_a_process_without_clips_takes_the_first() -> None:
+    assert [list(ShardSampler(1, rank=rank, world=3)) for rank in range(3)] == [[0], [0], [0]]
+
+
+@pytest.mark.parametrize(("length", "world"), [(7, 1), (7, 2), (3, 3)])
 def test_shard_sampler_repeats_nothing(length: int, world: int) -> None:
     shares = [list(ShardSampler(length, rank=rank, world=world)) for rank in range(world)]
     assert sorted(clip for share in shares for clip in share) == list(range(length))

@@ -30,6 +30,11 @@ def test_tagging_metrics_by_hand() -> None:
     ]
 
 
+def test_metrics_go_into_json() -> None:
+    perfect = tagging_metrics(np.array([[0.9], [0.1]]), np.array([[1], [0]], dtype=bool))
+    assert [metric.as_dict()["value"] for metric in perfect] == [1.0, 1.0, None]  # d' is infinite, JSON has no such
+
+
 def test_a_class_that_is_always_there_has_no_auc() -> None:
     mean_ap, mean_auc, _ = tagging_metrics(np.array([[0.1], [0.2]]), np.ones((2, 1), dtype=bool))
     assert (mean_ap.value, mean_ap.classes, mean_auc.classes) == (1.0, 1, 0)

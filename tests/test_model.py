@@ -222,6 +222,7 @@ def test_long_audio_in_training_is_a_random_stretch() -> None:
         ({"num_heads": (1, 2, 4)}, "one number a stage"),
         ({"num_heads": (3, 2, 4, 8)}, "3 heads do not divide"),
         ({"mel_bins": 300}, "mel_bins 300"),
+        ({"attn_heatmap": True, "attention_window": 4}, "one window"),
         ({"patch_size": 5}, "htsat_patch_size 5"),
         ({"attention_window": 7}, "htsat_window_size 7"),
         ({"spec_size": 64, "mel_bins": 8, "attention_window": 2}, "cannot be unfolded"),

@@ -1,5 +1,7 @@
 """config.py, flags and derived values; what is refused, and how."""
 
+import copy
+import pickle
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -58,6 +60,9 @@ def test_text_of_flags_becomes_values() -> None:
         ({"lr_rate": [0.1]}, "three values"),
         ({"loss_type": "clip_ce"}, "use clip_bce"),
         ({"tta_shifts": []}, r"give \[0\]"),
+        ({"htsat_drop_path": 1.0}, "below 1"),
+        ({"clip_samples": 640000}, "2001 frames, the network takes 1024"),
+        ({"dataset_type": "audioset", "protocol": "held_out"}, "protocol must be paper"),
     ],
 )
 def test_refusals_say_what_is_allowed(given: dict, said: str) -> None:
@@ -108,6 +113,19 @@ def test_checkpoint_decides_the_network() -> None:
     assert found.dataset_path == "workspace/data/esc-50"
     with pytest.raises(ValueError, match="contradicts the checkpoint"):
         resolve({"htsat_dim": 96}, checkpoint=saved)
+
+
+def test_config_can_be_copied_to_another_process() -> None:
+    config = resolve({"max_epoch": 7})
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert copy.deepcopy(config) == config
+
+
+def test_another_fold_than_the_checkpoints_is_refused() -> None:
+    saved = resolve({"dataset_type": "esc-50", "esc_fold": 1}).model_dump()
+    with pytest.raises(ValueError, match="esc_fold = 2 contradicts the checkpoint"):
+        resolve({"esc_fold": 2}, checkpoint=saved)
+    assert resolve({"dataset_type": "demo", "esc_fold": 2}, checkpoint=saved).esc_fold == 2
 
 
 def test_unknown_flag_names_the_close_one(capsys: pytest.CaptureFixture[str]) -> None:

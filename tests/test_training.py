@@ -9,15 +9,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import main
+from commands.train import find_resumed
 from data_generator import SEDDataModule
 from model import build_model
 from model.frontend import BandNorm
+from prepare.clip_store import Clip, ClipStoreWriter
+from prepare.demo import LABELS as DEMO_LABELS
 from sed_model import SEDWrapper
 from settings import Config, resolve
 from tests.helpers import ROOT, TINY, TINY_FLAGS, run_python
@@ -114,6 +118,8 @@ def test_a_killed_run_goes_on(demo_workspace: Path, monkeypatch: pytest.MonkeyPa
     assert resumed["global_step"] == unbroken["global_step"] == 16
     assert resumed["epoch"] == unbroken["epoch"] == 3
     assert resumed["lr_schedulers"] == unbroken["lr_schedulers"]
+    for key, value in unbroken["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][key], value), key
     assert len(json.loads((run_folder(demo_workspace, "killed") / "provenance.json").read_text())) == 2
 
 
@@ -124,6 +130,39 @@ def test_the_same_seed_gives_the_same_weights(demo_workspace: Path, monkeypatch:
     first, second = (last_checkpoint(demo_workspace, name)["state_dict"] for name in ("first", "second"))
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+def test_another_fold_is_another_run(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace, exp_name="fold", dataset_type="esc-50", esc_fold=1)
+    folder = run_folder(demo_workspace, "fold") / "checkpoints"
+    folder.mkdir(parents=True)
+    weights = build_model(settings).state_dict()
+    torch.save({"state_dict": weights, "settings": settings.model_dump(), "epoch": 0}, folder / "last.ckpt")
+    again = tiny(demo_workspace, exp_name="fold", dataset_type="esc-50", esc_fold=2, resume="auto")
+    with pytest.raises(ValueError, match=r"esc_fold = 1 \(now 2\)"):
+        find_resumed(again)
+    assert find_resumed(tiny(demo_workspace, exp_name="fold", dataset_type="esc-50", resume="auto")) is not None
+
+
+def test_mixed_precision_trains(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_workspace)
+    words = ["--max_epoch", "1", "--precision", "bf16-mixed", "--exp_name", "bf16", "--debug", "True"]
+    assert main.main(["train", *TINY_FLAGS, *words]) == 0
+    assert all(value.isfinite().all() for value in last_checkpoint(demo_workspace, "bf16")["state_dict"].values())
+
+
+def test_fewer_clips_than_processes(demo_workspace: Path, tmp_path: Path) -> None:
+    """One test clip and two processes: the one without clips waits for nothing and counts nothing."""
+    with ClipStoreWriter(tmp_path / "demo.h5", clip_samples=32000, sample_rate=32000, labels=DEMO_LABELS) as writer:
+        writer.add(Clip("only.wav", np.ones(32000, np.int16), [3], split="test"))
+    settings = tiny(demo_workspace)
+    labels = list(DEMO_LABELS)
+    weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
+    torch.save({"state_dict": weights, "settings": settings.model_dump(), "labels": labels}, tmp_path / "tiny.ckpt")
+    flags = ["--resume_checkpoint", "tiny.ckpt", "--dataset_path", ".", "--heatmap_dir", "scores", "--fl_local", "True"]
+    run_python("main.py", "test", *flags, "--accelerator", "cpu", "--devices", "2", cwd=tmp_path)
+    (mean_ap, *_) = json.loads((tmp_path / "scores" / "test.json").read_text())["metrics"]
+    assert (mean_ap["value"], mean_ap["clips"], mean_ap["classes"]) == (1.0, 1, 1)
 
 
 def test_training_with_two_processes(demo_workspace: Path) -> None:

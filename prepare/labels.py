@@ -1,0 +1,16 @@
+"""Names of classes that files do not carry: PANNs' stores and the published checkpoints."""
+
+import json
+from pathlib import Path
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def published_labels(dataset_type: str, classes: int) -> list[str]:
+    """Names in the order of the published checkpoints for a data set; `class 0`, ... where none are known."""
+    if classes == 527:
+        return [entry["name"] for entry in json.loads((ASSETS / "audioset_labels.json").read_text())]
+    files = {("esc-50", 50): "esc50_labels.json", ("scv2", 35): "scv2_published_labels.json"}
+    if (dataset_type, classes) in files:
+        return list(json.loads((ASSETS / files[dataset_type, classes]).read_text()))
+    return [f"class {number}" for number in range(classes)]
