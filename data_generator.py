@@ -3,15 +3,14 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
-import h5py
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from prepare.clip_store import SPLITS, ClipTable, open_store, read_index_table, read_store_table, store_path
+from prepare.clip_store import SPLITS, ClipTable, Waveforms, open_store, read_index_table, read_store_table, store_path
 from settings import Config
 
 Split = Literal["train", "validation", "test"]
@@ -34,9 +33,25 @@ def load_table(settings: Config, split: Split) -> ClipTable:
             f"{table.paths[0]} holds audio at {sample_rate} Hz, the network takes {settings.sample_rate} Hz: "
             f"prepare it again with --sample_rate {settings.sample_rate}."
         )
+    for path in table.paths:
+        open_store(path).close()  # a file that is gone or cut off is told now, not in the middle of an epoch
+    if split == "train" and settings.class_filter:
+        wanted = table.targets[:, _class_numbers(settings.class_filter, table)]
+        table = table.select(np.asarray(wanted.any(axis=1)))
     if len(table) == 0:
         raise ValueError(f"{table.paths[0]} has no clips for {split}.")
     return table
+
+
+def _class_numbers(names: Sequence[str], table: ClipTable) -> list[int]:
+    """Classes given by number or by name. Raises ValueError for those that there are not."""
+    labels, classes = table.labels, table.targets.shape[1]
+    numbers = {**{str(k): k for k in range(classes)}, **{label: k for k, label in enumerate(labels)}}
+    unknown = [name for name in names if name not in numbers]
+    if unknown:
+        known = f"0 to {classes - 1}" + (f", or {', '.join(labels[:20])}" if labels else "")
+        raise ValueError(f"class_filter names {', '.join(unknown)}; the classes are {known}.")
+    return [numbers[name] for name in names]
 
 
 def _audioset_table(settings: Config, split: Split) -> ClipTable:
@@ -69,6 +84,9 @@ def _split_table(settings: Config, split: Split) -> ClipTable:
     return table.select(~np.isin(table.fold, held_out))
 
 
+MOST_TRIES = 10  # other clips of its class that are tried in place of one that cannot be read
+
+
 class ClipDataset(Dataset):
     """Clips of a table as training examples, read in batches.
 
@@ -79,7 +97,7 @@ class ClipDataset(Dataset):
 
     def __init__(self, table: ClipTable, *, clip_samples: int, fit: Literal["pad", "repeat"]) -> None:
         self.table, self.clip_samples, self.fit = table, clip_samples, fit
-        self._open: dict[int, tuple[h5py.Dataset, Optional[np.ndarray]]] = {}
+        self._open: dict[int, Waveforms] = {}
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -90,38 +108,60 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         batch = self.__getitems__([index])
-        return {name: value[0] for name, value in batch.items()}
+        return {name: value if name == "unreadable" else value[0] for name, value in batch.items()}
 
     def __getitems__(self, indexes: Sequence[int]) -> Batch:
-        """A whole batch: the items of `__getitem__`, stacked; audio_name is a list."""
+        """A whole batch: the items of `__getitem__`, stacked; audio_name is a list, unreadable a count.
+
+        A clip that cannot be read is replaced by another one of its class: all of the item is then the other clip's.
+        """
         waveforms = np.zeros((len(indexes), self.clip_samples), dtype=np.int16)
-        lengths = [self._read_into(waveforms[place], index) for place, index in enumerate(indexes)]
-        chosen = np.asarray(indexes)
+        chosen = np.array(indexes)
+        lengths, unreadable = [], 0
+        for place, index in enumerate(indexes):
+            for candidate in self._candidates(index):
+                try:
+                    lengths.append(self._read_into(waveforms[place], candidate))
+                    chosen[place] = candidate
+                    break
+                except (OSError, ValueError):
+                    unreadable += 1
+            else:
+                raise ValueError(
+                    f"{self.table.names[index].decode()} cannot be read, and neither could {MOST_TRIES} other clips: "
+                    f"`python main.py check` tells which stores are damaged."
+                )
         return {
             "audio_name": [name.decode() for name in self.table.names[chosen]],
             "waveform": torch.from_numpy(waveforms),
             "target": torch.from_numpy(self.table.targets[chosen].astype(np.float32)),
             "real_len": torch.tensor(lengths),
             "index": torch.from_numpy(chosen),
+            "unreadable": unreadable,
         }
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """A clip, then others of its class in an order that depends on the clip alone."""
+        yield index
+        same = np.asarray(self.table.targets[:, self.table.targets[index]].any(axis=1))
+        same[index] = False
+        others = np.flatnonzero(same)
+        yield from np.random.default_rng(index).permutation(others)[:MOST_TRIES].tolist()
 
     def _read_into(self, waveform: np.ndarray, index: int) -> int:
         """Fill one row of the batch; returns the clip's own length in samples, at most clip_samples."""
-        stored, real_len = self._file(int(self.table.path_number[index]))
-        row = int(self.table.row[index])
-        length = int(real_len[row]) if real_len is not None else stored.shape[1]
-        length = min(length, self.clip_samples)
-        stored.read_direct(waveform, np.s_[row, :length], np.s_[:length])
+        length = self._file(int(self.table.path_number[index])).read_into(int(self.table.row[index]), waveform)
+        if length == 0:
+            raise ValueError("The clip is empty.")
         if self.fit == "repeat" and length < self.clip_samples:
             waveform[:] = np.resize(waveform[:length], self.clip_samples)
         return length
 
-    def _file(self, number: int) -> tuple[h5py.Dataset, Optional[np.ndarray]]:
+    def _file(self, number: int) -> Waveforms:
         if self._process != os.getpid():  # a forked worker: handles of the parent are not its own
             self._open, self._process = {}, os.getpid()
         if number not in self._open:
-            file = open_store(self.table.paths[number], "waveform")
-            self._open[number] = (file["waveform"], file["real_len"][:] if "real_len" in file else None)
+            self._open[number] = Waveforms(open_store(self.table.paths[number]))
         return self._open[number]
 
 

@@ -54,7 +54,7 @@ def draw_clips(scores: Scores, found: pd.DataFrame, folder: Path, count: int) ->
     import torch
 
     from model.frontend import LogMel, Spectrogram
-    from prepare.clip_store import open_store
+    from prepare.clip_store import Waveforms, open_store
     from utils import int16_to_float32
 
     store = Path(str(scores.attributes["clip_store"]))
@@ -70,11 +70,12 @@ def draw_clips(scores: Scores, found: pd.DataFrame, folder: Path, count: int) ->
     assert scores.framewise is not None
     centres = mel.melW.argmax(dim=0).numpy() * rate / int(frontend["window_size"])
     pictures = []
-    with open_store(store, "audio_name", "waveform") as file:
+    with open_store(store, "audio_name") as file:
+        waveforms = Waveforms(file)
         rows = {name.decode(): row for row, name in enumerate(file["audio_name"][:])}
         for clip in [k for k, events in enumerate(scores.events or []) if events][:count]:
             name, duration = scores.names[clip], float(scores.durations[clip])
-            waveform = int16_to_float32(torch.from_numpy(file["waveform"][rows[name], : int(duration * rate)]))
+            waveform = int16_to_float32(torch.from_numpy(waveforms.read(rows[name])[: int(duration * rate)]))
             detected = found[found.filename == name]
             places = [scores.labels.index(label) for label in detected.event_label]
             pictures.append(folder / f"{Path(name).stem}.png")

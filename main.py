@@ -15,6 +15,13 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
         [
             ("--raw", {"help": "folder of the downloaded data set", "metavar": "FOLDER"}),
             ("--clips", {"help": "demo: how many clips to synthesize", "type": int, "default": 400}),
+            ("--segments", {"help": "audioset: CSV of the segments", "metavar": "FILE"}),
+            ("--table", {"help": "desed, folder: CSV or TSV of labels or events", "metavar": "FILE"}),
+            (
+                "--label_order",
+                {"help": "scv2: sorted, or published as in the published checkpoint", "default": "sorted"},
+            ),
+            ("--processes", {"help": "audioset: how many parts to pack at once", "type": int, "default": 1}),
         ],
     ),
     "train": ("train a network, or go on with a run (--resume auto)", []),
@@ -22,6 +29,15 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
     "esm_test": ("evaluate several checkpoints as an ensemble", []),
     "weight_average": ("average the weights of several checkpoints", []),
     "save_idc": ("list the clips of each class", []),
+    "check": ("report on a prepared data set; exit status 1 where a training would go wrong", []),
+    "compress": ("keep the sound of the prepared stores as FLAC, without loss", []),
+    "import_legacy": (
+        "bring pickled .npy files of the published code into a store",
+        [
+            ("--legacy", {"help": "a .npy file; once for each file", "action": "append", "required": True}),
+            ("--legacy_splits", {"help": "the split of each file, as train,validation,test", "default": None}),
+        ],
+    ),
     "predict": (
         "tag audio files with a checkpoint",
         [

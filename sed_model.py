@@ -1,6 +1,8 @@
 """Training and testing of the network: SEDWrapper for one, Ensemble_SEDWrapper for several. PyTorch Lightning."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+import augment
 from evaluation.metrics import MAIN_METRIC, Metric, clip_metrics
 from model.htsat import HTSAT_Swin_Transformer, Outputs
 from model.losses import LOSSES
+from prepare.ontology import read_ontology
 from settings import FRONTEND_SETTINGS, Config
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
@@ -92,6 +96,8 @@ class SEDWrapper(Evaluation):
         super().__init__(settings, labels)
         self.sed_model = network
         self.loss_func = LOSSES[settings.loss_type]
+        self.unreadable = 0  # clips of this epoch, in this process
+        self.ontology = read_ontology(Path(settings.class_map_path)) if settings.enable_label_enhance else None
         for parameter in network.unused_parameters():  # they get no gradient, which DistributedDataParallel refuses
             parameter.requires_grad_(False)
 
@@ -105,13 +111,18 @@ class SEDWrapper(Evaluation):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         waveform, targets = int16_to_float32(batch["waveform"]), batch["target"]  # int16 travels to the device
-        waveform = self._augment(waveform)
+        waveform, targets = self._augment(waveform, targets)
         mixup_lambda = None
         if self.settings.mixup_alpha > 0:
             mixup_lambda = get_mix_lambda(self.settings.mixup_alpha, len(waveform), self.device)
             if self.settings.mixup_targets:
                 targets = do_mixup(targets, mixup_lambda)
-        loss = self.loss_func(self(waveform, mixup_lambda)["clipwise_logits"], targets)
+        if targets.ndim == 3:  # by frame: (B, steps, K)
+            logits = self(waveform, mixup_lambda)["framewise_logits"].flatten(0, 1)
+            loss = self.loss_func(logits, targets.flatten(0, 1))
+        else:
+            loss = self.loss_func(self(waveform, mixup_lambda)["clipwise_logits"], targets)
+        self.unreadable += batch["unreadable"]
         if self.global_step % CHECK_LOSS_EVERY == 0 and not torch.isfinite(loss):  # it makes the CPU wait for a GPU
             raise ValueError(
                 f"The loss is {loss.item()} in epoch {self.current_epoch}, step {self.global_step}, with the clips "
@@ -120,17 +131,30 @@ class SEDWrapper(Evaluation):
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(waveform))
         return loss
 
-    def _augment(self, waveform: Tensor) -> Tensor:
-        """Random time shift and crop of each clip, where the settings ask for them. (B, samples)"""
-        samples = waveform.shape[1]
-        if self.settings.enable_time_shift:
-            shifts = torch.randint(self.settings.shift_max, (len(waveform),)).tolist()
-            waveform = torch.stack([clip.roll(shift) for clip, shift in zip(waveform, shifts, strict=True)])
-        length = self.settings.crop_size
-        if length is not None and length < samples:
-            starts = torch.randint(samples - length + 1, (len(waveform),)).tolist()
-            waveform = torch.stack([clip[at : at + length] for clip, at in zip(waveform, starts, strict=True)])
-        return waveform
+    def _augment(self, waveform: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The augmentations that the settings ask for: (B, samples) and (B, K), or (B, steps, K) with token labels."""
+        settings = self.settings
+        if settings.enable_time_shift:
+            waveform = augment.shift_in_time(waveform, settings.shift_max)
+        if settings.crop_size is not None:
+            waveform = augment.crop(waveform, settings.crop_size)
+        if self.ontology is not None:
+            ancestors = torch.from_numpy(self.ontology.ancestors).to(targets.device)
+            targets = augment.enhance_labels(targets, ancestors, self.ontology.children)
+        if settings.enable_token_label:
+            steps = self.sed_model.steps
+            return augment.replace_stretch(waveform, targets, steps, settings.token_label_range)
+        return waveform, targets
+
+    def on_train_epoch_end(self) -> None:
+        if self.unreadable:
+            warnings.warn(
+                f"{self.unreadable} clips could not be read in epoch {self.current_epoch}; others of their classes "
+                f"stood in. `python main.py check` tells which.",
+                stacklevel=2,
+            )
+        self.log("unreadable_clips", float(self.unreadable), sync_dist=True, reduce_fx="sum")
+        self.unreadable = 0
 
     def on_validation_epoch_start(self) -> None:
         self.collected = []

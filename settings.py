@@ -244,6 +244,11 @@ def _check_together(config: Config) -> None:
         )
     if config.dataset_type == "audioset" and config.protocol == "held_out":
         raise ValueError("AudioSet has no validation clips to choose on: protocol must be paper.")
+    if config.enable_label_enhance and config.class_map_path is None:
+        raise ValueError("enable_label_enhance needs class_map_path, AudioSet's ontology.json.")
+    shares = config.token_label_range
+    if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1:
+        raise ValueError(f"token_label_range = {shares} is not allowed: give two shares of a clip, as in [0.2, 0.6].")
     if not config.tta_shifts:
         raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
     if config.loss_type == "clip_ce" and config.task == "multilabel":

@@ -87,7 +87,7 @@ def clip_durations(table: ClipTable, clip_seconds: float) -> np.ndarray:
     """(N,) seconds of each clip, at most what the network was given."""
     durations = np.full(len(table), clip_seconds)
     for number, path in enumerate(table.paths):
-        with open_store(path, "waveform") as file:
+        with open_store(path, "audio_name") as file:
             if "real_len" in file and table.sample_rate:
                 here = table.path_number == number
                 durations[here] = file["real_len"][:][table.row[here]] / table.sample_rate

@@ -108,8 +108,8 @@ class HTSAT_Swin_Transformer(nn.Module):
         """waveform: (B, samples) float in [-1, 1]; mixup_lambda: (B,), used in training only.
 
         infer_mode: fill a clip shorter than the image by repetition, instead of stretching it in time.
-        Returns clipwise_output (B, K), clipwise_logits (B, K), framewise_output (B, frames, K) and
-        latent_output (B, num_features).
+        Returns clipwise_output (B, K), clipwise_logits (B, K), framewise_output (B, frames, K),
+        framewise_logits (B, steps, K) without the repeats, and latent_output (B, num_features).
         """
         logmel = self.forward_frontend(waveform)  # (B, F, T)
         if self.training:
@@ -195,6 +195,7 @@ class HTSAT_Swin_Transformer(nn.Module):
         return {
             "clipwise_output": logits if self.loss_type == "clip_ce" else logits.sigmoid(),
             "clipwise_logits": logits,
+            "framewise_logits": frame_logits,
             "framewise_output": frames.repeat_interleave(self.frames_per_step, dim=1),
             "latent_output": grid.mean(dim=(2, 3)).float(),
         }

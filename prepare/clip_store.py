@@ -1,6 +1,7 @@
 """The clip store: one HDF5 file of clips with their classes, events and split. Writer and reader of the one format.
 
-Datasets: audio_name (N,) bytes, waveform (N, samples) int16 = float x 32767, target (N, K) bool, and, beyond what
+Datasets: audio_name (N,) bytes, waveform (N, samples) int16 = float x 32767 (or waveform_flac (N,), a FLAC file in
+each row, see prepare/compress.py), target (N, K) bool, and, beyond what
 PANNs' AudioSet files have: real_len (N,) int32 samples, fold (N,) int8 or split (N,) bytes, and the table of events
 event_clip (E,) int32, event_class (E,) int16, event_onset (E,) and event_offset (E,) float64 seconds.
 Attributes: sample_rate in Hz, labels (K names), dataset_type, source, licence. A file of PANNs has none of these
@@ -8,6 +9,7 @@ additions and is a valid store.
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +19,7 @@ from typing import Any, Optional
 
 import h5py
 import numpy as np
+import soundfile
 
 SPLITS = ("train", "validation", "test")
 
@@ -168,9 +171,49 @@ def open_store(path: Path, *keys: str) -> h5py.File:
     return file
 
 
+class Waveforms:
+    """The sound of an open store: int16 rows as they are, or a FLAC file in each row (prepare/compress.py)."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self.rows: Optional[h5py.Dataset] = file.get("waveform")
+        self.flac: Optional[h5py.Dataset] = file.get("waveform_flac")
+        if self.rows is None and self.flac is None:
+            raise ValueError(f"{file.filename} has neither waveform nor waveform_flac: it is no clip store.")
+        self.real_len = file["real_len"][:] if "real_len" in file else None
+
+    def __len__(self) -> int:
+        rows: Any = self.flac if self.rows is None else self.rows
+        return len(rows)
+
+    def read_into(self, row: int, waveform: np.ndarray) -> int:
+        """Fill the beginning of (samples,) int16 with a clip, as much as fits; returns how many samples those are.
+
+        Raises ValueError or OSError where the row cannot be read.
+        """
+        if self.rows is None:
+            sound = self.read(row)[: len(waveform)]
+            waveform[: len(sound)] = sound
+            return len(sound)
+        length = int(self.real_len[row]) if self.real_len is not None else self.rows.shape[1]
+        length = min(length, len(waveform))
+        self.rows.read_direct(waveform, np.s_[row, :length], np.s_[:length])
+        return length
+
+    def read(self, row: int) -> np.ndarray:
+        """(samples,) int16 of a clip, whole. Raises ValueError or OSError where it cannot be read."""
+        if self.rows is not None:
+            return self.rows[row, : None if self.real_len is None else int(self.real_len[row])]
+        assert self.flac is not None
+        try:
+            return soundfile.read(io.BytesIO(self.flac[row].tobytes()), dtype="int16")[0]
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"Row {row} is damaged: {error}") from None
+
+
 def read_store_table(path: Path) -> ClipTable:
     """The table of one store: all its clips, in the order of the file."""
-    with open_store(path, "audio_name", "waveform", "target") as file:
+    with open_store(path, "audio_name", "target") as file:
+        Waveforms(file)  # a file of anything else is refused
         count = len(file["audio_name"])
         attributes = {key: str(file.attrs[key]) for key in ("dataset_type", "source", "licence") if key in file.attrs}
         return ClipTable(
@@ -195,6 +238,7 @@ def read_index_table(path: Path, root: Path) -> ClipTable:
     with open_store(path, "audio_name", "target", "hdf5_path", "index_in_hdf5") as file:
         unique, path_number = np.unique(file["hdf5_path"][:], return_inverse=True)
         names, targets, row = file["audio_name"][:], file["target"][:].astype(bool), file["index_in_hdf5"][:]
+        sample_rate = int(file.attrs["sample_rate"]) if "sample_rate" in file.attrs else None
     return ClipTable(
         paths=[_relocate(Path(name.decode()), root) for name in unique],
         names=names,
@@ -203,12 +247,13 @@ def read_index_table(path: Path, root: Path) -> ClipTable:
         row=row.astype(np.int64),
         fold=np.zeros(len(names), dtype=np.int8),
         split=np.zeros(len(names), dtype="S10"),
+        sample_rate=sample_rate,
     )
 
 
 def _relocate(path: Path, root: Path) -> Path:
     """Where a file of an index lies now: as written, or below `root` from its hdf5s/ folder on."""
-    if path.is_file():
+    if path.is_absolute() and path.is_file():
         return path
     parts = path.parts
     return root.joinpath(*parts[parts.index("hdf5s") :]) if "hdf5s" in parts else root / path

@@ -3,12 +3,15 @@
 import pickle
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from data_generator import BalancedSampler, ClipDataset, EpochSampler, SEDDataModule, ShardSampler, load_table
-from prepare.clip_store import Clip, ClipStoreWriter, read_store_table
+from prepare.clip_store import Clip, ClipStoreWriter, Waveforms, read_events, read_store_table
+from prepare.compress import compress_store
+from prepare.demo import LABELS
 from settings import resolve
 
 
@@ -71,6 +74,73 @@ def test_data_that_does_not_fit_is_refused(store: Path) -> None:
         load_table(resolve({**given, "sample_rate": 16000}), "train")
     with pytest.raises(ValueError, match="There is no file"):
         load_table(resolve({**given, "dataset_path": "nowhere"}), "train")
+
+
+def test_a_clip_that_cannot_be_read_is_replaced(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clip 4 is damaged: one of its class (0, 4, 8) stands in, name, index and target included, and is counted."""
+    dataset = ClipDataset(read_store_table(store), clip_samples=8, fit="pad")
+    whole = Waveforms.read_into
+
+    def damaged(self: Waveforms, row: int, waveform: np.ndarray) -> int:
+        if row == 4:
+            raise OSError("damaged")
+        return whole(self, row, waveform)
+
+    monkeypatch.setattr(Waveforms, "read_into", damaged)
+    batch = dataset.__getitems__([3, 4])
+    assert batch["unreadable"] == 1
+    stand_in = int(batch["index"][1])
+    assert stand_in in (0, 8)
+    assert batch["audio_name"] == ["3", str(stand_in)]
+    assert torch.equal(batch["waveform"][1], dataset[stand_in]["waveform"])
+    assert batch["target"][1].argmax() == 0
+    monkeypatch.setattr(Waveforms, "read_into", lambda *_: 0)
+    with pytest.raises(ValueError, match="neither could 10 other clips"):
+        dataset[0]
+
+
+def test_compressed_store_is_the_same_sound(store: Path) -> None:
+    before = ClipDataset(read_store_table(store), clip_samples=12, fit="repeat").__getitems__(range(10))
+    events, table = read_events(store), read_store_table(store)
+    compress_store(store)
+    with h5py.File(store) as file:
+        assert "waveform" not in file
+    after = ClipDataset(read_store_table(store), clip_samples=12, fit="repeat").__getitems__(range(10))
+    for name in ("waveform", "target", "real_len", "index"):
+        assert torch.equal(before[name], after[name])
+    assert read_events(store) == events
+    assert read_store_table(store).fingerprint() == table.fingerprint()
+    size = store.stat().st_size
+    assert compress_store(store) == (size, size)  # nothing more to do
+    assert not list(store.parent.glob("*.partial"))
+
+
+def test_damaged_flac_is_told(store: Path) -> None:
+    compress_store(store)
+    with h5py.File(store, "r+") as file:
+        file["waveform_flac"][3] = np.zeros(20, dtype=np.uint8)
+    with h5py.File(store) as file, pytest.raises(ValueError, match="Row 3 is damaged"):
+        Waveforms(file).read(3)
+
+
+def test_class_filter(demo_workspace: Path) -> None:
+    path = str(demo_workspace / "workspace" / "data" / "demo")
+    kept = load_table(resolve({"dataset_path": path, "class_filter": ["siren", "0"]}), "train")
+    everything = load_table(resolve({"dataset_path": path}), "train")
+    wanted = everything.targets[:, [LABELS.index("siren"), 0]].any(axis=1)
+    assert 0 < len(kept) == wanted.sum() < len(everything)
+    with pytest.raises(ValueError, match="class_filter names sirene"):
+        load_table(resolve({"dataset_path": path, "class_filter": ["sirene"]}), "train")
+
+
+def test_a_file_of_the_index_that_is_gone_is_told_at_once(tmp_path: Path) -> None:
+    index = tmp_path / "hdf5s" / "indexes" / "full_train.h5"
+    index.parent.mkdir(parents=True)
+    with h5py.File(index, "w") as file:
+        file["audio_name"], file["target"] = np.array([b"a"]), np.ones((1, 527), bool)
+        file["hdf5_path"], file["index_in_hdf5"] = np.array([b"hdf5s/waveforms/gone.h5"]), np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match=r"There is no file .*gone\.h5"):
+        load_table(resolve({"dataset_type": "audioset", "dataset_path": str(tmp_path)}), "train")
 
 
 def test_epoch_sampler_shares_are_disjoint() -> None:

@@ -154,6 +154,7 @@ def test_parts_make_the_whole() -> None:
     assert shapes == {
         "clipwise_output": (2, 5),
         "clipwise_logits": (2, 5),
+        "framewise_logits": (2, 32, 5),
         "framewise_output": (2, 1024, 5),
         "latent_output": (2, 128),
     }

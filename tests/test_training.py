@@ -59,16 +59,19 @@ def test_recipe_of_the_optimizer(demo_workspace: Path) -> None:
     assert not any(p.requires_grad for p in wrapper.sed_model.unused_parameters())
 
 
-def test_augmentations_of_the_waveform(demo_workspace: Path) -> None:
-    settings = tiny(demo_workspace, enable_time_shift=True, shift_max=50, crop_size=60)
+def test_augmentations_of_the_settings(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace, enable_time_shift=True, shift_max=50, crop_size=60, enable_token_label=True)
     wrapper = SEDWrapper(build_model(settings), settings, [])
     torch.manual_seed(0)
-    clips = torch.arange(100.0).repeat(20, 1)
-    augmented = wrapper._augment(clips)
-    assert augmented.shape == (20, 60)
-    assert len({row[0].item() for row in augmented}) > 5
-    steps = (augmented[:, 1:] - augmented[:, :-1]) % 100
-    assert (steps == 1).all()  # each is a stretch of the rolled clip
+    waveform, targets = wrapper._augment(torch.arange(100.0).repeat(20, 1), torch.eye(20, 10))
+    assert waveform.shape == (20, 60)
+    assert targets.shape == (20, 32, 10)
+
+
+def test_token_labels_train(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_workspace)
+    words = ["--max_epoch", "1", "--exp_name", "token", "--debug", "True", "--enable_token_label", "True"]
+    assert main.main(["train", *TINY_FLAGS, *words, "--balanced_data", "True", "--class_filter", "siren,bell,hum"]) == 0
 
 
 def test_a_broken_loss_stops_the_run(demo_workspace: Path) -> None:

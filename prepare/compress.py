@@ -1,0 +1,51 @@
+"""A clip store with its sound as FLAC: smaller, bit for bit the same, some milliseconds a clip to read."""
+
+import io
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import soundfile
+
+from prepare.clip_store import Waveforms, open_store
+
+FALLBACK_RATE = 32000  # written into the FLAC header where the store does not say its rate; nothing reads it
+
+
+def compress_store(path: Path) -> tuple[int, int]:
+    """Replace a store by one with FLAC sound; returns its size in bytes before and after.
+
+    Each clip is decoded again and compared before the old file goes. A store that is compressed already is left as it
+    is. Raises ValueError where the file is no store or a clip does not come back unchanged.
+    """
+    before = path.stat().st_size
+    partial = path.with_name(path.name + ".partial")
+    with open_store(path, "audio_name") as source:
+        waveforms = Waveforms(source)
+        if waveforms.rows is None:
+            return before, before
+        with h5py.File(partial, "w") as target:
+            for key in source:
+                if key not in ("waveform", "real_len"):
+                    source.copy(key, target)
+            target.attrs.update(dict(source.attrs))
+            target["real_len"] = _encode_all(waveforms, target, int(source.attrs.get("sample_rate", FALLBACK_RATE)))
+    os.replace(partial, path)
+    return before, path.stat().st_size
+
+
+def _encode_all(waveforms: Waveforms, target: h5py.File, sample_rate: int) -> np.ndarray:
+    """Write waveform_flac; returns (N,) int32 lengths in samples."""
+    flac = target.create_dataset("waveform_flac", (len(waveforms),), dtype=h5py.vlen_dtype(np.uint8))
+    lengths = np.zeros(len(waveforms), dtype=np.int32)
+    written = Waveforms(target)
+    for row in range(len(waveforms)):
+        sound = waveforms.read(row)
+        buffer = io.BytesIO()
+        soundfile.write(buffer, sound, sample_rate, format="FLAC", subtype="PCM_16")
+        flac[row] = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+        if not np.array_equal(written.read(row), sound):
+            raise ValueError(f"Clip {row} does not come back unchanged: the store is left as it was.")
+        lengths[row] = len(sound)
+    return lengths
