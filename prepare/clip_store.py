@@ -91,12 +91,11 @@ class ClipStoreWriter:
         try:
             if kind is None:
                 self._finish()
+                self.file.close()
+                os.replace(self.partial, self.path)
         finally:
             self.file.close()
-            if kind is not None:
-                self.partial.unlink(missing_ok=True)
-        if kind is None:
-            os.replace(self.partial, self.path)
+            self.partial.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         names, lengths, folds, splits = zip(*self.rows, strict=True) if self.rows else ((), (), (), ())

@@ -7,8 +7,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from data_generator import BalancedSampler, ClipDataset, EpochSampler, SEDDataModule, ShardSampler, load_table
+from data_generator import BalancedSampler, ClipDataset, EpochSampler, SEDDataModule, ShardSampler, _as_read, load_table
 from prepare.clip_store import Clip, ClipStoreWriter, Waveforms, read_events, read_store_table
 from prepare.compress import compress_store
 from prepare.demo import LABELS
@@ -53,6 +54,14 @@ def test_handles_do_not_travel(store: Path) -> None:
     copy = pickle.loads(pickle.dumps(dataset))  # as a DataLoader does for a spawned worker
     assert not copy._open
     assert torch.equal(copy[3]["waveform"], first)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_every_way_to_start_a_worker_reads(store: Path, method: str) -> None:
+    dataset = ClipDataset(read_store_table(store), clip_samples=8, fit="pad")
+    expected = dataset.__getitems__([0, 1])["waveform"]  # the parent's handle is open
+    loader = DataLoader(dataset, 2, num_workers=1, multiprocessing_context=method, collate_fn=_as_read)
+    assert torch.equal(next(iter(loader))["waveform"], expected)
 
 
 def test_folds(store: Path) -> None:
@@ -184,7 +193,7 @@ def test_shard_sampler_repeats_nothing(length: int, world: int) -> None:
 
 def test_loaders_give_every_clip_with_and_without_workers(demo_workspace: Path) -> None:
     orders = []
-    for workers in (0, 2):
+    for workers in (0, 4):
         path = str(demo_workspace / "workspace" / "data" / "demo")
         settings = resolve({"dataset_path": path, "num_workers": workers, "batch_size": 4})
         loader = SEDDataModule(settings).train_dataloader()

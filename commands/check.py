@@ -1,0 +1,99 @@
+"""python main.py check: what the prepared data holds, and whether a training on it would go wrong."""
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data_generator import load_table
+from prepare.check import CheckReport, SplitReport, check_tables
+from prepare.clip_store import SPLITS, ClipTable
+from settings import Config, resolve
+
+NUMBER_COLUMN: dict[str, Any] = {"justify": "right"}
+
+
+def run(given: dict[str, Any]) -> None:
+    """Check the three splits of the data that the settings name. Ends with exit status 1 where there are problems."""
+    settings = resolve(given)
+    tables, problems = load_tables(settings)
+    warnings: list[str] = []
+    if tables:
+        report = check_tables(tables, sample_rate=settings.sample_rate, single_label=settings.task == "single_label")
+        print_report(report, settings)
+        problems, warnings = problems + report.problems, report.warnings
+    for message in warnings:
+        print(f"warning: {message}")
+    for message in problems:
+        print(f"problem: {message}")
+    if problems:
+        raise SystemExit(1)
+    print("No problems found.")
+
+
+def load_tables(settings: Config) -> tuple[dict[str, ClipTable], list[str]]:
+    """The splits that can be loaded, and why others cannot.
+
+    Where validation is on the test clips (protocol paper), the two are one entry, `validation = test`.
+    """
+    tables: dict[str, ClipTable] = {}
+    problems: list[str] = []
+    for split in SPLITS:
+        try:
+            tables[split] = load_table(settings, split)  # type: ignore[arg-type]
+        except ValueError as error:
+            problems.append(str(error))
+        except (OSError, LookupError) as error:  # HDF5 that opens, with a part that is damaged or does not fit the rest
+            problems.append(f"the clips for {split} in {settings.dataset_path} cannot be read: {error}")
+    if settings.protocol == "paper" and {"validation", "test"} <= tables.keys():
+        del tables["validation"]
+        tables["validation = test"] = tables.pop("test")
+    return tables, list(dict.fromkeys(problems))
+
+
+def print_report(report: CheckReport, settings: Config) -> None:
+    """The report's tables: the data set, its splits, its classes."""
+    console = Console()
+    table = Table(
+        title=f"{settings.dataset_type}: {escape(settings.dataset_path)}", show_header=False, title_justify="left"
+    )
+    table.add_row("sample rate", f"{report.sample_rate} Hz")
+    table.add_row("size on disk", f"{report.size / 2**20:,.1f} MiB")
+    table.add_row("clips with audio that another has", str(report.repeated))
+    console.print(table)
+    console.print(splits_table(report.splits))
+    console.print(classes_table(report))
+
+
+def splits_table(splits: dict[str, SplitReport]) -> Table:
+    """One column a split."""
+    table = Table(title="splits", title_justify="left")
+    table.add_column()
+    for split in splits:
+        table.add_column(split, **NUMBER_COLUMN)
+    columns = list(splits.values())
+    table.add_row("clips", *(str(len(found.names)) for found in columns))
+    if any(found.folds for found in columns):
+        table.add_row("folds", *(", ".join(map(str, found.folds)) for found in columns))
+    for place, name in enumerate(("shortest", "median", "longest")):
+        seconds = [found.durations() for found in columns]
+        table.add_row(f"{name} in s", *("-" if s is None else f"{s[place]:.2f}" for s in seconds))
+    for name in ("silent", "clipped", "unreadable"):
+        table.add_row(name, *(str(len(getattr(found, name))) for found in columns))
+    table.add_row("fingerprint", *(found.fingerprint for found in columns))
+    return table
+
+
+def classes_table(report: CheckReport) -> Table:
+    """Clips of each class in each split; a warning names the classes that have none."""
+    counts = np.stack([found.per_class for found in report.splits.values()], axis=1)
+    table = Table(title="clips of each class", title_justify="left")
+    table.add_column("class")
+    for split in report.splits:
+        table.add_column(split, **NUMBER_COLUMN)
+    for label, row in zip(report.labels, counts.tolist(), strict=True):
+        if any(row):
+            table.add_row(escape(label), *map(str, row))
+    return table

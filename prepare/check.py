@@ -1,0 +1,227 @@
+"""Look at prepared data before a training does: what is in it, what is odd, and what would make a training go wrong."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+from prepare.clip_store import ClipTable, Waveforms, open_store
+
+FULL_SCALE = 32767  # largest int16 sample, as utils.float32_to_int16 writes it
+SILENT_PEAK = FULL_SCALE * 10 ** (-60 / 20)  # a clip whose samples all lie below -60 dBFS is silent
+CLIPPED_SHARE = 0.001  # a clip with more of its samples than this at full scale is clipped
+NAMED = 3  # how many clips a message names
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What one split holds. Clips are given by their places in its table."""
+
+    names: np.ndarray  # (N,) bytes
+    per_class: np.ndarray  # (K,) clips of each class
+    without_class: np.ndarray  # clips that have none
+    with_several: np.ndarray  # clips that have more than one
+    folds: list[int]  # those its clips come from; empty without folds
+    seconds: np.ndarray  # (N,) durations, NaN where a clip cannot be read
+    silent: np.ndarray  # clips whose samples all lie below -60 dBFS
+    clipped: np.ndarray  # clips with more than 0.1 % of their samples at full scale
+    digests: np.ndarray  # (N,) sha256 of the waveform, 32 bytes each
+    unreadable: dict[int, str]  # clip: reason
+    fingerprint: str  # as provenance.json repeats it
+
+    def durations(self) -> Optional[tuple[float, float, float]]:
+        """Shortest, median and longest duration in seconds, or None where no clip can be read."""
+        known = self.seconds[~np.isnan(self.seconds)]
+        return (float(known.min()), float(np.median(known)), float(known.max())) if len(known) else None
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Result of check_tables. problems: a training would go wrong; warnings: it would run, but look at these."""
+
+    splits: dict[str, SplitReport]
+    labels: list[str]
+    sample_rate: int  # Hz
+    size: int  # bytes on disk
+    repeated: int  # clips whose audio another clip has too
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_tables(tables: dict[str, ClipTable], *, sample_rate: int, single_label: bool) -> CheckReport:
+    """Read every clip of some splits ({name: table}, all with the same classes) and say what is wrong with them.
+
+    sample_rate: Hz, for files that do not say theirs. single_label: whether each clip must have exactly one class.
+    Waveforms are read one by one; 60 bytes are kept of each. Raises ValueError where no table is given.
+    """
+    if not tables:
+        raise ValueError("There is no split to check.")
+    splits = {
+        split: check_table(table, sample_rate=table.sample_rate or sample_rate) for split, table in tables.items()
+    }
+    first = next(iter(tables.values()))
+    labels = first.labels or [f"class {number}" for number in range(first.targets.shape[1])]
+    same_audio = _groups(splits, "digests")
+    report = CheckReport(
+        splits,
+        labels,
+        sample_rate=first.sample_rate or sample_rate,
+        size=sum(p.stat().st_size for p in {p for table in tables.values() for p in table.paths} if p.is_file()),
+        repeated=sum(map(len, same_audio)),
+    )
+    for split, found in splits.items():
+        _judge_split(split, found, report, single_label)
+    _judge_repeated("the same audio", same_audio, splits, report)
+    _judge_repeated("the same id", _groups(splits, "names"), splits, report)
+    _judge_classes(report)
+    return report
+
+
+def check_table(table: ClipTable, *, sample_rate: int) -> SplitReport:
+    """Read every clip of a table. sample_rate in Hz."""
+    scan = _Scan(len(table), sample_rate)
+    for number in np.unique(table.path_number):
+        clips = np.flatnonzero(table.path_number == number)
+        clips = clips[np.argsort(table.row[clips], kind="stable")]  # in the order of the file: it is read straight on
+        scan.read_file(table.paths[number], clips, table.row[clips])
+    classes = table.targets.sum(axis=1)
+    return SplitReport(
+        names=table.names,
+        per_class=table.targets.sum(axis=0),
+        without_class=np.flatnonzero(classes == 0),
+        with_several=np.flatnonzero(classes > 1),
+        folds=[fold for fold in np.unique(table.fold).tolist() if fold],
+        seconds=scan.seconds,
+        silent=np.flatnonzero(scan.silent),
+        clipped=np.flatnonzero(scan.clipped),
+        digests=scan.digests,
+        unreadable=dict(sorted(scan.unreadable.items())),
+        fingerprint=table.fingerprint(),
+    )
+
+
+class _Scan:
+    """What is learned of each waveform."""
+
+    def __init__(self, count: int, sample_rate: int) -> None:
+        self.sample_rate = sample_rate
+        self.seconds = np.full(count, np.nan)
+        self.silent, self.clipped = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+        self.digests = np.zeros(count, dtype="V32")
+        self.unreadable: dict[int, str] = {}
+
+    def read_file(self, path: Path, clips: np.ndarray, rows: np.ndarray) -> None:
+        """Read some rows of a file, which are these clips."""
+        try:
+            with open_store(path) as file:
+                waveforms = Waveforms(file)
+                for clip, row in zip(clips.tolist(), rows.tolist(), strict=True):
+                    try:
+                        self.measure(clip, _read_row(waveforms, row))
+                    except (OSError, ValueError, IndexError) as error:
+                        self.unreadable[clip] = f"{path}, row {row}: {error}"
+        except (OSError, ValueError) as error:  # the file itself
+            self.unreadable.update(dict.fromkeys(clips.tolist(), str(error)))
+
+    def measure(self, clip: int, waveform: np.ndarray) -> None:
+        """waveform: (samples,) int16."""
+        self.seconds[clip] = len(waveform) / self.sample_rate
+        lowest, highest = int(waveform.min()), int(waveform.max())
+        self.silent[clip] = max(-lowest, highest) < SILENT_PEAK
+        full = np.count_nonzero(waveform >= FULL_SCALE) + np.count_nonzero(waveform <= -FULL_SCALE)
+        self.clipped[clip] = full > CLIPPED_SHARE * len(waveform)
+        self.digests[clip] = np.void(hashlib.sha256(waveform.tobytes()).digest())
+
+
+def _read_row(waveforms: Waveforms, row: int) -> np.ndarray:
+    """(samples,) int16 of a row. Raises ValueError, IndexError or OSError where training could not use it."""
+    stored = waveforms.rows
+    if stored is not None and (stored.ndim != 2 or stored.dtype != np.int16):
+        raise ValueError(f"waveform is {stored.dtype} of the shape {stored.shape}, not int16 of (clips, samples)")
+    if not 0 <= row < len(waveforms):
+        raise IndexError(f"the file has {len(waveforms)} rows")
+    waveform = waveforms.read(row)
+    if len(waveform) == 0:
+        raise ValueError("the clip is empty")
+    return waveform
+
+
+def _groups(splits: dict[str, SplitReport], column: str) -> list[list[tuple[str, int]]]:
+    """The clips, as (split, place), that share a name or their audio with others: a list for each that is shared.
+
+    Silence is left out: silent clips are reported as such, and are alike.
+    """
+    keys, places = [], []
+    for split, found in splits.items():
+        chosen = np.arange(len(found.names))
+        if column == "digests":
+            chosen = np.setdiff1d(chosen, [*found.silent, *found.unreadable])
+        keys.append(getattr(found, column)[chosen])
+        places += [(split, place) for place in chosen.tolist()]
+    _, inverse, counts = np.unique(np.concatenate(keys), return_inverse=True, return_counts=True)
+    groups: dict[int, list[tuple[str, int]]] = {}
+    for number in np.flatnonzero(counts[inverse] > 1).tolist():
+        groups.setdefault(int(inverse[number]), []).append(places[number])
+    return list(groups.values())
+
+
+def _judge_split(split: str, found: SplitReport, report: CheckReport, single_label: bool) -> None:
+    """What a split by itself has to say."""
+    if len(found.names) == 0:
+        report.problems.append(f"{split} has no clips.")
+    if found.unreadable:
+        reason = next(iter(found.unreadable.values()))
+        report.problems.append(f"{_some(split, found, found.unreadable)} cannot be read: {reason}")
+    if single_label:
+        wrong = [*found.without_class, *found.with_several]
+        if wrong:
+            report.problems.append(f"{_some(split, found, wrong)} must have one class each (task = single_label).")
+    elif len(found.without_class):
+        report.warnings.append(f"{_some(split, found, found.without_class)} without a class.")
+    if len(found.silent):
+        report.warnings.append(f"{_some(split, found, found.silent)} silent (all samples below -60 dBFS).")
+    if len(found.clipped):
+        report.warnings.append(f"{_some(split, found, found.clipped)} clipped (over 0.1 % of samples at full scale).")
+
+
+def _judge_repeated(
+    what: str, groups: list[list[tuple[str, int]]], splits: dict[str, SplitReport], report: CheckReport
+) -> None:
+    """Clips that share an id or their audio: a problem across splits, odd within one."""
+    for messages, wanted, place in ((report.problems, True, "in two splits"), (report.warnings, False, "in one split")):
+        chosen = [group for group in groups if (len({split for split, _ in group}) > 1) == wanted]
+        if chosen:
+            shown = [" = ".join(f"{_name(splits[split], clip)} ({split})" for split, clip in g[:NAMED]) for g in chosen]
+            messages.append(f"{what} {place}, {len(chosen)} times: {_listed(shown)}.")
+
+
+def _judge_classes(report: CheckReport) -> None:
+    """Classes that no clip has, and those that are tested but not trained."""
+    total = np.sum([found.per_class for found in report.splits.values()], axis=0)
+    if (total == 0).any():
+        empty = [report.labels[k] for k in np.flatnonzero(total == 0)]
+        report.warnings.append(f"{len(empty)} of {len(report.labels)} classes without clips: {_listed(empty)}.")
+    if "train" in report.splits:
+        untrained = [report.labels[k] for k in np.flatnonzero((report.splits["train"].per_class == 0) & (total > 0))]
+        if untrained:
+            report.warnings.append(
+                f"{len(untrained)} classes have clips to validate or test but none to train: {_listed(untrained)}."
+            )
+
+
+def _some(split: str, found: SplitReport, clips: Iterable[int]) -> str:
+    """`train: 4 of 20 clips (a.wav, b.wav, c.wav and 1 more)`."""
+    names = [_name(found, clip) for clip in clips]
+    return f"{split}: {len(names)} of {len(found.names)} clips ({_listed(names)})"
+
+
+def _name(found: SplitReport, clip: int) -> str:
+    return found.names[clip].decode(errors="replace")
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
+    return ", ".join(words[:NAMED]) + more
