@@ -8,9 +8,19 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from prepare.clip_store import SPLITS, ClipTable, Waveforms, open_store, read_index_table, read_store_table, store_path
+from prepare.clip_store import (
+    SPLITS,
+    ClipTable,
+    Waveforms,
+    class_index,
+    open_store,
+    read_index_table,
+    read_store_table,
+    store_path,
+)
 from settings import Config
 
 Split = Literal["train", "validation", "test"]
@@ -115,7 +125,8 @@ class ClipDataset(Dataset):
 
         A clip that cannot be read is replaced by another one of its class: all of the item is then the other clip's.
         """
-        waveforms = np.zeros((len(indexes), self.clip_samples), dtype=np.int16)
+        batch = _empty_batch(len(indexes), self.clip_samples)
+        waveforms = batch.numpy()
         chosen = np.array(indexes)
         lengths, unreadable = [], 0
         for place, index in enumerate(indexes):
@@ -133,7 +144,7 @@ class ClipDataset(Dataset):
                 )
         return {
             "audio_name": [name.decode() for name in self.table.names[chosen]],
-            "waveform": torch.from_numpy(waveforms),
+            "waveform": batch,
             "target": torch.from_numpy(self.table.targets[chosen].astype(np.float32)),
             "real_len": torch.tensor(lengths),
             "index": torch.from_numpy(chosen),
@@ -153,8 +164,9 @@ class ClipDataset(Dataset):
         length = self._file(int(self.table.path_number[index])).read_into(int(self.table.row[index]), waveform)
         if length == 0:
             raise ValueError("The clip is empty.")
-        if self.fit == "repeat" and length < self.clip_samples:
-            waveform[:] = np.resize(waveform[:length], self.clip_samples)
+        if length < self.clip_samples:
+            repeated = self.fit == "repeat"
+            waveform[length:] = np.resize(waveform[:length], self.clip_samples)[length:] if repeated else 0
         return length
 
     def _file(self, number: int) -> Waveforms:
@@ -163,6 +175,17 @@ class ClipDataset(Dataset):
         if number not in self._open:
             self._open[number] = Waveforms(open_store(self.table.paths[number]))
         return self._open[number]
+
+
+def _empty_batch(clips: int, samples: int) -> Tensor:
+    """(clips, samples) int16, not yet filled; in a worker it lies in memory that the training process shares.
+
+    As torch's own default_collate does it: what is filled there is not copied again on its way.
+    """
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty((clips, samples), dtype=np.int16))  # NumPy asks for huge pages, torch not
+    storage = torch.UntypedStorage._new_shared(2 * clips * samples)
+    return torch.empty(0, dtype=torch.int16).set_(storage).reshape(clips, samples)
 
 
 class EpochSampler(Sampler[int]):
@@ -200,11 +223,8 @@ class BalancedSampler(EpochSampler):
 
     def __init__(self, targets: np.ndarray, *, seed: int, rank: int = 0, world: int = 1) -> None:
         super().__init__(len(targets), seed=seed, rank=rank, world=world)
-        labels, clips = np.nonzero(targets.T)  # the clips of class 0, then those of class 1, ...
-        self.clips = clips.astype(np.int32)  # half the memory to jump about in
-        counts = np.bincount(labels, minlength=targets.shape[1])
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        self.counts, self.starts = counts[counts > 0], starts[counts > 0]
+        self.clips, starts, counts = class_index(targets)
+        self.counts, self.starts = counts[counts > 0], starts[:-1][counts > 0]
         if len(self.counts) == 0:
             raise ValueError("No clip has a class: balanced_data cannot draw from them; set --balanced_data False.")
 

@@ -1,11 +1,13 @@
 """python main.py save_idc: which clips belong to each class."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_generator import load_table
+from prepare.clip_store import class_index
 from settings import resolve
 
 
@@ -16,12 +18,12 @@ def run(given: dict[str, Any]) -> None:
     """
     settings = resolve(given)
     table = load_table(settings, "train")
-    labels, clips = np.nonzero(table.targets.T)
-    counts = np.bincount(labels, minlength=table.targets.shape[1])
+    clips, starts, counts = class_index(table.targets)
     path = Path(settings.dataset_path) / f"{settings.dataset_type}_classes.npz"
-    np.savez_compressed(
-        path, clips=clips.astype(np.int32), starts=np.concatenate([[0], np.cumsum(counts)]), counts=counts
-    )
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, clips=clips, starts=starts, counts=counts)
+    os.replace(partial, path)
     for label, count in zip(table.labels or range(len(counts)), counts.tolist(), strict=True):
         print(f"{count:8d}  {label}")
     print(f"{path}: {len(table)} clips, {(counts > 0).sum()} of {len(counts)} classes have clips")

@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 import soundfile
 
+BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, which a processor's cache holds
 SPLITS = ("train", "validation", "test")
 
 
@@ -151,6 +152,25 @@ def store_path(dataset_path: str | Path, dataset_type: str) -> Path:
     return Path(dataset_path) / f"{dataset_type}.h5"
 
 
+def class_index(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The clips of each class: (N, K) bool targets -> clips (P,) int32, starts (K + 1,) and counts (K,) int64.
+
+    Class k has the clips clips[starts[k]:starts[k + 1]], in ascending order. K is at most 32,767.
+    """
+    rows, classes = targets.shape
+    assert classes <= np.iinfo(np.int16).max, "classes are sorted as int16"
+    clips, labels = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.int16)]
+    for start in range(0, rows, BLOCK_ROWS):
+        place = np.flatnonzero(targets[start : start + BLOCK_ROWS]).astype(np.int32)
+        row = place // np.int32(classes)
+        labels.append((place - row * np.int32(classes)).astype(np.int16))
+        clips.append(row + np.int32(start))
+    label = np.concatenate(labels)
+    counts = np.bincount(label, minlength=classes)
+    order = np.argsort(label, kind="stable")  # of int16: a radix sort, which keeps the clips of a class in order
+    return np.concatenate(clips)[order], np.concatenate([[0], np.cumsum(counts)]), counts
+
+
 def open_store(path: Path, *keys: str) -> h5py.File:
     """Open a store or index for reading. Raises ValueError where it is missing, cut off, or lacks one of `keys`."""
     if not path.is_file():
@@ -159,7 +179,7 @@ def open_store(path: Path, *keys: str) -> h5py.File:
             f"--dataset_path where the prepared data lies."
         )
     try:
-        file = h5py.File(path, "r")
+        file = h5py.File(path, "r", rdcc_nbytes=0)  # rows are read once, at random: a cache would only copy them
     except OSError as error:
         raise ValueError(f"{path} cannot be read as HDF5; it may be cut off: prepare it again. ({error})") from None
     lacking = [key for key in keys if key not in file]
@@ -235,7 +255,7 @@ def read_index_table(path: Path, root: Path) -> ClipTable:
     Paths in the index are taken from `root` where they are relative or no longer exist.
     """
     with open_store(path, "audio_name", "target", "hdf5_path", "index_in_hdf5") as file:
-        unique, path_number = np.unique(file["hdf5_path"][:], return_inverse=True)
+        unique, path_number = _numbered(file["hdf5_path"][:])
         names, targets, row = file["audio_name"][:], file["target"][:].astype(bool), file["index_in_hdf5"][:]
         sample_rate = int(file.attrs["sample_rate"]) if "sample_rate" in file.attrs else None
     return ClipTable(
@@ -248,6 +268,13 @@ def read_index_table(path: Path, root: Path) -> ClipTable:
         split=np.zeros(len(names), dtype="S10"),
         sample_rate=sample_rate,
     )
+
+
+def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) -> its different values, and (N,) which of them each is. Fast where equal values follow one another."""
+    heads = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))[: len(values)]
+    unique, number = np.unique(values[heads], return_inverse=True)
+    return unique, np.repeat(number, np.diff(np.append(heads, len(values))))
 
 
 def _relocate(path: Path, root: Path) -> Path:

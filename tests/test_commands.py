@@ -142,6 +142,17 @@ def test_save_idc(trained: Path) -> None:
             assert found["counts"][label] == len(clips)
 
 
+def test_check_compress_and_import(trained: Path, tmp_path: Path) -> None:
+    """Their own tests look at what they do; here they run as a user runs them."""
+    assert "No problems found" in run_python("main.py", "check", cwd=trained).stdout
+    run_python("main.py", "prepare", "--clips", "10", cwd=tmp_path)
+    assert "MiB ->" in run_python("main.py", "compress", cwd=tmp_path).stdout
+    clips = [{"name": f"{n}.wav", "target": n, "waveform": np.ones(100, np.float32) / 2} for n in range(3)]
+    np.save(tmp_path / "esc-50-data.npy", np.array([clips] * 5, dtype=object), allow_pickle=True)
+    flags = ("--dataset_type", "esc-50", "--legacy", "esc-50-data.npy")
+    assert "15 clips" in run_python("main.py", "import_legacy", *flags, cwd=tmp_path).stdout
+
+
 def test_predict(trained: Path, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "long.wav", 0.1 * np.random.default_rng(0).standard_normal((8000 * 13, 2)), 8000)
     (tmp_path / "text.wav").write_text("no sound")
