@@ -215,7 +215,10 @@ class Waveforms:
             return len(sound)
         length = int(self.real_len[row]) if self.real_len is not None else self.rows.shape[1]
         length = min(length, len(waveform))
-        self.rows.read_direct(waveform, np.s_[row, :length], np.s_[:length])
+        # What rows.read_direct does, at half its cost: it takes longer to describe a row than to read one.
+        selected = self.rows.id.get_space()
+        selected.select_hyperslab((row, 0), (1, length))
+        self.rows.id.read(h5py.h5s.create_simple((length,)), selected, waveform[:length])
         return length
 
     def read(self, row: int) -> np.ndarray:
