@@ -3,14 +3,14 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from evaluation.mapping import mapping_labels
 from prepare.clip_store import (
     SPLITS,
     ClipTable,
@@ -26,13 +26,20 @@ from settings import Config
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, Any]
 BLOCK_DRAWS = 2**15  # draws that BalancedSampler makes at once
+AUDIOSET_CLASSES = 527
 PANNS_SAMPLE_RATE = 32000  # of AudioSet's files as PANNs' scripts pack them, which do not say it
 
 
 def load_table(settings: Config, split: Split) -> ClipTable:
     """The clips of a split. Raises ValueError where the data is missing or does not fit the settings."""
-    table = _audioset_table(settings, split) if settings.dataset_type == "audioset" else _split_table(settings, split)
-    if table.targets.shape[1] != settings.classes_num:
+    tested = split == settings.test_split
+    if settings.fl_local and settings.fl_dataset and tested:
+        table = _split_table(settings, split, Path(settings.fl_dataset))
+    elif settings.dataset_type == "audioset":
+        table = _audioset_table(settings, split)
+    else:
+        table = _split_table(settings, split, store_path(settings.dataset_path, settings.dataset_type))
+    if table.targets.shape[1] != settings.classes_num and not (tested and _is_mapped(settings, table)):
         raise ValueError(
             f"{table.paths[0]} has {table.targets.shape[1]} classes, the network has classes_num = "
             f"{settings.classes_num}: test a checkpoint on the data set it was trained for, or set classes_num."
@@ -51,6 +58,12 @@ def load_table(settings: Config, split: Split) -> ClipTable:
     if len(table) == 0:
         raise ValueError(f"{table.paths[0]} has no clips for {split}.")
     return table
+
+
+def _is_mapped(settings: Config, table: ClipTable) -> bool:
+    """Whether a test can take the classes of a table from a network with AudioSet's (fl_audioset_mapping)."""
+    audioset = settings.classes_num == AUDIOSET_CLASSES
+    return audioset and sorted(mapping_labels(settings.fl_audioset_mapping)) == sorted(table.labels)
 
 
 def _class_numbers(names: Sequence[str], table: ClipTable) -> list[int]:
@@ -73,9 +86,9 @@ def _audioset_table(settings: Config, split: Split) -> ClipTable:
     return read_store_table(packed) if packed.is_file() and not index.is_file() else read_index_table(index, root)
 
 
-def _split_table(settings: Config, split: Split) -> ClipTable:
+def _split_table(settings: Config, split: Split, store: Path) -> ClipTable:
     """One store: by its column `split`, or by fold, with esc_fold for the test and the next fold for validation."""
-    table = read_store_table(store_path(settings.dataset_path, settings.dataset_type))
+    table = read_store_table(store)
     if settings.protocol == "paper" and split == "validation":
         split = "test"
     if (table.split != b"").any():
@@ -125,18 +138,19 @@ class ClipDataset(Dataset):
 
         A clip that cannot be read is replaced by another one of its class: all of the item is then the other clip's.
         """
-        batch = _empty_batch(len(indexes), self.clip_samples)
-        waveforms = batch.numpy()
+        batch = _BatchMemory(len(indexes), self.clip_samples)
         chosen = np.array(indexes)
         lengths, unreadable = [], 0
         for place, index in enumerate(indexes):
             for candidate in self._candidates(index):
                 try:
-                    lengths.append(self._read_into(waveforms[place], candidate))
-                    chosen[place] = candidate
-                    break
+                    lengths.append(self._read_into(batch.row(place), candidate))
                 except (OSError, ValueError):
                     unreadable += 1
+                    continue
+                batch.keep(place)
+                chosen[place] = candidate
+                break
             else:
                 raise ValueError(
                     f"{self.table.names[index].decode()} cannot be read, and neither could {MOST_TRIES} other clips: "
@@ -144,7 +158,7 @@ class ClipDataset(Dataset):
                 )
         return {
             "audio_name": [name.decode() for name in self.table.names[chosen]],
-            "waveform": batch,
+            "waveform": batch.waveforms,
             "target": torch.from_numpy(self.table.targets[chosen].astype(np.float32)),
             "real_len": torch.tensor(lengths),
             "index": torch.from_numpy(chosen),
@@ -177,15 +191,44 @@ class ClipDataset(Dataset):
         return self._open[number]
 
 
-def _empty_batch(clips: int, samples: int) -> Tensor:
-    """(clips, samples) int16, not yet filled; in a worker it lies in memory that the training process shares.
+class _BatchMemory:
+    """(clips, samples) int16 that is filled row by row: `row` is written to, then `keep` puts it in its place.
 
-    As torch's own default_collate does it: what is filled there is not copied again on its way.
+    In a worker the batch lies in memory that the training process shares, as torch's default_collate does it. It is
+    filled there as a file is written: through its mapped pages each new page would cost a fault and be zeroed first,
+    which takes longer than reading the clips.
     """
-    if get_worker_info() is None:
-        return torch.from_numpy(np.empty((clips, samples), dtype=np.int16))  # NumPy asks for huge pages, torch not
-    storage = torch.UntypedStorage._new_shared(2 * clips * samples)
-    return torch.empty(0, dtype=torch.int16).set_(storage).reshape(clips, samples)
+
+    def __init__(self, clips: int, samples: int) -> None:
+        self._file: Optional[int] = None
+        if get_worker_info() is None:
+            # NumPy asks for huge pages, torch does not.
+            self.waveforms = torch.from_numpy(np.empty((clips, samples), dtype=np.int16))
+        else:
+            storage = torch.UntypedStorage._new_shared(2 * clips * samples)
+            if torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
+                self._file, self._row = storage._share_fd_cpu_()[0], np.empty(samples, dtype=np.int16)
+            self.waveforms = torch.empty(0, dtype=torch.int16).set_(storage).reshape(clips, samples)
+        self._rows = self.waveforms.numpy()
+
+    def row(self, place: int) -> np.ndarray:
+        """(samples,) int16 to write a clip into; its content before is undefined."""
+        return self._rows[place] if self._file is None else self._row
+
+    def keep(self, place: int) -> None:
+        """Put what was written into `row(place)` in its place. Raises ValueError where shared memory is full."""
+        if self._file is None:
+            return
+        remaining, offset = self._row.data.cast("B"), place * self._row.nbytes
+        try:
+            while remaining:
+                written = os.pwrite(self._file, remaining, offset)
+                remaining, offset = remaining[written:], offset + written
+        except OSError as error:
+            raise ValueError(
+                f"A worker has no shared memory for a batch ({error}): enlarge /dev/shm (in a container --shm-size), "
+                f"or lower num_workers or batch_size."
+            ) from None
 
 
 class EpochSampler(Sampler[int]):
@@ -196,6 +239,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, length: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
         self.length, self.seed, self.rank, self.world, self.epoch = length, seed, rank, world, 0
+        self.start = 0  # draws of this share that the next iteration leaves out: it goes on in the middle of an epoch
         if length < world:
             raise ValueError(f"{length} training clips cannot be shared by {world} processes: set devices lower.")
 
@@ -209,7 +253,7 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         drawn = self.draw(np.random.default_rng([self.seed, self.epoch]))
-        return iter(drawn[self.rank :: self.world][: len(self)].tolist())
+        return iter(drawn[self.rank :: self.world][self.start : len(self)].tolist())
 
     def __len__(self) -> int:
         return self.length // self.world
@@ -261,6 +305,32 @@ class ShardSampler(Sampler[int]):
         return len(self.share)
 
 
+class TrainLoader(DataLoader):
+    """A DataLoader over an EpochSampler that a checkpoint in the middle of an epoch can go on with.
+
+    Lightning saves its state_dict and loads it before the epoch that was interrupted.
+    """
+
+    sampler: EpochSampler
+    handed_out = 0  # batches of this epoch
+    resumed_at = 0  # batch that the next epoch begins with
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # A generator: its first batch is drawn when the epoch begins, after set_epoch. A DataLoader's own iterator
+        # would let its workers draw when it is made, which Lightning does before.
+        self.handed_out, self.resumed_at = self.resumed_at, 0
+        self.sampler.start = self.handed_out * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"handed_out": self.handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.resumed_at = state["handed_out"]
+
+
 def _as_read(batch: Any) -> Any:
     """ClipDataset hands over whole batches: there is nothing to collate."""
     return batch
@@ -291,34 +361,36 @@ class SEDDataModule(pl.LightningDataModule):
             sampler: EpochSampler = BalancedSampler(table.targets, seed=seed, rank=rank, world=world)
         else:
             sampler = EpochSampler(len(table), seed=seed, rank=rank, world=world)
-        return self._loader("train", sampler)
+        return TrainLoader(sampler=sampler, **self._loader_options("train"))
 
-    def val_dataloader(self) -> DataLoader:
-        return self._evaluation_loader("validation")
+    def val_dataloader(self) -> list[DataLoader]:
+        """The validation clips; and with watch_test the test clips, which nothing is chosen by."""
+        splits: list[Split] = ["validation", "test"] if self.settings.watch_test else ["validation"]
+        return [self._evaluation_loader(split) for split in splits]
 
     def test_dataloader(self) -> DataLoader:
         return self._evaluation_loader(self.settings.test_split)
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
         rank, world = self._place()
-        return self._loader(split, ShardSampler(len(self.tables[split]), rank=rank, world=world))
+        sampler = ShardSampler(len(self.tables[split]), rank=rank, world=world)
+        return DataLoader(sampler=sampler, **self._loader_options(split))
 
     def _place(self) -> tuple[int, int]:
         """Rank of this process and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, split: Split, sampler: Sampler[int]) -> DataLoader:
-        world = self._place()[1]  # it divides batch_size: commands/_trainer.py sees to it
+    def _loader_options(self, split: Split) -> dict[str, Any]:
+        """What the loaders of all splits have in common, for this process."""
         workers = self.settings.num_workers
-        return DataLoader(
-            self.dataset(split),
-            batch_size=self.settings.batch_size // world,
-            sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_read,
+        return {
+            "dataset": self.dataset(split),
+            "batch_size": self.settings.batch_size // self._place()[1],  # divided: commands/_trainer.py sees to it
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": _as_read,
             # Of its own: else each loader that is begun takes a number from the network's random stream, and a resumed
             # run begins them at other moments than an unbroken one.
-            generator=torch.Generator().manual_seed(self.settings.random_seed),
-        )
+            "generator": torch.Generator().manual_seed(self.settings.random_seed),
+        }

@@ -1,4 +1,4 @@
-"""Reading clips, listing the clips of each class and drawing balanced epochs: this repository against plain loops.
+"""Reading clips, listing the clips of each class, drawing balanced epochs: against plain loops; stores and indexes.
 
     python benchmarks/data.py [--quick] [--json FILE]
 
@@ -13,14 +13,12 @@ import multiprocessing
 import os
 import platform
 import random
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,13 +29,21 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.data_stores import (
+    CLASSES,
+    CLIP_SAMPLES,
+    Result,
+    clip_names,
+    compare,
+    compare_flac,
+    sparse_targets,
+    time_full_index,
+)
 from data_generator import BalancedSampler, SEDDataModule, load_table
 from prepare.clip_store import ClipTable, class_index
 from settings import Config, resolve
 from utils import INT16_SCALE, int16_to_float32
 
-CLASSES = 527
-CLIP_SAMPLES = 320_000  # 10 s at 32 kHz
 BATCH_SIZE = 32
 
 
@@ -48,75 +54,23 @@ class Size:
     clips: int
     rows: int
     draws: int
+    indexed: int
     turns: int
 
 
-FULL = Size(clips=600, rows=200_000, draws=2_000_000, turns=5)
-QUICK = Size(clips=96, rows=20_000, draws=200_000, turns=2)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One comparison: median seconds of either side, median ratio of the turns, the ratio that is asked for."""
-
-    name: str
-    plain_seconds: float
-    our_seconds: float
-    ratio: float
-    target: Optional[float]
-
-
-def seconds(work: Callable[[], Any], calls: int = 1) -> float:
-    """How long a call takes: the median of some calls."""
-    taken = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
-
-
-def compare(
-    plain: Callable[[], Any], ours: Mapping[str, tuple[Callable[[], Any], Optional[float]]], turns: int
-) -> list[Result]:
-    """Time `plain` and each of `ours` ({name: (work, target)}), which are short and called thrice, in turn."""
-    plain_seconds: list[float] = []
-    our_seconds: dict[str, list[float]] = {name: [] for name in ours}
-    for _ in range(turns):
-        plain_seconds.append(seconds(plain))
-        for name, (work, _target) in ours.items():
-            our_seconds[name].append(seconds(work, calls=3))
-    return [
-        Result(
-            name,
-            statistics.median(plain_seconds),
-            statistics.median(taken),
-            statistics.median(p / o for p, o in zip(plain_seconds, taken, strict=True)),
-            ours[name][1],
-        )
-        for name, taken in our_seconds.items()
-    ]
+FULL = Size(clips=600, rows=200_000, draws=2_000_000, indexed=2_000_000, turns=5)
+QUICK = Size(clips=96, rows=20_000, draws=200_000, indexed=100_000, turns=2)
+FLAC_CLIPS = 96
 
 
 # --- reading clips --------------------------------------------------------------------------------------------------
-
-
-def sparse_targets(rows: int, rng: np.random.Generator) -> np.ndarray:
-    """(rows, 527) bool with one or two classes a clip, the k-th one 1 / k as often as the first, as in AudioSet."""
-    weights = 1 / np.arange(1, CLASSES + 1)
-    targets = np.zeros((rows, CLASSES), dtype=bool)
-    first = np.arange(min(rows, CLASSES))
-    targets[first, first] = True  # no class without clips
-    for _ in range(2):
-        targets[np.arange(rows), rng.choice(CLASSES, rows, p=weights / weights.sum())] = True
-    return targets
 
 
 def write_index(path: Path, targets: np.ndarray, packed: Path) -> None:
     """An AudioSet index in PANNs' format, of the rows of one packed file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
-        file["audio_name"] = np.array([f"Y{number:011d}.wav".encode() for number in range(len(targets))], dtype="S20")
+        file["audio_name"] = clip_names(0, len(targets))
         file["target"] = targets
         file["hdf5_path"] = np.full(len(targets), str(packed).encode(), dtype="S200")
         file["index_in_hdf5"] = np.arange(len(targets), dtype=np.int32)
@@ -128,7 +82,7 @@ def write_audioset(root: Path, clips: int, rng: np.random.Generator) -> None:
     packed.parent.mkdir(parents=True)
     targets = sparse_targets(clips, rng)
     with h5py.File(packed, "w") as file:
-        file["audio_name"] = np.array([f"Y{number:011d}.wav".encode() for number in range(clips)], dtype="S20")
+        file["audio_name"] = clip_names(0, clips)
         file["target"] = targets
         waveforms = file.create_dataset("waveform", (clips, CLIP_SAMPLES), "int16")
         for row in range(clips):
@@ -289,7 +243,7 @@ def compare_balanced(draws: int, turns: int, rng: np.random.Generator) -> list[R
 # --- report ---------------------------------------------------------------------------------------------------------
 
 
-def print_results(results: list[Result], memory: dict[str, list[float]], size: Size) -> None:
+def print_results(results: list[Result], memory: dict[str, list[float]], stores: dict[str, float], size: Size) -> None:
     table = Table(
         title=f"{size.clips} clips of 10 s at 32 kHz, {size.rows:,} rows, {size.draws:,} draws, {CLASSES} classes",
         title_justify="left",
@@ -298,14 +252,24 @@ def print_results(results: list[Result], memory: dict[str, list[float]], size: S
         table.add_column(column, justify="right" if column else "left")
     for r in results:
         target = f"{r.target:g}" if r.target else ""
-        table.add_row(r.name, f"{r.plain_seconds:.4f}", f"{r.our_seconds:.4f}", f"{r.ratio:.1f}", target)
+        plain, ratio = ("", "") if r.ratio is None else (f"{r.plain_seconds:.4f}", f"{r.ratio:.3g}")
+        table.add_row(r.name, plain, f"{r.our_seconds:.4f}", ratio, target)
     Console(width=120).print(table)
     for r in results:
-        if r.name.startswith("loader"):
+        if r.name.startswith("loader") and r.plain_seconds:
             print(f"{r.name}: {size.clips / r.plain_seconds:,.0f} -> {size.clips / r.our_seconds:,.0f} clips/s")
+    print_stores(next(r for r in results if r.name.startswith("store")), stores)
     print("Resident memory after each of three epochs, MiB:")
     for name, values in memory.items():
         print(f"  {name}: {', '.join(f'{value:.0f}' for value in values)}")
+
+
+def print_stores(reading: Result, stores: dict[str, float]) -> None:
+    """What a clip costs in a FLAC store and in one of int16."""
+    for (name, mib), total in zip(stores.items(), (reading.plain_seconds, reading.our_seconds), strict=True):
+        assert total is not None, "FLAC is compared with int16"
+        share = f"{100 * mib / stores['int16']:.0f} % of int16"
+        print(f"{name} store: {1000 * total / FLAC_CLIPS:.2f} ms a clip, {mib:.1f} MiB ({share}), {FLAC_CLIPS} clips")
 
 
 def main() -> None:
@@ -321,11 +285,16 @@ def main() -> None:
         memory = {**memory_of_epochs(root, 0), **memory_of_epochs(root, 2)}
         results = compare_loaders(root, 0, 10.0, size.turns) + compare_loaders(root, 2, 3.5, size.turns)
         results += compare_save_idc(root, size.rows, size.turns, rng)
+        flac, stores = compare_flac(root, FLAC_CLIPS, size.turns, rng)
+        results += flac
+    with tempfile.TemporaryDirectory() as folder:
+        results += time_full_index(Path(folder), size.indexed, min(size.turns, 3), rng)
     results += compare_balanced(size.draws, size.turns, rng)
-    print_results(results, memory, size)
+    print_results(results, memory, stores, size)
     if arguments.json:
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-        content = {"size": asdict(size), "machine": machine, "results": [asdict(r) for r in results], "mib": memory}
+        content = {"size": asdict(size), "machine": machine, "results": [asdict(r) for r in results]}
+        content |= {"memory_mib": memory, "stores_mib": stores}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

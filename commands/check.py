@@ -1,10 +1,12 @@
 """python main.py check: what the prepared data holds, and whether a training on it would go wrong."""
 
-from typing import Any
+import os
+from typing import Any, Optional
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from data_generator import load_table
@@ -15,13 +17,16 @@ from settings import Config, resolve
 NUMBER_COLUMN: dict[str, Any] = {"justify": "right"}
 
 
-def run(given: dict[str, Any]) -> None:
-    """Check the three splits of the data that the settings name. Ends with exit status 1 where there are problems."""
+def run(given: dict[str, Any], processes: Optional[int] = None) -> None:
+    """Check the three splits of the data that the settings name. Ends with exit status 1 where there are problems.
+
+    processes: how many read the clips; None for one on each core.
+    """
     settings = resolve(given)
     tables, problems = load_tables(settings)
     warnings: list[str] = []
     if tables:
-        report = check_tables(tables, sample_rate=settings.sample_rate, single_label=settings.task == "single_label")
+        report = read_tables(tables, settings, os.cpu_count() or 1 if processes is None else processes)
         print_report(report, settings)
         problems, warnings = problems + report.problems, report.warnings
     for message in warnings:
@@ -51,6 +56,20 @@ def load_tables(settings: Config) -> tuple[dict[str, ClipTable], list[str]]:
         del tables["validation"]
         tables["validation = test"] = tables.pop("test")
     return tables, list(dict.fromkeys(problems))
+
+
+def read_tables(tables: dict[str, ClipTable], settings: Config, processes: int) -> CheckReport:
+    """check_tables with a bar, on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("clips", total=sum(map(len, tables.values())))
+        return check_tables(
+            tables,
+            sample_rate=settings.sample_rate,
+            single_label=settings.task == "single_label",
+            processes=processes,
+            advance=lambda clips: bar.advance(task, clips),
+        )
 
 
 def print_report(report: CheckReport, settings: Config) -> None:

@@ -7,14 +7,18 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
 import h5py
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 from prepare.audio import SUFFIXES, read_int16
 from prepare.clip_store import Clip, ClipStoreWriter, open_store
@@ -28,15 +32,17 @@ CLASS_OF_MID: dict[str, int] = {entry["mid"]: entry["index"] for entry in CLASSE
 SPLITS = ("balanced_train", "eval", "unbalanced_train")
 CLIP_SECONDS = 10
 SHORT_SECONDS = 9  # a clip below this is packed and reported: its download may have been cut off
+SLACK_SECONDS = 1  # a file may be so much longer than its segment without a word: codecs pad, cuts are not exact
 EXAMPLES = 10  # how many clips of each kind a printed report names
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One line of a segments table: YouTube's id, start in seconds of the video, class indexes."""
+    """One line of a segments table: YouTube's id, start and end in seconds of the video, class indexes."""
 
     ytid: str
     start: float
+    end: float
     labels: tuple[int, ...]
 
     @property
@@ -62,35 +68,34 @@ class Part:
 
 @dataclass
 class AudiosetReport(PrepareReport):
-    """skipped: corrupt files. missing: names without audio. short: (name, seconds), packed. kept: parts left as is."""
+    """What became of the clips of a table, or of one part of it. skipped: corrupt files."""
 
-    missing: list[str] = field(default_factory=list)
-    short: list[tuple[str, float]] = field(default_factory=list)
-    kept: int = 0
-    details: Optional[Path] = None  # table of every clip that is missing, corrupt or short
+    missing: list[str] = field(default_factory=list)  # names without audio
+    short: list[tuple[str, float]] = field(default_factory=list)  # (name, seconds), packed
+    cut: list[tuple[str, str]] = field(default_factory=list)  # (name, what was taken of a longer file), packed
+    kept: int = 0  # parts left as they are
+    details: Optional[Path] = None  # table of every clip that is missing, corrupt, short or cut
 
     def add(self, part: "AudiosetReport") -> None:
         """Take in the report of one part."""
-        self.clips += part.clips
-        self.kept += part.kept
-        self.skipped += part.skipped
-        self.missing += part.missing
-        self.short += part.short
+        for name in ("clips", "kept", "skipped", "missing", "short", "cut"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
 
     def rows(self) -> dict[str, list[tuple[str, str]]]:
         """(clip or file, remark) of each clip that is not as it should be, by its state."""
-        return {
-            "missing": [(name, "") for name in self.missing],
-            "corrupt": self.skipped,
-            "short": [(name, f"{seconds:.2f} s") for name, seconds in self.short],
-        }
+        missing, short = [(name, "") for name in self.missing], [(name, f"{s:.2f} s") for name, s in self.short]
+        return {"missing": missing, "corrupt": self.skipped, "short": short, "cut": self.cut}
+
+    def counts(self) -> str:
+        return (
+            f"found {self.clips + len(self.skipped)}, missing {len(self.missing)}, corrupt {len(self.skipped)}, "
+            f"short (under {SHORT_SECONDS} s, packed) {len(self.short)}, cut from a longer file {len(self.cut)}"
+        )
 
     def __str__(self) -> str:
-        found = self.clips + len(self.skipped)
         lines = [
-            f"{self.path}: {self.clips} clips of {found + len(self.missing)} segments",
-            f"found {found}, missing {len(self.missing)}, corrupt {len(self.skipped)}, "
-            f"short (under {SHORT_SECONDS} s, packed) {len(self.short)}; {self.kept} whole files kept from before",
+            f"{self.path}: {self.clips} clips of {self.clips + len(self.skipped) + len(self.missing)} segments",
+            f"{self.counts()}; {self.kept} whole files kept from before",
         ]
         for state, rows in self.rows().items():
             lines += [f"  {state}: {name}  {remark}".rstrip() for name, remark in rows[:EXAMPLES]]
@@ -105,12 +110,12 @@ def prepare_audioset(
 
     segments: balanced_train*.csv, eval*.csv or unbalanced_train*.csv, as AudioSet comes. raw: searched with its
     folders for `<YTID>` or `Y<YTID>`, also with the start (`_30`, `_30.000`, `_30000`), of any format of
-    prepare.audio. Writes below dataset_path hdf5s/waveforms/{balanced_train,eval}.h5, or
-    hdf5s/waveforms/unbalanced_train/unbalanced_train_partNN.h5 of clips_per_part lines each, and the table
-    hdf5s/reports/<split>.csv of the clips that are missing, corrupt or short. Clips are cut, or padded with zeros,
-    to 10 s. A file that is whole is kept; one without any clip is not written.
-    processes: how many parts are packed at once. Raises ValueError where a table or folder is missing or wrong, no
-    audio is found, or a file lies there that holds other clips.
+    prepare.audio; `find_start` says what is taken of a longer file. Writes below dataset_path
+    hdf5s/waveforms/{balanced_train,eval}.h5, or hdf5s/waveforms/unbalanced_train/unbalanced_train_partNN.h5 of
+    clips_per_part lines each, with clips padded with zeros to 10 s, and a table hdf5s/reports/<split>.csv of the clips
+    that are missing, corrupt, short or cut. A file that is whole is kept; one without any clip is not written.
+    processes: how many parts are packed at once. Whole videos are decoded in full, 1.3 GB an hour of stereo. Raises
+    ValueError where a table or folder is missing or wrong, no audio is found, or a file there holds other clips.
     """
     split = _split_of(segments)
     if clips_per_part < 1:
@@ -177,13 +182,13 @@ def _parse_segment(line: str, where: str) -> Segment:
         raise ValueError(f"{where}: {error}.") from None
     if len(columns) != 4:
         raise ValueError(f'{where}: {len(columns)} columns; there must be 4: YTID, start, end, "mid,mid".')
-    ytid, start, _, mids = (column.strip() for column in columns)
+    ytid, start, end, mids = (column.strip() for column in columns)
     try:
-        seconds = float(start)
+        first, last = float(start), float(end)
     except ValueError:
-        seconds = math.nan
-    if not ytid or not 0 <= seconds < math.inf:
-        raise ValueError(f"{where}: {ytid!r} with start {start!r}; there must be an id and a time in seconds.")
+        first = last = math.nan
+    if not ytid or not 0 <= first < last < math.inf:
+        raise ValueError(f"{where}: {ytid!r} with start {start!r}, end {end!r}; an id and rising seconds are needed.")
     labels = []
     for mid in mids.split(","):
         if mid.strip() not in CLASS_OF_MID:
@@ -192,7 +197,7 @@ def _parse_segment(line: str, where: str) -> Segment:
                 f"assets/audioset_labels.json lists, as /m/09x0r (Speech)."
             )
         labels.append(CLASS_OF_MID[mid.strip()])
-    return Segment(ytid, seconds, tuple(labels))
+    return Segment(ytid, first, last, tuple(labels))
 
 
 def index_audio(raw: Path) -> dict[str, str]:
@@ -249,22 +254,38 @@ def part_paths(dataset_path: Path, split: str, clips: int, clips_per_part: int) 
 
 
 def pack_parts(parts: Sequence[Part], processes: int) -> list[AudiosetReport]:
-    """The report of each part, in order; parts that are not whole yet are packed first, `processes` at once."""
+    """The report of each part, in order; those not whole yet are packed, `processes` at once, and told on stderr."""
     reports = {part.path: report for part in parts if (report := read_packed(part)) is not None}
-    waiting = [part for part in parts if part.path not in reports]
-    workers = min(processes, len(waiting))
+    waiting = {part.path: part for part in parts if part.path not in reports}
+    workers = max(min(processes, len(waiting)), 1)
+    console = Console(stderr=True)
     try:
-        if workers <= 1:
-            reports |= {part.path: pack_part(part) for part in waiting}
-        else:
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                reports |= {report.path: report for report in pool.map(pack_part, waiting)}
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("clips", total=sum(len(part.segments) for part in waiting.values()))
+            for report in _pack(list(waiting.values()), workers, lambda clips: bar.advance(task, clips)):
+                reports[report.path] = report
+                print(f"{report.path.name} ({len(reports)} of {len(parts)}): {report.counts()}", file=sys.stderr)
     except (BrokenProcessPool, OSError) as error:  # out of memory; disk full
         raise ValueError(
-            f"Packing with {max(workers, 1)} processes stopped ({error}): are disk and memory large enough? The files "
-            f"that are whole are kept: run prepare again to go on, if memory ran out with fewer processes."
+            f"Packing with {workers} processes stopped ({error}): are disk and memory large enough? The files that "
+            f"are whole are kept: run prepare again to go on, if memory ran out with fewer processes."
         ) from None
     return [reports[part.path] for part in parts]
+
+
+def _pack(parts: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Iterator[AudiosetReport]:
+    """Reports of the parts, each when it is whole; `advance` is told how many clips more were looked at."""
+    if workers == 1:
+        yield from (pack_part(part, advance) for part in parts)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(pack_part, part): part for part in parts}
+        try:
+            for done in as_completed(running):
+                advance(len(running[done].segments))
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, or when interrupted, no further part is begun
 
 
 def read_packed(part: Part) -> Optional[AudiosetReport]:
@@ -273,16 +294,15 @@ def read_packed(part: Part) -> Optional[AudiosetReport]:
     What lacks in it is missing where there is no audio for it even now, and corrupt otherwise.
     Raises ValueError where the file holds other clips than those of the part, or other lengths.
     """
-    if not part.path.is_file():
-        return None
     try:
         h5py.File(part.path, "r").close()
-    except OSError:  # cut off: a copy that was interrupted
+    except OSError:  # not there, or cut off: a copy that was interrupted
         return None
     with open_store(part.path, "audio_name", "waveform", "target") as file:
         samples, fingerprint = file["waveform"].shape[1], file.attrs.get("segments")
         packed = [name.decode() for name in file["audio_name"][:]]
         lengths = file["real_len"][:].tolist() if "real_len" in file else [samples] * len(packed)
+        cut = [line.decode().split("\t") for line in file["cut"][:]] if "cut" in file else []
     names = {segment.name for segment in part.segments}
     # PANNs' files have no fingerprint: theirs hold some of the clips of a part.
     same = fingerprint == part.fingerprint() if fingerprint else names.issuperset(packed)
@@ -292,25 +312,26 @@ def read_packed(part: Part) -> Optional[AudiosetReport]:
             f"at {part.sample_rate} Hz, or were packed with another clips_per_part: delete it, or give another "
             f"dataset_path."
         )
-    report = AudiosetReport(part.path, clips=len(packed), kept=1)
+    report = AudiosetReport(part.path, clips=len(packed), kept=1, cut=[(name, taken) for name, taken in cut])
     for name, length in zip(packed, lengths, strict=True):
         _note_length(report, name, length, part.sample_rate)
     present = set(packed)
     for segment, audio in zip(part.segments, part.audio, strict=True):
-        if segment.name in present:
-            continue
-        if audio is None:
+        if segment.name not in present and audio is None:
             report.missing.append(segment.name)
-        else:
+        elif audio is not None and segment.name not in present:
             reason = f"was missing or unreadable when {part.path.name} was packed: to try again, delete that file"
             report.skipped.append((audio, reason))
     return report
 
 
-def pack_part(part: Part) -> AudiosetReport:
-    """Write one part. Without a single clip there is no file, so that a later run with more audio packs it."""
+def pack_part(part: Part, advance: Callable[[int], None] = lambda clips: None) -> AudiosetReport:
+    """Write one part. Without a single clip there is no file, so that a later run with more audio packs it.
+
+    Beside what every store has, `cut` keeps the lines "name, tab, what was taken" of the clips from longer files.
+    """
     report = AudiosetReport(part.path)
-    clips = _read_clips(part, report)
+    clips = _read_clips(part, report, advance)
     first = next(clips, None)
     if first is None:
         return report
@@ -322,24 +343,42 @@ def pack_part(part: Part) -> AudiosetReport:
             writer.add(clip)
             report.clips += 1
             _note_length(report, clip.name, len(clip.waveform), part.sample_rate)
+        writer.file["cut"] = np.array(["\t".join(row).encode() for row in report.cut], dtype="S")
     return report
 
 
-def _read_clips(part: Part, report: AudiosetReport) -> Iterator[Clip]:
+def find_start(segment: Segment, stem: str, seconds: float) -> float:
+    """Where a segment begins in its file of so many seconds, whose name without ending is `stem`.
+
+    A file with the start in its name begins with the segment. One without may be the whole video: it is taken for
+    that where it is longer than the segment and reaches the segment's end, give or take a second. Any other file
+    begins with the segment. Of each, the segment's length is taken, at most 10 s.
+    """
+    length = segment.end - segment.start
+    whole = seconds > length + SLACK_SECONDS and seconds >= segment.end - min(SLACK_SECONDS, length / 2)
+    return segment.start if whole and stem in (segment.ytid, f"Y{segment.ytid}") else 0.0
+
+
+def _read_clips(part: Part, report: AudiosetReport, advance: Callable[[int], None]) -> Iterator[Clip]:
     """The clips of a part that can be read; the others go into the report."""
     for segment, file in zip(part.segments, part.audio, strict=True):
+        advance(1)
         if file is None:
             report.missing.append(segment.name)
             continue
         try:
             waveform = read_int16(Path(file), part.sample_rate)
+            if len(waveform) == 0:  # a sample or two that resampling leaves nothing of
+                raise ValueError(f"{file} holds no samples at {part.sample_rate} Hz.")
         except ValueError as error:
             report.skipped.append((file, str(error)))
             continue
-        if len(waveform) == 0:  # a sample or two that resampling leaves nothing of
-            report.skipped.append((file, f"{file} holds no samples at {part.sample_rate} Hz."))
-            continue
-        yield Clip(segment.name, waveform, segment.labels)
+        seconds, wanted = len(waveform) / part.sample_rate, min(segment.end - segment.start, CLIP_SECONDS)
+        start = find_start(segment, Path(file).stem, seconds)
+        if seconds > wanted + SLACK_SECONDS:
+            report.cut.append((segment.name, f"{start:g} to {min(start + wanted, seconds):g} s of {seconds:.2f} s"))
+        first = round(start * part.sample_rate)
+        yield Clip(segment.name, waveform[first : first + round(wanted * part.sample_rate)], segment.labels)
 
 
 def _note_length(report: AudiosetReport, name: str, samples: int, sample_rate: int) -> None:
@@ -348,7 +387,7 @@ def _note_length(report: AudiosetReport, name: str, samples: int, sample_rate: i
 
 
 def _write_details(report: AudiosetReport, path: Path) -> None:
-    """Write every clip that is missing, corrupt or short as a line `clip,state,remark`."""
+    """Write every clip that is missing, corrupt, short or cut as a line `clip,state,remark`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:

@@ -1,7 +1,11 @@
 """Look at prepared data before a training does: what is in it, what is odd, and what would make a training go wrong."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -13,6 +17,7 @@ from prepare.clip_store import ClipTable, Waveforms, open_store
 FULL_SCALE = 32767  # largest int16 sample, as utils.float32_to_int16 writes it
 SILENT_PEAK = FULL_SCALE * 10 ** (-60 / 20)  # a clip whose samples all lie below -60 dBFS is silent
 CLIPPED_SHARE = 0.001  # a clip with more of its samples than this at full scale is clipped
+TASK_CLIPS = 1000  # clips, of one file, that a process reads before it reports: 640 MB of AudioSet
 NAMED = 3  # how many clips a message names
 
 
@@ -51,17 +56,31 @@ class CheckReport:
     warnings: list[str] = field(default_factory=list)
 
 
-def check_tables(tables: dict[str, ClipTable], *, sample_rate: int, single_label: bool) -> CheckReport:
+def check_tables(
+    tables: dict[str, ClipTable],
+    *,
+    sample_rate: int,
+    single_label: bool,
+    processes: int = 1,
+    advance: Callable[[int], None] = lambda clips: None,
+) -> CheckReport:
     """Read every clip of some splits ({name: table}, all with the same classes) and say what is wrong with them.
 
     sample_rate: Hz, for files that do not say theirs. single_label: whether each clip must have exactly one class.
-    Waveforms are read one by one; 60 bytes are kept of each. Raises ValueError where no table is given.
+    processes: how many read at once, where there are clips enough; the report is the same for any number. advance:
+    called with how many more clips were read. Waveforms are read one by one; 60 bytes are kept of each. Raises
+    ValueError where no table is given, there is not one process, or one of them ends.
     """
     if not tables:
         raise ValueError("There is no split to check.")
-    splits = {
-        split: check_table(table, sample_rate=table.sample_rate or sample_rate) for split, table in tables.items()
-    }
+    if processes < 1:
+        raise ValueError(f"processes = {processes} is not allowed: one at least must read the clips.")
+    scans = {split: _Scan(len(table), table.sample_rate or sample_rate) for split, table in tables.items()}
+    tasks = [task for split, table in tables.items() for task in _tasks(split, table, scans[split].sample_rate)]
+    for task, scan in _read_all(tasks, processes):
+        scans[task.split].take(task.clips, scan)
+        advance(len(task.clips))
+    splits = {split: _split_report(table, scans[split]) for split, table in tables.items()}
     first = next(iter(tables.values()))
     labels = first.labels or [f"class {number}" for number in range(first.targets.shape[1])]
     same_audio = _groups(splits, "digests")
@@ -80,13 +99,52 @@ def check_tables(tables: dict[str, ClipTable], *, sample_rate: int, single_label
     return report
 
 
-def check_table(table: ClipTable, *, sample_rate: int) -> SplitReport:
-    """Read every clip of a table. sample_rate in Hz."""
-    scan = _Scan(len(table), sample_rate)
+@dataclass(frozen=True)
+class _Task:
+    """Some clips of one file, by their places in the table of their split, and their rows in the file."""
+
+    split: str
+    path: Path
+    clips: np.ndarray
+    rows: np.ndarray
+    sample_rate: int
+
+    def read(self) -> "_Scan":
+        scan = _Scan(len(self.clips), self.sample_rate)
+        scan.read_file(self.path, self.rows)
+        return scan
+
+
+def _tasks(split: str, table: ClipTable, sample_rate: int) -> Iterator[_Task]:
+    """The clips of a table in the order of its files, which are so read straight on."""
     for number in np.unique(table.path_number):
         clips = np.flatnonzero(table.path_number == number)
-        clips = clips[np.argsort(table.row[clips], kind="stable")]  # in the order of the file: it is read straight on
-        scan.read_file(table.paths[number], clips, table.row[clips])
+        clips = clips[np.argsort(table.row[clips], kind="stable")]
+        for start in range(0, len(clips), TASK_CLIPS):
+            chosen = clips[start : start + TASK_CLIPS]
+            yield _Task(split, table.paths[number], chosen, table.row[chosen], sample_rate)
+
+
+def _read_all(tasks: Sequence[_Task], processes: int) -> Iterator[tuple[_Task, "_Scan"]]:
+    """Each task with what it found, in order; few clips are read here, as starting a process takes longer."""
+    workers = min(processes, sum(len(task.clips) for task in tasks) // TASK_CLIPS)
+    if workers <= 1:
+        yield from ((task, task.read()) for task in tasks)
+        return
+    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process
+    with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
+        try:
+            yield from zip(tasks, pool.map(_Task.read, tasks), strict=True)
+        except BrokenProcessPool:
+            raise ValueError(
+                f"One of {workers} processes that read the clips was ended, perhaps for lack of memory: try fewer, as "
+                f"with --processes 1."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # where it was interrupted
+
+
+def _split_report(table: ClipTable, scan: "_Scan") -> SplitReport:
     classes = table.targets.sum(axis=1)
     return SplitReport(
         names=table.names,
@@ -113,18 +171,24 @@ class _Scan:
         self.digests = np.zeros(count, dtype="V32")
         self.unreadable: dict[int, str] = {}
 
-    def read_file(self, path: Path, clips: np.ndarray, rows: np.ndarray) -> None:
-        """Read some rows of a file, which are these clips."""
+    def take(self, clips: np.ndarray, found: "_Scan") -> None:
+        """Take in what was found of some clips."""
+        for name in ("seconds", "silent", "clipped", "digests"):
+            getattr(self, name)[clips] = getattr(found, name)
+        self.unreadable.update({int(clips[place]): reason for place, reason in found.unreadable.items()})
+
+    def read_file(self, path: Path, rows: np.ndarray) -> None:
+        """Read some rows of a file, one for each clip of this scan."""
         try:
             with open_store(path) as file:
                 waveforms = Waveforms(file)
-                for clip, row in zip(clips.tolist(), rows.tolist(), strict=True):
+                for clip, row in enumerate(rows.tolist()):
                     try:
                         self.measure(clip, _read_row(waveforms, row))
                     except (OSError, ValueError, IndexError) as error:
                         self.unreadable[clip] = f"{path}, row {row}: {error}"
         except (OSError, ValueError) as error:  # the file itself
-            self.unreadable.update(dict.fromkeys(clips.tolist(), str(error)))
+            self.unreadable.update(dict.fromkeys(range(len(rows)), str(error)))
 
     def measure(self, clip: int, waveform: np.ndarray) -> None:
         """waveform: (samples,) int16."""

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 import create_indexes
-from prepare.audioset import LABELS, find_audio, index_audio, prepare_audioset, read_segments
+from prepare.audioset import LABELS, Segment, find_audio, find_start, index_audio, prepare_audioset, read_segments
 from prepare.clip_store import read_index_table, read_store_table
 
 ROOT = Path(__file__).parents[1]
@@ -112,24 +112,70 @@ def test_whole_parts_are_kept_and_counted(audioset: Path, packed: Path) -> None:
         del file["target"]
     text = again(audioset, packed)
     assert "9 clips of 12 segments" in text
-    assert "found 10, missing 2, corrupt 1, short (under 9 s, packed) 1; 2 whole files kept" in text
+    assert (
+        "found 10, missing 2, corrupt 1, short (under 9 s, packed) 1, cut from a longer file 0; 2 whole files" in text
+    )
     assert [path.stat().st_mtime_ns for path in whole] == [10**18, 10**18]
     assert part(packed, 1).read_bytes() == part(audioset / "packed", 1).read_bytes()
     assert not list(packed.rglob("*.partial"))
 
 
-def test_a_part_that_is_cut_off_is_packed_again(audioset: Path, packed: Path) -> None:
+def test_a_part_cut_off_is_packed_again(audioset: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = part(packed, 1).read_bytes()
     part(packed, 1).write_bytes(content[: len(content) // 2])
     assert "2 whole files kept" in again(audioset, packed)
+    said = capsys.readouterr().err  # of that part alone
+    assert said.startswith("unbalanced_train_part01.h5 (3 of 3): found 4, missing 1, corrupt 1")
+    assert said.count("\n") == 1
     assert part(packed, 1).read_bytes() == content
 
 
-def test_two_processes_write_what_one_does(audioset: Path, tmp_path: Path) -> None:
-    text = again(audioset, tmp_path, processes=2)
-    assert "9 clips of 12 segments" in text
+def test_two_processes_write_what_one_does(
+    audioset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    assert "9 clips of 12 segments" in again(audioset, tmp_path, processes=2)
+    said = capsys.readouterr().err
+    assert "100%" in said
     for number in range(3):
         assert part(tmp_path, number).read_bytes() == part(audioset / "packed", number).read_bytes()
+        assert f"({number + 1} of 3): found" in said
+
+
+def test_where_a_segment_begins() -> None:
+    def found(start: float, end: float, stem: str, seconds: float) -> float:
+        return find_start(Segment("abc", start, end, (0,)), stem, seconds)
+
+    assert found(30, 40, "abc", 11.0) == 0  # the segment by itself
+    assert found(30, 40, "abc", 120.0) == 30  # the whole video
+    assert found(30, 40, "Yabc", 39.5) == 30  # a whole video that ends a little early
+    assert found(30, 40, "abc", 38.9) == 0  # too short for the whole video
+    assert found(30, 40, "abc_30", 120.0) == found(30, 40, "Yabc_30.000", 120.0) == 0
+    assert found(1, 11, "abc", 11.0) == 0  # either, but for a second the same
+    assert found(30, 30.5, "abc", 29.8) == 0  # ends before the segment begins
+
+
+def test_segments_are_cut_out_of_longer_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the n-th second of each file the samples are n thousandths."""
+    table = write_segments(tmp_path / "eval.csv", ["whole_video", "from_start", "longer_than", "like_others"])
+    table.write_text(table.read_text() + f'short_video, 2.000, 8.000, "{MUSIC}"\n')
+    files = {"whole_video": 50, "Yfrom_start_30.000": 50, "longer_than": 15, "Ylike_others": 10, "short_video": 8}
+    for name, length in files.items():
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "raw" / f"{name}.wav", np.repeat(np.arange(length) / 1000, RATE), RATE)
+    report = prepare_audioset(tmp_path / "raw", table, tmp_path, RATE, 1)
+    with h5py.File(report.path) as file:
+        steps = np.rint(file["waveform"][:, RATE // 2 :: RATE] / 32.767).astype(int)
+        assert file["real_len"][:].tolist() == [10 * RATE] * 4 + [6 * RATE]
+    assert steps.tolist() == [list(range(30, 40)), *[list(range(10))] * 3, [2, 3, 4, 5, 6, 7, 0, 0, 0, 0]]
+    expected = ["30 to 40 s of 50.00 s", "0 to 10 s of 50.00 s", "0 to 10 s of 15.00 s", "2 to 8 s of 8.00 s"]
+    names = ["Ywhole_video.wav", "Yfrom_start.wav", "Ylonger_than.wav", "Yshort_video.wav"]
+    assert report.cut == list(zip(names, expected, strict=True))
+    assert "cut from a longer file 4; 0 whole files" in str(report)
+    assert ",cut,30 to 40 s of 50.00 s\n" in (tmp_path / "hdf5s" / "reports" / "eval.csv").read_text()
+    assert capsys.readouterr().err.startswith("eval.h5 (1 of 1): found 5, missing 0, corrupt 0")
+    again = prepare_audioset(tmp_path / "raw", table, tmp_path, RATE, 1)
+    assert (again.kept, again.cut, capsys.readouterr().err) == (1, report.cut, "")  # nothing was packed
 
 
 def test_a_part_without_clips_waits_for_its_audio(tmp_path: Path) -> None:
@@ -191,6 +237,11 @@ def test_clips_are_found_by_their_whole_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (
+            'abc, 10.000, 10.000, "/m/09x0r"',
+            "line 4: 'abc' with start '10.000', end '10.000'; an id and rising seconds",
+        ),
+        ('abc, 0.000, later, "/m/09x0r"', "line 4: 'abc' with start '0.000', end 'later'"),
         ('abc, 0.000, 10.000, "/m/09x0r,/m/nothing"', "line 4: class '/m/nothing' is not one of AudioSet's 527"),
         ("abc, 0.000, 10.000", "line 4: 3 columns; there must be 4"),
         ('abc, soon, 10.000, "/m/09x0r"', "line 4: 'abc' with start 'soon'"),
@@ -302,6 +353,7 @@ def test_index_errors_are_told(packed: Path, capsys: pytest.CaptureFixture[str])
         return told
 
     add_split(packed, "eval", "evaluate_id", MUSIC, rate=2 * RATE)
+    capsys.readouterr()  # what the packing said
     assert "has sample_rate = 16000" in error_of()
     with h5py.File(packed / "hdf5s" / "waveforms" / "eval.h5", "r+") as file:
         del file["target"]

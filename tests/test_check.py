@@ -1,6 +1,8 @@
 """The check of prepared data: what it finds, and its exit status."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 
 import main
+import prepare.check
 from commands.check import run
 from data_generator import load_table
-from prepare.check import CheckReport, check_tables
+from prepare.check import CheckReport, SplitReport, check_tables
 from prepare.clip_store import Clip, ClipStoreWriter, read_store_table
 from prepare.compress import compress_store
 from settings import resolve
@@ -202,6 +205,73 @@ def test_file_that_is_gone(tmp_path: Path) -> None:
     assert report.size == 0
 
 
+def assert_same_reports(one: CheckReport, other: CheckReport) -> None:
+    for name in ("labels", "sample_rate", "size", "repeated", "problems", "warnings"):
+        assert getattr(one, name) == getattr(other, name)
+    assert list(one.splits) == list(other.splits)
+    for split in one.splits:
+        for field in fields(SplitReport):
+            np.testing.assert_equal(getattr(one.splits[split], field.name), getattr(other.splits[split], field.name))
+
+
+def test_any_number_of_processes_reports_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two files, in an order that is not theirs, with a row that cannot be read and a file that is gone."""
+    clips = [*fine_clips(), Clip("zeros.wav", np.zeros(SAMPLES, np.int16), [0]), Clip("copy.wav", sound(3), [3])]
+    with h5py.File(write(tmp_path / "a.h5", clips), "r+") as file:
+        file["real_len"][4] = 0
+    other = write(tmp_path / "b.h5", [Clip(f"b{n}.wav", sound(100 + n), [n % 10]) for n in range(12)])
+    first, second = read_store_table(tmp_path / "a.h5"), read_store_table(other)
+    joined = replace(
+        first,
+        paths=[*first.paths, other, tmp_path / "gone.h5"],
+        path_number=np.repeat([0, 1, 2], [32, 9, 3]),
+        names=np.concatenate([first.names, second.names]),
+        targets=np.concatenate([first.targets, second.targets]),
+        row=np.concatenate([first.row, second.row]),
+        fold=np.concatenate([first.fold, second.fold]),
+        split=np.concatenate([first.split, second.split]),
+    )
+    shuffled = np.random.default_rng(1).permutation(44)
+    tables = {"train": joined.select(shuffled[:30]), "test": joined.select(shuffled[30:])}
+    monkeypatch.setattr(prepare.check, "TASK_CLIPS", 4)
+    read: list[int] = []
+    one = check_tables(tables, sample_rate=RATE, single_label=True)
+    two = check_tables(tables, sample_rate=RATE, single_label=True, processes=2, advance=read.append)
+    assert_same_reports(one, two)
+    assert sum(read) == 44
+    assert max(read) == 4
+    assert len(two.splits["train"].unreadable) + len(two.splits["test"].unreadable) == 4
+    assert two.problems
+    monkeypatch.setattr(prepare.check, "TASK_CLIPS", 1000)
+    assert_same_reports(one, check_tables(tables, sample_rate=RATE, single_label=True))
+
+
+def end_process(*_: object) -> None:
+    raise BrokenProcessPool
+
+
+def test_process_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = read_store_table(write(tmp_path / "a.h5", fine_clips()))
+    monkeypatch.setattr(prepare.check, "TASK_CLIPS", 10)
+    monkeypatch.setattr(prepare.check.ProcessPoolExecutor, "map", end_process)
+    with pytest.raises(ValueError, match=r"One of 2 processes .* try fewer"):
+        check_tables({"train": table}, sample_rate=RATE, single_label=False, processes=2)
+    with pytest.raises(ValueError, match="processes = 0 is not allowed"):
+        check_tables({"train": table}, sample_rate=RATE, single_label=False, processes=0)
+
+
+def test_bar_where_stderr_is_a_terminal(
+    demo: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, given = demo
+    write(path, fine_clips())
+    assert status(given) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert status(given) == 0
+    assert "100%" in capsys.readouterr().err
+
+
 def test_command_on_a_fine_store(demo: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     path, given = demo
     write(path, fine_clips())
@@ -311,4 +381,6 @@ def test_exit_status_of_the_command_line(demo: tuple[Path, dict[str, Any]], caps
         main.main(words)
     assert "problem: There is no file" in capsys.readouterr().out
     write(path, fine_clips())
-    assert main.main(words) == 0
+    assert main.main([*words, "--processes", "2"]) == 0
+    assert main.main([*words, "--processes", "0"]) == 2
+    assert "processes = 0 is not allowed" in capsys.readouterr().err

@@ -64,6 +64,19 @@ def test_every_way_to_start_a_worker_reads(store: Path, method: str) -> None:
     assert torch.equal(next(iter(loader))["waveform"], expected)
 
 
+def test_full_shared_memory_is_told(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a clip that cannot be read, for which another would stand in, nor by the death of the worker."""
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    dataset = ClipDataset(read_store_table(store), clip_samples=8, fit="pad")
+    loader = DataLoader(dataset, 2, num_workers=1, multiprocessing_context="fork", collate_fn=_as_read)
+    with pytest.raises(ValueError, match=r"No space left on device.*enlarge /dev/shm"):
+        next(iter(loader))
+
+
 def test_folds(store: Path) -> None:
     given = {"dataset_type": "esc-50", "dataset_path": str(store.parent), "esc_fold": 5}
     held_out = {split: load_table(resolve(given), split).names.tolist() for split in ("train", "validation", "test")}
