@@ -1,21 +1,39 @@
 """The one place that loads weights. What is loaded cannot run code, and every load says what matched."""
 
+import json
+import os
 import pickle
+import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-PREFIX = "sed_model."  # of the network's keys in a Lightning checkpoint
+from model.foreign import PREFIX as PREFIX
+from model.foreign import Kind, heads, identify
+from settings import FRONTEND_SETTINGS
+
 CLASSIFIER = ("tscam_conv.", "head.")  # keys whose shape follows the number of classes
 COMPUTED = ("relative_position_index", "attn_mask", "num_batches_tracked")  # buffers that a file may leave out
 FRONTEND = ("spectrogram_extractor.", "logmel_extractor.")
 LEAST_MATCHED = 0.99  # share of the backbone's parameters below which a file is refused
+HEARD = (*FRONTEND_SETTINGS, "clip_samples")  # the settings that go with a front-end
+# What torch.load and zipfile raise, beside UnpicklingError, for files that are cut off or damaged.
+UNREADABLE = (
+    RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+
+FrontendFrom = Literal["auto", "settings", "checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +42,14 @@ class Checkpoint:
 
     path: Path
     state_dict: dict[str, Tensor]
-    settings: Optional[dict[str, Any]] = None  # None: the file is not this project's, the settings must be given
+    settings: Optional[dict[str, Any]] = None  # None: neither the file nor its kind tells, they must be given
     labels: Optional[list[str]] = None
-    epoch: Optional[int] = None
-    frontend: Optional[dict[str, Any]] = None
+    epoch: Optional[int] = None  # None: the file belongs to no run of this project
+    complete_epochs: Optional[int] = None  # epochs of training; a checkpoint in the middle of one does not count it
+    frontend: Optional[dict[str, Any]] = None  # FRONTEND_SETTINGS, where they are known
+    kind: Kind = "HTS-AT of this project"
+    sources: Optional[list[str]] = None  # of a weight average: the files that it is the mean of
+    postprocessing: Optional[dict[str, Any]] = None  # thresholds and filters, as `calibrate` stored them
 
 
 @dataclass(frozen=True)
@@ -35,96 +57,268 @@ class LoadReport:
     """What a load did, key by key. share: of the backbone's parameters, how many came from the file."""
 
     path: Path
+    kind: Kind
     matched: list[str]
     missing: list[str]
     unexpected: list[str]
     reshaped: list[str]
     share: float
+    classifier: str  # where it comes from, and why
+    frontend: str
 
     def __str__(self) -> str:
-        text = f"{self.path}: {len(self.matched)} keys matched, {self.share:.1%} of the backbone's parameters"
+        text = f"{self.path} ({self.kind}): {len(self.matched)} keys matched, "
+        text += f"{self.share:.1%} of the backbone's parameters"
         for name in ("missing", "unexpected", "reshaped"):
             keys = getattr(self, name)
             if keys:
                 text += f"; {len(keys)} {name} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-        return text
+        return f"{text}; classifier {self.classifier}; front-end {self.frontend}"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint of this project, a published HTS-AT checkpoint, or a bare state dict.
+    """Read a file of weights and tell its kind from what it holds, whatever its name (see model/foreign.py).
 
-    Raises ValueError where there is no such file, where it is none of these, or where reading it would run code.
+    The tensors of a file of today's torch.save, or of safetensors, are mapped into memory, not read. Raises ValueError
+    where there is no such file, where it is none of the known kinds, or where reading it would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no checkpoint {path}: give the path of a .ckpt file, as train prints it.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        if not (zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80"):
-            raise ValueError(f"{path} is no checkpoint: it is no file of torch.save.") from None
-        raise ValueError(
-            f"{path} holds more than tensors and plain values, and loading it could run code: refused. "
-            f"Save its state_dict alone, where you trust its source."
-        ) from None
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is no checkpoint, or it is cut off: {str(error).splitlines()[0]}") from None
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, where a checkpoint or a state dict is needed.")
-    weights = content.get("state_dict", content)
-    state_dict = {key.removeprefix(PREFIX): value for key, value in weights.items() if isinstance(value, Tensor)}
-    if not state_dict:
-        raise ValueError(f"{path} holds no weights: its keys are {', '.join(map(str, list(content)[:8]))}.")
+    try:
+        weights = identify(content)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}.") from None
+    settings = _described(path, weights.settings, "settings", Mapping)
+    about = {name: settings[name] for name in FRONTEND_SETTINGS if name in settings} if settings else None
+    epoch = content.get("epoch") if weights.kind == "HTS-AT of this project" else None
     return Checkpoint(
-        path, state_dict, content.get("settings"), content.get("labels"), content.get("epoch"), content.get("frontend")
+        path=path,
+        state_dict=weights.state_dict,
+        settings=settings,
+        labels=_described(path, content.get("labels"), "labels", list),
+        epoch=epoch,
+        complete_epochs=content.get("complete_epochs", None if epoch is None else epoch + 1),
+        frontend=_described(path, content.get("frontend"), "frontend", Mapping) or about,
+        kind=weights.kind,
+        sources=_described(path, content.get("sources"), "sources", list),
+        postprocessing=_described(path, content.get("postprocessing"), "postprocessing", Mapping),
     )
 
 
-def load_network(network: nn.Module, checkpoint: Checkpoint, *, new_classifier: bool = False) -> LoadReport:
+def _described(path: Path, value: Any, name: str, kind: type) -> Any:
+    """What a file says about itself, or None. Raises ValueError for a wrong type."""
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{path} is damaged: its entry {name} is a {type(value).__name__}.")
+    return value
+
+
+def _read_torch(path: Path) -> Any:
+    """The content of a file of torch.save: tensors and plain values, or a ValueError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                raise ValueError(f"{path} is no checkpoint: it is no file of torch.save, nor of safetensors.") from None
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ValueError(
+            f"{path} holds more than tensors and plain values{f' (it wants {wanted[1]})' if wanted else ''}, and "
+            f"loading it could run code: refused. Where you trust its source, save its weights alone: "
+            f'torch.save(torch.load(PATH, weights_only=False)["state_dict"], NEW_PATH), with "model" in place of '
+            f'"state_dict" for a Swin, and use the new file.'
+        ) from None
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is no checkpoint, or it is cut off: {reason}") from None
+
+
+def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
+    """Keep a plain value (numbers, text, lists, dictionaries) in a file of torch.save, beside what it holds.
+
+    The file is replaced when the new one is whole; a second name of the old one (a hard link) stays as it is. Raises
+    ValueError for a file of another format.
+    """
+    path = Path(path)
+    read_checkpoint(path)
+    if _is_safetensors(path):
+        raise ValueError(f"{path} is a safetensors file: {name} can be kept in a .ckpt file only.")
+    partial = path.with_name(path.name + ".partial")
+    torch.save({**_read_torch(path), name: value}, partial)
+    os.replace(partial, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Such a file begins with the length of its header, a little-endian 64-bit number, and the header's brace."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """state_dict, and the settings, labels and front-end that save_safetensors put into the metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            keys = file.keys()
+            state_dict = {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no checkpoint, or it is cut off: {error}") from None
+    names = [name for name in ("settings", "labels", "frontend") if name in about]
+    try:
+        return {"state_dict": state_dict, **{name: json.loads(about[name]) for name in names}}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its metadata {', '.join(names)} should be JSON: {error}") from None
+
+
+def save_safetensors(
+    path: Path,
+    state_dict: Mapping[str, Tensor],
+    *,
+    settings: Mapping[str, Any],
+    labels: Sequence[str],
+    frontend: Mapping[str, Any],
+) -> None:
+    """Write weights (names without prefix) as safetensors, with what describes them as JSON in the metadata."""
+    partial = path.with_name(path.name + ".partial")
+    about = {"settings": dict(settings), "labels": list(labels), "frontend": dict(frontend)}
+    metadata = {"format": "pt", **{name: json.dumps(value) for name, value in about.items()}}
+    save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+def decided_settings(
+    checkpoint: Checkpoint, frontend_from: FrontendFrom, *, fine_tuning: bool = False
+) -> dict[str, Any]:
+    """What a checkpoint decides of the settings, for settings.resolve: all it says, or, for fine-tuning, nothing.
+
+    frontend_from: `settings` leaves the front-end to config.py and the flags, `checkpoint` takes it from the file in
+    fine-tuning as well.
+    """
+    known = checkpoint.settings or {}
+    if fine_tuning:
+        return {name: known[name] for name in HEARD if name in known and frontend_from == "checkpoint"}
+    return {name: value for name, value in known.items() if name not in HEARD or frontend_from != "settings"}
+
+
+def load_network(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    new_classifier: bool = False,
+    labels: Optional[Sequence[str]] = None,
+    file_labels: Optional[Sequence[str]] = None,
+    frontend_from: FrontendFrom = "auto",
+    configured: Optional[Mapping[str, Any]] = None,
+) -> LoadReport:
     """Copy a checkpoint's weights into a network.
 
-    new_classifier: for fine-tuning, keep the network's own classifier where its shape differs. Otherwise every
-    parameter must come from the file. Raises ValueError when too little matches.
+    new_classifier: for fine-tuning, keep the network's own classifier where its shape differs, or where `labels` (of
+    the network) and `file_labels` (the checkpoint's own, unless given) are both known and differ. Otherwise every
+    parameter must come from the file. frontend_from: auto takes the file's front-end, but the network's in
+    fine-tuning. configured: FRONTEND_SETTINGS of the network, to name what differs in the warning that is then given.
+    Raises ValueError when too little matches, and where ImageNet's weights are to be evaluated.
     """
-    own = network.state_dict()
-    given = checkpoint.state_dict
-    matched = [key for key in own if key in given and own[key].shape == given[key].shape]
-    foreign = [key for key in matched if key.startswith(FRONTEND) and not _close(own[key], given[key])]
-    if foreign:
-        kept = (
-            "the configured one is kept"
-            if new_classifier
-            else "the file's is used, which its weights were trained with"
-        )
-        warnings.warn(
-            f"{checkpoint.path} holds another front-end than the settings describe ({', '.join(foreign)}): {kept}. "
-            f"Its sample_rate, fmin or fmax differ.",
-            stacklevel=2,
-        )
-        if new_classifier:
-            matched = [key for key in matched if key not in foreign]
-    reshaped = [key for key in own if key in given and own[key].shape != given[key].shape]
-    missing = [key for key in own if key not in given]
-    unexpected = [key for key in given if key not in own]
-    report = LoadReport(checkpoint.path, matched, missing, unexpected, reshaped, _share(own, matched))
-
-    needed = [key for key in reshaped + missing if not key.endswith(COMPUTED)]
-    if new_classifier:
-        needed = [key for key in needed if not key.startswith(CLASSIFIER)]
-    spare = ("head.", *FRONTEND) if "tscam_conv.weight" in own else FRONTEND
-    needed = [key for key in needed if not key.startswith(spare) or key in reshaped]
-    if report.share < LEAST_MATCHED or needed:
+    if checkpoint.kind == "ImageNet Swin" and not new_classifier:
         raise ValueError(
-            f"{report}. This file does not fit the network. {_advice(reshaped)} "
-            f"Keys that are needed: {', '.join(needed[:4])}{', ...' if len(needed) > 4 else ''}"
+            f"{checkpoint.path} holds an ImageNet Swin, which knows no sounds. Train from it with "
+            f"--swin_pretrain_path, and use what that training writes."
         )
+    own, given = network.state_dict(), checkpoint.state_dict
+    kept: tuple[str, ...] = ()  # keys that stay as they are in the network, whatever the file has
+    if _keeps_frontend(own, checkpoint, frontend_from, new_classifier, configured):
+        kept += FRONTEND
+    from_file, classifier = True, "the file's"
+    if new_classifier:
+        from_file, classifier = _choose_classifier(own, given, labels, file_labels or checkpoint.labels)
+    if not from_file:
+        kept += CLASSIFIER
+    if checkpoint.kind == "ImageNet Swin":
+        kept += ("bn0.",)
+
+    fitting = [key for key in own if key in given and own[key].shape == given[key].shape]
+    matched = [key for key in fitting if not key.startswith(kept)]
+    report = LoadReport(
+        path=checkpoint.path,
+        kind=checkpoint.kind,
+        matched=matched,
+        missing=[key for key in own if key not in given],
+        unexpected=[key for key in given if key not in own],
+        reshaped=[key for key in own if key in given and own[key].shape != given[key].shape],
+        share=_share(own, matched),
+        classifier=classifier,
+        frontend="the file's" if any(key.startswith(FRONTEND) for key in matched) else "the network's",
+    )
+    _check(report, own, given, kept)
     network.load_state_dict({**own, **{key: given[key] for key in matched}})
     return report
 
 
+def _keeps_frontend(
+    own: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    frontend_from: FrontendFrom,
+    fine_tuning: bool,
+    configured: Optional[Mapping[str, Any]],
+) -> bool:
+    """Whether a file has another front-end than the network, and the network's is kept. Warns where it has another."""
+    given, theirs, ours = checkpoint.state_dict, checkpoint.frontend or {}, configured or {}
+    different = [
+        f"{name} {value}, configured {ours[name]}" for name, value in theirs.items() if ours.get(name, value) != value
+    ]
+    different += [key for key in own if key.startswith(FRONTEND) and key in given and not _close(own[key], given[key])]
+    if not different:
+        return False
+    keeps = frontend_from == "settings" or (frontend_from == "auto" and fine_tuning)
+    chosen = "the configured one is kept" if keeps else "the file's filterbank and window are used"
+    warnings.warn(
+        f"{checkpoint.path} holds another front-end than the settings describe ({'; '.join(different)}): {chosen}, "
+        f"as frontend_from = {frontend_from} says.",
+        stacklevel=3,
+    )
+    return keeps
+
+
 def _close(own: Tensor, given: Tensor) -> bool:
     """Whether two front-end tensors are the same but for how they were rounded."""
-    return bool(torch.allclose(own.cpu(), given.cpu().to(own.dtype), rtol=1e-3, atol=1e-5))
+    return own.shape == given.shape and torch.allclose(own.cpu(), given.cpu().to(own.dtype), rtol=1e-3, atol=1e-5)
+
+
+def _choose_classifier(
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    labels: Optional[Sequence[str]],
+    file_labels: Optional[Sequence[str]],
+) -> tuple[bool, str]:
+    """For fine-tuning: whether the classifier comes from the file, and why."""
+    key = "tscam_conv.weight" if "tscam_conv.weight" in own else "head.weight"
+    if key not in given:
+        return False, "new (the file has none)"
+    if given[key].shape != own[key].shape:
+        return False, f"new (the file's has the shape {tuple(given[key].shape)}, the network's {tuple(own[key].shape)})"
+    if not labels or not file_labels:
+        return True, "kept (the same shape; the labels of one side are unknown)"
+    if list(labels) != list(file_labels):
+        first, second = next(pair for pair in zip_longest(file_labels, labels) if pair[0] != pair[1])
+        return False, f"new (other labels: {first!r} in the file, {second!r} in the data)"
+    return True, "kept (the same labels)"
+
+
+def _check(report: LoadReport, own: Mapping[str, Tensor], given: Mapping[str, Tensor], kept: tuple[str, ...]) -> None:
+    """Raise ValueError where a file leaves out, or has in another shape, what must come from it."""
+    spare = (*kept, *FRONTEND, *(["head."] if "tscam_conv.weight" in own else []))  # what a file may leave out
+    needed = [key for key in report.reshaped if not key.startswith(kept)]
+    needed += [key for key in report.missing if not key.startswith(spare)]
+    needed = [key for key in needed if not key.endswith(COMPUTED)]
+    if report.share < LEAST_MATCHED or needed:
+        raise ValueError(
+            f"{report}. This file does not fit the network; its kind seems to be: {report.kind}. "
+            f"{_advice(report, heads(own), heads(given))} "
+            f"Keys that are needed: {', '.join(needed[:4])}{', ...' if len(needed) > 4 else ''}"
+        )
 
 
 def _share(own: Mapping[str, Tensor], matched: Sequence[str]) -> float:
@@ -137,9 +331,26 @@ def _share(own: Mapping[str, Tensor], matched: Sequence[str]) -> float:
     return sum(sizes.get(key, 0) for key in matched) / sum(sizes.values())
 
 
-def _advice(reshaped: Sequence[str]) -> str:
-    if reshaped and all(key.startswith(CLASSIFIER) for key in reshaped):
+def _advice(report: LoadReport, ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """What is wrong with a file, and what to do. ours, theirs: attention heads of each block of each stage."""
+    if report.reshaped and all(key.startswith(CLASSIFIER) for key in report.reshaped):
         return "Its classifier has another number of classes: set classes_num, or fine-tune from it with train."
-    if reshaped:
+    if theirs and [stage[0] for stage in theirs] != [stage[0] for stage in ours]:
+        return (
+            f"Its stages have {_numbers(theirs)} attention heads, the network's {_numbers(ours)}: a head's weights "
+            f"mean nothing in a head of another size. "
+            + (
+                "Of Microsoft's Swins, Swin-T/C24 with window 8 for 256 x 256 pictures fits the paper's network."
+                if report.kind == "ImageNet Swin"
+                else "Its network has other sizes: set htsat_dim, htsat_depth and htsat_num_head as it was trained."
+            )
+        )
+    if report.reshaped and all(key.startswith(FRONTEND) for key in report.reshaped):
+        return "Its front-end has other sizes: set window_size, or frontend_from = settings to keep the configured one."
+    if report.reshaped:
         return "Its network has other sizes: set htsat_dim, htsat_depth and htsat_num_head as it was trained."
     return "It seems to hold another architecture."
+
+
+def _numbers(stages: list[list[int]]) -> str:
+    return "-".join(str(stage[0]) for stage in stages)

@@ -63,6 +63,7 @@ class HTSAT_Swin_Transformer(nn.Module):
                 f"htsat_attn_heatmap needs a last stage of one window: {last_size} x {last_size} tokens are more "
                 f"than htsat_window_size {attention_window}."
             )
+        self.frozen = False
         self.num_classes, self.loss_type, self.enable_tscam = num_classes, loss_type, enable_tscam
         self.attn_heatmap, self.repeat_mode, self.augments = attn_heatmap, repeat_mode, spec_augment
         self.image_bands = spec_size // self.freq_ratio
@@ -103,6 +104,39 @@ class HTSAT_Swin_Transformer(nn.Module):
     def unused_parameters(self) -> list[nn.Parameter]:
         """Parameters that no output depends on."""
         return list(self.head.parameters()) if self.enable_tscam else []
+
+    def parameters_by_layer(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Each parameter with its layer, from below: 0 bn0 and patch embedding, then the blocks, last the classifier.
+
+        Patch merging belongs to the block before it, the last LayerNorm to the classifier.
+        """
+        blocks = [len(stage.blocks) for stage in self.layers]  # type: ignore[arg-type]
+        first = [1 + sum(blocks[:stage]) for stage in range(len(blocks) + 1)]  # number of a stage's first block
+        for name, parameter in self.named_parameters():
+            words = name.split(".")
+            if words[0] == "layers":
+                stage = int(words[1])
+                yield (first[stage] + int(words[3]) if words[2] == "blocks" else first[stage + 1] - 1), parameter
+            else:
+                yield (0 if words[0] in ("bn0", "patch_embed") else first[-1]), parameter
+
+    def freeze_backbone(self) -> None:
+        """Train nothing but the classifier; below it, nothing is random or follows the batch."""
+        self.frozen = True
+        for module in self._backbone():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def _backbone(self) -> list[nn.Module]:
+        return [self.bn0, self.patch_embed, self.layers, self.norm]
+
+    def train(self, mode: bool = True) -> "HTSAT_Swin_Transformer":
+        """As every module's; a frozen backbone stays as in evaluation."""
+        super().train(mode)
+        if self.frozen:
+            for module in self._backbone():
+                module.eval()
+        return self
 
     def forward(self, waveform: Tensor, mixup_lambda: Optional[Tensor] = None, infer_mode: bool = False) -> Outputs:
         """waveform: (B, samples) float in [-1, 1]; mixup_lambda: (B,), used in training only.
@@ -170,14 +204,14 @@ class HTSAT_Swin_Transformer(nn.Module):
 
         The attention is (B, steps) with attn_heatmap, else None.
         """
-        tokens, attention = self.patch_embed(image), None  # (B, H, W, C)
+        tokens, attention = self.patch_embed(image), None  # (B, L, C)
         for stage in self.layers:
             tokens, attention = stage(tokens, need_weights=self.attn_heatmap and stage is self.layers[-1])
-        tokens = self.norm(tokens)  # (B, h, w, C)
-        grid = rearrange(tokens, "b (r f) t c -> b c f (r t)", r=self.freq_ratio)  # (B, C, freq_bins, steps)
+        tokens = self.norm(tokens)  # (B, h * w, C)
+        place = {"r": self.freq_ratio, "f": self.freq_bins}
+        grid = rearrange(tokens, "b (r f t) c -> b c f (r t)", **place)  # (B, C, freq_bins, steps)
         if attention is not None:
-            attention = attention.reshape(tokens.shape[:3])
-            attention = rearrange(attention, "b (r f) t -> b f (r t)", r=self.freq_ratio).mean(dim=1)  # (B, steps)
+            attention = rearrange(attention, "b (r f t) -> b f (r t)", **place).mean(dim=1)  # (B, steps)
         return grid, attention
 
     def forward_head(self, grid: Tensor, attention: Optional[Tensor] = None) -> Outputs:

@@ -1,6 +1,11 @@
-"""Swin transformer layers (Liu et al. 2021), as HTS-AT uses them: windows of tokens on a square map."""
+"""Swin transformer layers (Liu et al. 2021), as HTS-AT uses them: windows of tokens on a square map.
 
-from typing import Optional
+Between blocks the tokens of a map, (B, L, C), stand in the order of windows: those of a window one after another. All
+but attention looks at each token alone, so only the change between shifted and unshifted windows moves tokens, by one
+gather, where the published code rolls, cuts and joins the map in every block.
+"""
+
+from typing import Any, Optional
 
 import torch
 from einops import rearrange
@@ -41,7 +46,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(B, 1, S, S) image -> (B, H, W, C) tokens: one convolution, then LayerNorm."""
+    """(B, 1, S, S) image -> (B, L, C) tokens, row by row: one convolution, then LayerNorm."""
 
     def __init__(self, patch_size: int, stride: int, channels: int) -> None:
         super().__init__()
@@ -49,11 +54,44 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.norm(rearrange(self.proj(image), "b c h w -> b h w c"))
+        return self.norm(self.proj(image).flatten(2).transpose(1, 2))
+
+
+def window_order(size: int, window: int, shift: int) -> Tensor:
+    """(L,) long: the place, row by row, of each token when the tokens stand in the order of windows.
+
+    The map has size x size tokens and is rolled by -shift along both axes before it is cut.
+    """
+    places = torch.arange(size * size).view(size, size).roll((-shift, -shift), dims=(0, 1))
+    return rearrange(places, "(h i) (w j) -> (h w i j)", i=window, j=window)
+
+
+def change_of_order(now: Tensor, wanted: Tensor) -> Tensor:
+    """(L,) long: what to gather from tokens in the order `now` to have them in the order `wanted`."""
+    return torch.argsort(now)[wanted]
+
+
+class _Gather(torch.autograd.Function):
+    """x[:, index] for a permutation; backwards it gathers again, where index_select would add row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return gradients[0].index_select(1, torch.argsort(index)), None
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """(B, L, C) with its tokens in the order of `index`, a permutation (L,)."""
+    return _Gather.apply(x, index) if x.requires_grad else x.index_select(1, index)
 
 
 class PatchMerging(nn.Module):
-    """(B, H, W, C) -> (B, H / 2, W / 2, 2 C): four neighbours become one token."""
+    """(B, L, C) -> (B, L / 4, 2 C): four neighbours, which stand one after another, become one token."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -61,7 +99,16 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduction(self.norm(rearrange(x, "b (h i) (w j) c -> b h w (j i c)", i=2, j=2)))
+        return self.reduction(self.norm(x.unflatten(1, (-1, 4)).flatten(2)))
+
+
+def merging_order(size: int, order: Tensor) -> Tensor:
+    """(L,) long: the place, row by row, of the tokens that merge, four by four, into a map in the order `order`.
+
+    Of the size x size tokens, four neighbours stand down first, then to the right, as the published weights have it.
+    """
+    places = rearrange(torch.arange(size * size), "(h i w j) -> (h w) (j i)", h=size // 2, i=2, j=2)
+    return places[order].flatten()
 
 
 def relative_position_index(window: int) -> Tensor:
@@ -96,42 +143,81 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window))
+        self._kept: Optional[tuple[Any, Tensor]] = None  # the term of evaluation, and what it was made from
 
-    def bias(self) -> Tensor:
-        """(1, heads, N, N)"""
-        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+    def train(self, mode: bool = True) -> "WindowAttention":
+        self._kept = None
+        return super().train(mode)
+
+    def term(self, mask: Optional[Tensor]) -> Tensor:
+        """(1 or W, heads, N, N): what is added to the scores, the bias and the mask.
+
+        In evaluation it is kept, until the table changes, moves, or the module changes its mode.
+        """
+        table = self.relative_position_bias_table
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._make_term(mask)
+        source = (table.data_ptr(), 0 if table.is_inference() else table._version, table.device, table.dtype)
+        if self._kept is None or self._kept[0] != source:
+            self._kept = source, self._make_term(mask)
+        return self._kept[1]
+
+    def _make_term(self, mask: Optional[Tensor]) -> Tensor:
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+        return bias.contiguous() if mask is None else bias + MASK_SCALE * mask[:, None]
 
     def forward(
-        self, windows: Tensor, mask: Optional[Tensor], need_weights: bool = False
+        self, x: Tensor, windows: int, mask: Optional[Tensor], need_weights: bool = False
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """windows: (B * W, N, C), W windows a clip; mask: (W, N, N) or None.
+        """x: (B, W * N, C), W windows a clip one after another; mask: (W, N, N) or None.
 
         Returns the same shape, and with need_weights the attention (B * W, heads, N, N), else None.
         """
-        qkv = rearrange(self.qkv(windows), "w n (three h d) -> three w h n d", three=3, h=self.heads)
+        qkv = rearrange(self.qkv(x), "b (w n) (three h d) -> three (b w) h n d", w=windows, three=3, h=self.heads)
         query, key, value = qkv.unbind(0)
-        term = self.bias()
-        if mask is not None:
-            term = (term + MASK_SCALE * mask[:, None]).repeat(len(windows) // len(mask), 1, 1, 1)
-        term = term.to(query.dtype)
-        if need_weights:
-            scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + term
-            weights = scores.softmax(dim=-1)
-            mixed = weights @ value
+        term = self.term(mask).to(query.dtype)
+        if need_weights or (self.training and query.device.type == "cpu"):
+            mixed, weights = attend(query, key, value, term)
         else:
-            weights = None
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=term)
-        return self.proj(rearrange(mixed, "w h n d -> w n (h d)")), weights
+            mixed, weights = attend_fused(query, key, value, term), None
+        mixed = rearrange(mixed, "(b w) h n d -> b (w n) (h d)", w=windows)
+        return self.proj(mixed), weights if need_weights else None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with its weights: (B * W, heads, N, d) each, term (1 or W, heads, N, N).
+
+    For training on a CPU, where scaled_dot_product_attention takes a slower way if the term needs a gradient.
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    scores = (scores.unflatten(0, (-1, len(term))) + term).flatten(0, 1)
+    weights = scores.softmax(dim=-1)
+    return weights @ value, weights
+
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, term: Tensor) -> Tensor:
+    """The same, by torch's fused kernel, without the weights."""
+    clips = len(query) // len(term)
+    if len(term) == 1 or clips == 1:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=term)
+    if query.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        # Clip by clip: joining the results costs less than a copy of the term for each clip.
+        parts = zip(query.chunk(clips), key.chunk(clips), value.chunk(clips), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=term) for q, k, v in parts])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=term.repeat(clips, 1, 1, 1))
 
 
 class SwinBlock(nn.Module):
-    """Window attention and MLP with residuals, on a (B, H, W, C) map; every second block's windows are shifted."""
+    """Window attention and MLP with residuals; every second block's windows are shifted.
+
+    (B, L, C) -> the same, the tokens in the order of this block's windows (`window_order`).
+    """
 
     attn_mask: Optional[Tensor]
 
     def __init__(self, channels: int, size: int, heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__()
-        self.window, self.shift = window, shift
+        self.windows = (size // window) ** 2
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
         self.norm2 = nn.LayerNorm(channels)
@@ -140,20 +226,9 @@ class SwinBlock(nn.Module):
         self.register_buffer("attn_mask", shifted_window_mask(size, window, shift) if shift else None)
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Optional[Tensor]]:
-        mixed, weights = self._attend(self.norm1(x), need_weights)
+        mixed, weights = self.attn(self.norm1(x), self.windows, self.attn_mask, need_weights)
         x = x + self.drop_path(mixed)
         return x + self.drop_path(self.mlp(self.norm2(x))), weights
-
-    def _attend(self, x: Tensor, need_weights: bool) -> tuple[Tensor, Optional[Tensor]]:
-        height = x.shape[1] // self.window
-        if self.shift:
-            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
-        windows = rearrange(x, "b (h i) (w j) c -> (b h w) (i j) c", i=self.window, j=self.window)
-        windows, weights = self.attn(windows, self.attn_mask, need_weights)
-        x = rearrange(windows, "(b h w) (i j) c -> b (h i) (w j) c", h=height, w=height, i=self.window)
-        if self.shift:
-            x = x.roll((self.shift, self.shift), dims=(1, 2))
-        return x, weights
 
 
 class Stage(nn.Module):
@@ -171,20 +246,40 @@ class Stage(nn.Module):
             for number, rate in enumerate(drop_path)
         )
         self.downsample = PatchMerging(channels) if merge else None
+        self._register_gathers(size, [window_order(size, window, shift if k % 2 else 0) for k in range(len(drop_path))])
+
+    def _register_gathers(self, size: int, orders: list[Tensor]) -> None:
+        """What to gather before each block, and after the last: None where the tokens stand as they should.
+
+        orders: of the tokens in each block.
+        """
+        now = torch.arange(size * size)
+        after = merging_order(size, torch.arange(size * size // 4)) if self.downsample is not None else now
+        for number, wanted in enumerate([*orders, after]):
+            index = None if torch.equal(now, wanted) else change_of_order(now, wanted)
+            self.register_buffer(f"gather{number}", index, persistent=False)
+            now = wanted
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Optional[Tensor]]:
-        """(B, H, W, C) -> the map, merged if this stage merges; and with need_weights (B, N): attention a token gets.
+        """(B, L, C), row by row -> the map, row by row, merged if this stage merges; and the attention a token gets.
 
-        Those weights are averaged over blocks, heads and queries, and need a map of one window.
+        That is (B, L) with need_weights, averaged over blocks, heads and queries, else None; it needs a map of one
+        window.
         """
         received = []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            x = self._gather(x, number)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, weights = checkpoint(block, x, need_weights, use_reentrant=False)
             else:
                 x, weights = block(x, need_weights)
             if weights is not None:
-                received.append(weights.mean(dim=(1, 2)))  # (B * W, heads, query, key) -> (B * W, key)
+                received.append(weights.mean(dim=(1, 2)))  # (B, heads, query, key) -> (B, key)
+        x = self._gather(x, len(self.blocks))
         if self.downsample is not None:
             x = self.downsample(x)
         return x, torch.stack(received).mean(dim=0) if received else None
+
+    def _gather(self, x: Tensor, number: int) -> Tensor:
+        index = self.get_buffer(f"gather{number}")
+        return x if index is None else gather(x, index)

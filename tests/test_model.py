@@ -10,7 +10,17 @@ from torch.nn import functional as F
 from model import build_model
 from model.frontend import BandNorm, LogMel, SpecAugment, Spectrogram, bicubic_matrix, fold, stack
 from model.htsat import HTSAT_Swin_Transformer
-from model.layers import MASK_SCALE, DropPath, SwinBlock, WindowAttention, shifted_window_mask
+from model.layers import (
+    MASK_SCALE,
+    DropPath,
+    SwinBlock,
+    WindowAttention,
+    change_of_order,
+    gather,
+    merging_order,
+    shifted_window_mask,
+    window_order,
+)
 from settings import resolve
 
 SMALL = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8), "num_classes": 5}
@@ -96,21 +106,51 @@ def test_band_norm_is_batch_norm_2d() -> None:
     torch.testing.assert_close(own.running_var, reference.running_var.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("clips", [1, 2])
 @pytest.mark.parametrize("shift", [0, 4])
-def test_attention_is_the_written_out_one(shift: int) -> None:
+def test_attention_is_the_written_out_one(shift: int, clips: int, training: bool) -> None:
     torch.manual_seed(0)
-    attention, windows = WindowAttention(16, 4, 8), torch.randn(2 * 4, 64, 16)
+    attention, tokens = WindowAttention(16, 4, 8).train(training), torch.randn(clips, 4 * 64, 16)
     torch.nn.init.normal_(attention.relative_position_bias_table)
     mask = shifted_window_mask(16, 8, shift) if shift else None
-    out, none = attention(windows, mask)
-    same, weights = attention(windows, mask, need_weights=True)
+    out, none = attention(tokens, 4, mask)
+    same, weights = attention(tokens, 4, mask, need_weights=True)
     assert none is None
     torch.testing.assert_close(out, same, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(8, 4, 64))
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(4 * clips, 4, 64))
     if mask is not None:
-        assert weights.reshape(2, 4, 4, 64, 64)[:, mask[:, None].expand(4, 4, 64, 64) < 0].max() == 0
+        assert weights.reshape(clips, 4, 4, 64, 64)[:, mask[:, None].expand(4, 4, 64, 64) < 0].max() == 0
         assert set(mask.unique().tolist()) == {-100.0, 0.0}
         assert MASK_SCALE * -100 <= -1e4
+
+
+def test_kept_bias_follows_the_weights() -> None:
+    """What evaluation keeps is made anew after a load, a step in place, a change of mode and a move."""
+    torch.manual_seed(0)
+    attention, tokens = WindowAttention(16, 4, 8).eval(), torch.randn(1, 64, 16)
+    table = attention.relative_position_bias_table
+
+    def right() -> bool:
+        with torch.inference_mode():
+            kept = attention(tokens, 1, None)[0]
+        with torch.enable_grad():
+            return torch.allclose(kept, attention(tokens, 1, None)[0], atol=1e-5)
+
+    assert right()
+    assert attention._kept is not None
+    attention.load_state_dict({**attention.state_dict(), "relative_position_bias_table": torch.randn_like(table)})
+    assert right()
+    with torch.no_grad():
+        table.add_(torch.randn_like(table))
+    assert right()
+    table.data.copy_(torch.randn_like(table))  # as Lightning's weight averaging does before validation
+    assert not right()
+    attention.train().eval()
+    assert right()
+    attention.double().float()
+    table.data = torch.randn_like(table)
+    assert right()
 
 
 def test_shifted_windows_keep_strangers_apart() -> None:
@@ -118,16 +158,30 @@ def test_shifted_windows_keep_strangers_apart() -> None:
     torch.manual_seed(0)
     block = SwinBlock(8, size=16, heads=2, window=8, shift=4, drop_path=0.0).eval()
     torch.nn.init.normal_(block.attn.qkv.weight)
-    x = torch.randn(1, 16, 16, 8, requires_grad=True)
-    block(x)[0][0, 5, 5].sum().backward()
+    place = torch.argsort(window_order(16, 8, 4)).view(16, 16)  # of each token of the map
+    x = torch.randn(1, 256, 8, requires_grad=True)
+    block(x)[0][0, place[5, 5]].sum().backward()
     assert x.grad is not None
-    reached = x.grad[0].abs().sum(dim=-1) > 0
+    reached = x.grad[0].abs().sum(dim=-1)[place] > 0
     assert reached[4:12, 4:12].all()
     assert reached.sum() == 64
     x.grad = None
-    block(x)[0][0, 0, 0].sum().backward()
+    block(x)[0][0, place[0, 0]].sum().backward()
     assert x.grad is not None
     assert (x.grad[0].abs().sum(dim=-1) > 0).sum() == 16
+
+
+def test_gather_is_a_change_of_order() -> None:
+    now, wanted = window_order(16, 8, 0), window_order(16, 8, 4)
+    index = change_of_order(now, wanted)
+    tokens = torch.randn(2, 256, 3, dtype=torch.float64)  # row by row
+    assert torch.equal(gather(tokens[:, now], index), tokens[:, wanted])
+    assert torch.autograd.gradcheck(lambda x: gather(x, index[:256]), tokens.requires_grad_())
+
+
+def test_merging_takes_neighbours_down_first() -> None:
+    order = merging_order(4, torch.arange(4))
+    assert order.tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
 
 
 def test_drop_path_keeps_the_mean() -> None:
