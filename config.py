@@ -27,6 +27,7 @@ debug: bool = False  # run only a few batches of everything, to see whether it r
 # --- training -------------------------------------------------------------------------------------------------------
 resume: Optional[str] = None  # go on with an interrupted run: auto, or the path of one of its checkpoints
 resume_checkpoint: Optional[str] = None  # checkpoint to fine-tune from (train), evaluate (test) or use (predict)
+swin_pretrain_path: Optional[str] = None  # train: ImageNet Swin weights (Swin-T/C24, window 8, 256 x 256) to start from
 random_seed: int = 970131  # seed of everything that is random
 batch_size: int = 128 if dataset_type == "audioset" else 32  # clips in one step, all devices together
 learning_rate: float = 1e-2 if dataset_type == "demo" else 1e-3  # multiplied by the scale of the epoch (lr_rate)
@@ -34,14 +35,25 @@ max_epoch: int = 100 if dataset_type in ("audioset", "esc-50", "scv2") else 30  
 lr_scheduler_epoch: list[int] = [10, 20, 30]  # last epochs at the scales lr_rate[2], lr_rate[1], lr_rate[0]
 lr_rate: list[float] = [0.02, 0.05, 0.1]  # scales of the three warm-up epochs, then downwards again
 weight_decay: float = 0.05  # AdamW's, on every parameter
+layer_decay: float = 1.0  # fine-tuning: each layer learns slower than the one above it, by this factor
+linear_probe: bool = False  # fine-tuning: only a linear layer on the averaged tokens, of clips as they are
+freeze_backbone: bool = linear_probe  # fine-tuning: train only the classifier
 gradient_clip: float = 1.0  # largest norm of the gradient, 0 for no limit
 loss_type: Literal["clip_bce", "clip_ce", "asl_loss"] = (  # clip_ce for one class a clip
     "clip_ce" if task == "single_label" and dataset_type != "scv2" else "clip_bce"
 )
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
-mixup_alpha: float = 0.0 if dataset_type == "demo" else 0.5  # mixup of features with weights from Beta(a, a), 0: none
+mixup_alpha: float = (  # mixup of features with weights from Beta(a, a), 0: none
+    0.0 if dataset_type == "demo" or linear_probe else 0.5
+)
 mixup_targets: bool = False  # mix the targets as well (the paper leaves them as they are)
-spec_augment: bool = True  # SpecAugment: 2 time masks of up to 64 frames, 2 frequency masks of up to 8 bands
+spec_augment: bool = not linear_probe  # SpecAugment: 2 time masks of up to 64 frames, 2 band masks of up to 8
+weight_averaging: Literal["none", "ema", "last_epochs"] = "none"  # average the weights while training
+ema_decay: float = 0.999  # weight_averaging = ema: share of the old average that a step keeps
+average_last_epochs: int = 5  # weight_averaging = last_epochs: how many
+checkpoint_every_steps: int = (  # write last.ckpt in the middle of an epoch as well, 0: only at its end
+    1000 if dataset_type == "audioset" else 0
+)
 save_top_k: int = 10 if dataset_type == "audioset" else 3  # checkpoints to keep, best first, beside the last one
 
 # --- machine --------------------------------------------------------------------------------------------------------
@@ -62,6 +74,7 @@ hop_size: int = sample_rate // 100  # STFT hop in samples: 10 ms
 mel_bins: int = 64  # mel bands
 fmin: float = 50.0  # lower edge of the lowest mel band in Hz
 fmax: float = min(14000.0, sample_rate / 2)  # upper edge of the highest mel band in Hz
+frontend_from: Literal["auto", "settings", "checkpoint"] = "auto"  # whose front-end; auto: the settings' in train only
 class_filter: list[str] = []  # training: only clips with one of these classes (numbers or names); empty: all
 enable_label_enhance: bool = False  # training: in half of the clips, add all ancestors and a random child of each class
 class_map_path: Optional[str] = None  # AudioSet's ontology.json, which enable_label_enhance needs
@@ -73,7 +86,7 @@ crop_size: Optional[int] = None  # training: a random stretch of so many samples
 
 # --- network --------------------------------------------------------------------------------------------------------
 classes_num: int = {"demo": 10, "esc-50": 50, "scv2": 35}.get(dataset_type, 527)  # classes
-enable_tscam: bool = True  # token-semantic convolution; without it a linear layer on the averaged tokens
+enable_tscam: bool = not linear_probe  # token-semantic convolution; without it a linear layer on the averaged tokens
 enable_repeat_mode: bool = False  # a quarter of the spectrogram four times, instead of the fold in time
 htsat_attn_heatmap: bool = False  # weight the frame scores with the last stage's attention
 htsat_spec_size: int = 256  # height and width of the folded spectrogram
@@ -90,10 +103,24 @@ tta_shifts: list[int] = (  # test: average the scores over circular shifts by so
     [0, 100, 300, 600, 1000, 1500, 2100, 2800, 3600, 4500] if dataset_type == "audioset" else [0]
 )
 test_split: Literal["test", "validation", "train"] = "test"  # test: the clips to score; thresholds: validation
+watch_test: bool = False  # train: score the test clips after each epoch too, to report and never to choose by
 fl_local: bool = False  # test: also write frame scores, for localization
 heatmap_dir: str = f"{workspace}/runs/{exp_name}/scores"  # folder of the score files that test writes
 test_file: str = "test"  # name of the score file, without its ending .h5
-fl_threshold: list[float] = [0.5]  # frame score above which a class is on: one for all classes, or one for each
+test_shard: list[int] = []  # test: 2,4 scores the second of four shares of the clips; fl_evaluate joins all; empty: all
+results_path: str = f"{workspace}/results.jsonl"  # file to which each test adds a line, and which results prints
+fl_dataset: Optional[str] = None  # test with fl_local: the clip store (.h5) to localize in, else that of dataset_path
+fl_audioset_mapping: str = "reviewed"  # AudioSet's classes -> those of the data: published, reviewed, or a JSON file
+fl_class_num: list[str] = []  # fl_evaluate: the classes to evaluate, by name; empty: all
+fl_threshold: list[float] = []  # frame score above which a class is on, one or one a class; empty: calibrated, or 0.5
+fl_median_filter: list[int] = []  # median filter, odd numbers of steps, one or one a class; empty: calibrated, or none
+fl_minimum_duration: list[float] = []  # seconds of the shortest event, one or one a class; empty: calibrated, or 0
+fl_maximum_gap: list[float] = []  # seconds between events that are joined, one or one a class; empty: calibrated, or 0
+fl_interpolation: Optional[int] = None  # parts of a step, scores on straight lines; None: calibrated, or 1 for none
 esm_model_pathes: list[str] = []  # esm_test: checkpoints whose scores are averaged
-wa_folder: Optional[str] = None  # weight_average: folder of the checkpoints whose weights are averaged
+esm_together: Optional[bool] = None  # esm_test: all members in memory at once; None: where they take at most half of it
+wa_folder: Optional[str] = None  # weight_average: checkpoints to average: a run, a folder or a glob; None: this run's
+wa_top_k: int = 0  # weight_average: only so many of a run's checkpoints, those with the best metric; 0: all
+wa_reestimate_bn: bool = False  # weight_average: measure bn0's mean and variance anew on the training clips
+wa_test: bool = False  # weight_average: test the average at once
 wa_model_path: str = f"{workspace}/runs/{exp_name}/weight_average.ckpt"  # weight_average: the file it writes

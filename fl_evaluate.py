@@ -2,28 +2,54 @@
 
 Reads <heatmap_dir>/<test_file>.h5, which `python main.py test --fl_local True` writes, and puts beside it
 <test_file>_events.tsv, <test_file>_detection.json and the folder <test_file>_pictures. Every setting of config.py is
-a flag; fl_threshold is the one that matters here.
+a flag. Thresholds, filters and durations are those that `python main.py calibrate` put into the checkpoint, else those
+of the class mapping, else 0.5 alone; fl_threshold, fl_median_filter, ... stand in for them where they are given.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pandas as pd
 
 from evaluation.detection import DetectionMetric, collar_f1, intersection_f1, psds1, score_tables
 from evaluation.plots import draw_clip
-from evaluation.postprocess import EVENT_COLUMNS, decode_events, truth_table
-from evaluation.scores import Scores, load_scores
+from evaluation.postprocess import EVENT_COLUMNS, PostProcessing, detected_frames, truth_table
+from evaluation.scores import Scores, export_tables, import_tables, load_scores
 from main import Parser, add_settings
 from settings import FRONTEND_SETTINGS, Config, resolve
 
+FL_SETTINGS = {  # field of PostProcessing: its setting
+    "thresholds": "fl_threshold",
+    "median_filter": "fl_median_filter",
+    "minimum_duration": "fl_minimum_duration",
+    "maximum_gap": "fl_maximum_gap",
+    "interpolation": "fl_interpolation",
+}
 
-def evaluate(scores: Scores, thresholds: np.ndarray) -> tuple[pd.DataFrame, list[DetectionMetric]]:
-    """Detected events of a score store, and their metrics. thresholds: (K,) or (1,).
+
+def choose_postprocessing(scores: Scores, settings: Config) -> PostProcessing:
+    """What came with the scores (calibrated, or of the mapping), with what the settings fl_... say in its place.
+
+    Its `source` tells which. Raises ValueError for values that do not fit the classes.
+    """
+    base = scores.postprocessing or PostProcessing(tuple(scores.labels))
+    given: dict[str, Any] = {name: getattr(settings, setting) for name, setting in FL_SETTINGS.items()}
+    given = {name: value for name, value in given.items() if value is not None and value != []}
+    if not given:
+        return base
+    return replace(
+        base, **given, source=f"{base.source}, with {', '.join(FL_SETTINGS[name] for name in given)} as given"
+    )
+
+
+def evaluate(scores: Scores, post: PostProcessing) -> tuple[pd.DataFrame, list[DetectionMetric]]:
+    """Detected events of a score store, and their metrics.
 
     Raises ValueError where the store has no frame scores or no true events.
     """
@@ -31,20 +57,17 @@ def evaluate(scores: Scores, thresholds: np.ndarray) -> tuple[pd.DataFrame, list
         raise ValueError("The score file has no frame scores: run test with --fl_local True.")
     if not scores.events or not any(scores.events):
         raise ValueError("The score file has no true events: the data set was prepared without times.")
-    where: dict[str, Any] = {
-        "names": scores.names,
-        "labels": scores.labels,
-        "durations": scores.durations,
-        "seconds_per_frame": scores.seconds_per_frame,
-    }
-    found = decode_events(scores.framewise, thresholds=thresholds, **where)
-    truth = truth_table(scores.names, scores.events, scores.labels)
-    durations = dict(zip(scores.names, scores.durations.tolist(), strict=True))
-    tables = score_tables(scores.framewise, **where)
+    names, labels, seconds = scores.names, scores.labels, scores.durations
+    found = post.decode(scores.framewise, names=names, durations=seconds, seconds_per_frame=scores.seconds_per_frame)
+    truth = truth_table(names, scores.events, labels)
+    durations = dict(zip(names, seconds.tolist(), strict=True))
+    smoothed, step = post.smooth(scores.framewise, durations=seconds, seconds_per_frame=scores.seconds_per_frame)
+    active = detected_frames(found, names=names, labels=labels, frames=smoothed.shape[1], seconds_per_frame=step)
+    where: dict[str, Any] = {"names": names, "labels": labels, "durations": seconds, "seconds_per_frame": step}
     metrics = [
-        intersection_f1(found, truth, durations, labels=scores.labels),
-        collar_f1(tables, truth, labels=scores.labels, thresholds=thresholds),
-        psds1(tables, truth, durations, labels=scores.labels),
+        intersection_f1(found, truth, durations, labels=labels),
+        collar_f1(score_tables(active, **where), truth, labels=labels, thresholds=np.array([0.5])),
+        psds1(score_tables(smoothed, **where), truth, durations, labels=labels),
     ]
     return found, metrics
 
@@ -110,24 +133,64 @@ def print_detection(metrics: list[DetectionMetric], labels: list[str]) -> None:
     Console().print(table)
 
 
-def run(settings: Config, pictures: int) -> None:
-    """Evaluate the score file of the settings and write everything beside it."""
-    folder = Path(settings.heatmap_dir)
-    scores = load_scores(folder / f"{settings.test_file}.h5")
-    thresholds = np.asarray(settings.fl_threshold)
-    if len(thresholds) not in (1, len(scores.labels)):
-        raise ValueError(f"fl_threshold has {len(thresholds)} values: give 1, or one for each of {scores.labels}.")
-    found, metrics = evaluate(scores, thresholds)
-    events = folder / f"{settings.test_file}_events.tsv"
-    found.to_csv(events, sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f")
-    report = folder / f"{settings.test_file}_detection.json"
-    content = {"clips": len(scores.names), "thresholds": thresholds.tolist(), "metrics": [m.as_dict() for m in metrics]}
-    report.write_text(json.dumps(content, indent=2) + "\n")
+def run(
+    settings: Config, pictures: int, export_scores: Optional[str] = None, import_scores: Optional[str] = None
+) -> None:
+    """Evaluate the score file of the settings and write everything beside it.
+
+    import_scores: a folder of sed_scores_eval's tables, whose scores stand in for those of the file; export_scores: a
+    folder to write such tables into.
+    """
+    folder, name = Path(settings.heatmap_dir), settings.test_file
+    scores = load_scores(folder / f"{name}.h5")
+    if import_scores is not None:
+        scores, name = import_tables(Path(import_scores), scores), f"{name}_imported"
+    if settings.fl_class_num:
+        scores = scores.select_classes(settings.fl_class_num)
+    if export_scores is not None:
+        export_tables(scores, Path(export_scores))
+        print(f"Frame scores as tables of sed_scores_eval: {export_scores}")
+    post = choose_postprocessing(scores, settings)
+    found, metrics = evaluate(scores, post)
+    events = folder / f"{name}_events.tsv"
+    _write(events, found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f"))
+    report = folder / f"{name}_detection.json"
+    content = {
+        "clips": len(scores.names),
+        "postprocessing": post.as_dict(),
+        "metrics": [metric.as_dict() for metric in metrics],
+    }
+    _write(report, json.dumps(content, indent=2) + "\n")
     print_detection(metrics, scores.labels)
+    print(f"Post-processing: {post.source}; {describe(post)}")
     print(f"{len(found)} events in {len(scores.names)} clips: {events}\nMetrics: {report}")
-    drawn = draw_clips(scores, found, folder / f"{settings.test_file}_pictures", pictures)
+    drawn = draw_clips(scores, found, folder / f"{name}_pictures", pictures)
     if drawn:
         print(f"Pictures: {drawn[0].parent} ({len(drawn)})")
+
+
+def describe(post: PostProcessing) -> str:
+    """The values in one line: one where all classes have the same, else the smallest and the largest."""
+    shown = []
+    for name, unit in (
+        ("thresholds", ""),
+        ("median_filter", " steps"),
+        ("minimum_duration", " s"),
+        ("maximum_gap", " s"),
+    ):
+        values = getattr(post, name)
+        span = f"{min(values):g}" if min(values) == max(values) else f"{min(values):.3g} to {max(values):.3g}"
+        shown.append(f"{name.replace('_', ' ')} {span}{unit}")
+    return (
+        f"{', '.join(shown)}, {'no interpolation' if post.interpolation == 1 else f'{post.interpolation} parts a step'}"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file under a temporary name first."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,10 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = Parser(prog="fl_evaluate.py", description=__doc__, allow_abbrev=False)
         parser.add_argument("--pictures", type=int, default=6, help="how many clips to draw")
+        parser.add_argument("--export_scores", metavar="FOLDER", help="write the frame scores for sed_scores_eval")
+        parser.add_argument("--import_scores", metavar="FOLDER", help="evaluate such tables, with the file's truth")
         add_settings(parser)
         values = vars(parser.parse_args(argv))
         given = {k.removeprefix("setting_"): v for k, v in values.items() if k.startswith("setting_") and v is not None}
-        run(resolve(given), values["pictures"])
+        run(resolve(given), values["pictures"], values["export_scores"], values["import_scores"])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

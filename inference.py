@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from model import build_model
-from model.checkpoint import LoadReport, load_network, read_checkpoint
+from model.checkpoint import LoadReport, decided_settings, load_network, read_checkpoint
 from model.htsat import HTSAT_Swin_Transformer
 from prepare.audio import read_audio
 from prepare.labels import published_labels
-from settings import Config, resolve
+from settings import Config, requested, resolve
 
 WINDOW_OVERLAP = 0.5  # share of a window that the next one covers again
 
@@ -60,9 +60,10 @@ class Tagger:
         {"dataset_type": "audioset"}. Raises ValueError where the file is missing or does not fit.
         """
         checkpoint = read_checkpoint(path)
-        settings = resolve(given or {}, checkpoint=checkpoint.settings)
+        frontend_from = requested("frontend_from", given or {})
+        settings = resolve(given or {}, checkpoint=decided_settings(checkpoint, frontend_from))
         network = build_model(settings)
-        report = load_network(network, checkpoint)
+        report = load_network(network, checkpoint, frontend_from=frontend_from, configured=settings.model_dump())
         labels = checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
         tagger = cls(network, settings, labels, report)
         return tagger.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

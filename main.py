@@ -26,10 +26,43 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
     ),
     "train": ("train a network, or go on with a run (--resume auto)", []),
     "test": ("evaluate a checkpoint (--resume_checkpoint PATH)", []),
+    "cross_validate": (
+        "train and test every fold, chosen on held-out clips and as published",
+        [("--protocols", {"help": "which rules to follow: held_out, paper or both", "default": "held_out,paper"})],
+    ),
+    "calibrate": (
+        "choose thresholds and filters on validation clips, and keep them in the checkpoint (--resume_checkpoint PATH)",
+        [
+            (
+                "--calibrate_for",
+                {
+                    "help": "metric to raise: intersection_f1, collar_f1 or psds1",
+                    "choices": ["intersection_f1", "collar_f1", "psds1"],
+                    "default": "intersection_f1",
+                },
+            ),
+            ("--scores", {"help": "score file of the validation clips; without it they are scored", "metavar": "FILE"}),
+        ],
+    ),
+    "evaluate": (
+        "metrics of detections with intervals; give --detections, --ground_truth and --durations, or --scores",
+        [
+            ("--detections", {"help": "TSV of detected events; several: a.tsv,b.tsv,... for PSDS", "metavar": "FILE"}),
+            ("--ground_truth", {"help": "TSV of true events: filename, onset, offset, event_label", "metavar": "FILE"}),
+            ("--durations", {"help": "TSV of the clips: filename, duration", "metavar": "FILE"}),
+            ("--scores", {"help": "score file of a test with --fl_local True, in place of tables", "metavar": "FILE"}),
+            ("--compare", {"help": "second system, as the first", "dest": "compare_with", "metavar": "FILE"}),
+            ("--resamples", {"help": "how often the bootstrap draws the clips anew", "type": int, "default": 1000}),
+            ("--output", {"help": "write PREFIX_metrics.json and PREFIX_metrics.tsv as well", "metavar": "PREFIX"}),
+        ],
+    ),
     "esm_test": ("evaluate several checkpoints as an ensemble", []),
     "weight_average": ("average the weights of several checkpoints", []),
     "save_idc": ("list the clips of each class", []),
-    "check": ("report on a prepared data set; exit status 1 where a training would go wrong", []),
+    "check": (
+        "report on a prepared data set; exit status 1 where a training would go wrong",
+        [("--processes", {"help": "how many processes read clips [one a core]", "type": int, "default": None})],
+    ),
     "compress": ("keep the sound of the prepared stores as FLAC, without loss", []),
     "import_legacy": (
         "bring pickled .npy files of the published code into a store",
@@ -37,6 +70,10 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
             ("--legacy", {"help": "a .npy file; once for each file", "action": "append", "required": True}),
             ("--legacy_splits", {"help": "the split of each file, as train,validation,test", "default": None}),
         ],
+    ),
+    "results": (
+        "print the tests that were run; with --dataset_type those on one data set",
+        [("--tsv", {"help": "file to write them into as well, tab-separated", "metavar": "FILE"})],
     ),
     "predict": (
         "tag audio files with a checkpoint",
@@ -99,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings_module.check_values(given)  # a wrong value is told before anything heavy is imported
         importlib.import_module(f"commands.{command}").run(given, **values)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # torch puts a traceback in front of what a worker of a DataLoader says.
+        print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. `python main.py train --resume auto` with the same settings goes on.", file=sys.stderr)

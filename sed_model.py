@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 import augment
+from evaluation.mapping import ClassMapping
 from evaluation.metrics import MAIN_METRIC, Metric, clip_metrics
 from model.htsat import HTSAT_Swin_Transformer, Outputs
 from model.losses import LOSSES
@@ -37,6 +38,20 @@ def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: 
     return max(lr_rate[0] * 0.98**epoch, 0.03)
 
 
+def parameter_groups(network: HTSAT_Swin_Transformer, rate: float, layer_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters for an optimizer, with the learning rate of each layer.
+
+    The classifier learns at `rate`, each layer below at layer_decay times the rate of the one above it (Clark et al.
+    2020, ELECTRA, section 3.1; Bao et al. 2022, BEiT, for vision transformers). One group where layer_decay is 1.
+    """
+    layers: dict[int, list[nn.Parameter]] = {}
+    for number, parameter in network.parameters_by_layer():
+        if parameter.requires_grad:
+            layers.setdefault(number if layer_decay < 1 else 0, []).append(parameter)
+    top = max(layers, default=0)
+    return [{"params": layers[k], "lr": rate * layer_decay ** (top - k)} for k in sorted(layers, reverse=True)]
+
+
 class Evaluation(pl.LightningModule):
     """What one network and an ensemble share: scoring every clip once, and the metrics over all of them.
 
@@ -51,6 +66,7 @@ class Evaluation(pl.LightningModule):
         self.main_metric = MAIN_METRIC[self.task]
         self.keep_frames = settings.fl_local
         self.shifts = [0] if settings.fl_local else settings.tta_shifts  # localization is not averaged over shifts
+        self.mapping: Optional[ClassMapping] = None  # where a test's data has other classes than the network
         self.collected: list[tuple[Tensor, ...]] = []
         self.test_metrics: list[Metric] = []
 
@@ -62,23 +78,36 @@ class Evaluation(pl.LightningModule):
         self.collected = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        waveform = int16_to_float32(batch["waveform"])
-        shifted = [self.clip_and_frame_scores(waveform.roll(shift, dims=1)) for shift in self.shifts]
-        clipwise = torch.stack([clip for clip, _ in shifted]).mean(dim=0)
-        frames = [shifted[0][1]] if self.keep_frames else []
+        clipwise, framewise = self.mean_over_shifts(batch["waveform"])
+        frames = [framewise] if self.keep_frames else []
         self.collected.append((batch["index"], clipwise, batch["target"], *frames))
 
+    def mean_over_shifts(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, samples) int16 -> probabilities of the clips (B, K), the mean over tta_shifts, and of the frames.
+
+        All shifted copies make one batch, made where the waveforms are; it goes through the network in pieces of at
+        most B clips or batch_size, whichever is more, so that a test needs no more memory than its settings say. The
+        copies share nothing further: no two of the paper's shifts differ by a multiple of the hop.
+        """
+        copies = torch.cat([waveform.roll(shift, dims=1) for shift in self.shifts])  # (shifts * B, samples)
+        pieces = copies.split(max(len(waveform), self.settings.batch_size))
+        scores = [self.clip_and_frame_scores(int16_to_float32(piece)) for piece in pieces]
+        clipwise = torch.cat([clip for clip, _ in scores]).unflatten(0, (len(self.shifts), -1)).mean(dim=0)
+        return clipwise, scores[0][1][: len(waveform)]
+
     def on_test_epoch_end(self) -> None:
-        index, clipwise, targets, *frames = self._gather_collected()
+        index, clipwise, targets, *frames = self._gather(self.collected)
+        self.collected = []
+        if self.mapping is not None:
+            clipwise, frames = self.mapping.apply(clipwise), [self.mapping.apply(scores) for scores in frames]
         self.test_index, self.test_clipwise, self.test_targets = index, clipwise, targets > 0.5
         self.test_framewise: Optional[np.ndarray] = frames[0] if frames else None
         self.test_metrics = clip_metrics(self.task, clipwise, self.test_targets)
 
-    def _gather_collected(self) -> list[np.ndarray]:
+    def _gather(self, collected: list[tuple[Tensor, ...]]) -> list[np.ndarray]:
         """What the steps collected, from all processes, sorted by the clips' place in the table, each clip once."""
-        columns = list(zip(*self.collected, strict=True))
+        columns = list(zip(*collected, strict=True))
         parts = [torch.cat(columns[0]), *(torch.cat(column).float() for column in columns[1:])]
-        self.collected = []
         if self.trainer.world_size > 1:
             parts = [torch.cat(gather_all_tensors(part.contiguous())) for part in parts]
         arrays = [part.cpu().numpy() for part in parts]
@@ -96,18 +125,21 @@ class SEDWrapper(Evaluation):
         super().__init__(settings, labels)
         self.sed_model = network
         self.loss_func = LOSSES[settings.loss_type]
+        self.watched: list[tuple[Tensor, ...]] = []  # of the test clips, with watch_test
         self.unreadable = 0  # clips of this epoch, in this process
         self.ontology = read_ontology(Path(settings.class_map_path)) if settings.enable_label_enhance else None
+        if settings.freeze_backbone:
+            network.freeze_backbone()
         for parameter in network.unused_parameters():  # they get no gradient, which DistributedDataParallel refuses
             parameter.requires_grad_(False)
 
     def forward(self, waveform: Tensor, mixup_lambda: Optional[Tensor] = None) -> Outputs:
         return self.sed_model(waveform, mixup_lambda)
 
-    def on_train_epoch_start(self) -> None:
-        """Random numbers of their own for each epoch and process: a resumed run draws what an unbroken one draws."""
-        seeds = np.random.SeedSequence([self.settings.random_seed, self.current_epoch, self.global_rank])
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Random numbers of their own for each step and process: a resumed run draws what an unbroken one draws."""
+        place = [self.settings.random_seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         waveform, targets = int16_to_float32(batch["waveform"]), batch["target"]  # int16 travels to the device
@@ -157,18 +189,24 @@ class SEDWrapper(Evaluation):
         self.unreadable = 0
 
     def on_validation_epoch_start(self) -> None:
-        self.collected = []
+        self.collected, self.watched = [], []
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         logits = self(int16_to_float32(batch["waveform"]))["clipwise_logits"]
-        self.collected.append((batch["index"], logits, batch["target"]))
+        collected = self.watched if dataloader_idx else self.collected
+        collected.append((batch["index"], logits, batch["target"]))
 
     def on_validation_epoch_end(self) -> None:
-        _, logits, targets = self._gather_collected()
+        _, logits, targets = self._gather(self.collected)
         loss = self.loss_func(torch.from_numpy(logits), torch.from_numpy(targets))
         self.log("val_loss", loss.to(self.device), prog_bar=True, sync_dist=True)
         for metric in clip_metrics(self.task, logits, targets > 0.5):
             self.log(metric.name, metric.value, prog_bar=metric.name == self.main_metric, sync_dist=True)
+        if self.watched:
+            _, logits, targets = self._gather(self.watched)
+            for metric in clip_metrics(self.task, logits, targets > 0.5):
+                self.log(f"test_{metric.name}", metric.value, sync_dist=True)
+        self.collected, self.watched = [], []
 
     def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         return self.sed_model.probabilities(waveform)[:2]
@@ -177,8 +215,7 @@ class SEDWrapper(Evaluation):
         """AdamW, and a factor of its learning rate that changes from epoch to epoch."""
         settings = self.settings
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.parameters() if parameter.requires_grad],
-            lr=settings.learning_rate,
+            parameter_groups(self.sed_model, settings.learning_rate, settings.layer_decay),
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=settings.weight_decay,
@@ -193,19 +230,37 @@ class SEDWrapper(Evaluation):
         """A checkpoint says itself what it is: plain values only, so that reading it cannot run code."""
         values = self.settings.model_dump()
         checkpoint["settings"], checkpoint["labels"] = values, self.labels
+        # `epoch` is Lightning's number of the epoch at work, which a checkpoint in its middle leaves incomplete.
+        checkpoint["complete_epochs"] = self.current_epoch + int(self.trainer.is_last_batch)
         checkpoint["frontend"] = {name: values[name] for name in FRONTEND_SETTINGS}
 
 
 class Ensemble_SEDWrapper(Evaluation):
-    """Several networks tested as one: the mean of their probabilities, of clips and of frames (paper, section 3.1)."""
+    """Several networks tested as one: the mean of their probabilities, of clips and of frames (paper, section 3.1).
 
-    def __init__(self, networks: Sequence[HTSAT_Swin_Transformer], settings: Config, labels: Sequence[str]) -> None:
+    together: all on the device; otherwise they wait in main memory, and each is on the device for its turn only.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[HTSAT_Swin_Transformer],
+        settings: Config,
+        labels: Sequence[str],
+        *,
+        together: bool = True,
+    ) -> None:
         super().__init__(settings, labels)
-        self.sed_models = nn.ModuleList(networks)
-
-    def networks(self) -> list[HTSAT_Swin_Transformer]:
-        return list(self.sed_models)  # type: ignore[arg-type]
+        self.together, self.networks = together, [network.eval() for network in networks]
+        self.sed_models = nn.ModuleList(networks if together else [])  # Lightning moves what is registered
 
     def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        clips, frames, _ = zip(*(network.probabilities(waveform) for network in self.networks()), strict=True)
+        scores = [self._member_scores(network, waveform) for network in self.networks]
+        clips, frames = zip(*scores, strict=True)
         return torch.stack(clips).mean(dim=0), torch.stack(frames).mean(dim=0)
+
+    def _member_scores(self, network: HTSAT_Swin_Transformer, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        if self.together:
+            return network.probabilities(waveform)[:2]
+        scores = network.to(waveform.device).probabilities(waveform)[:2]
+        network.cpu()
+        return scores

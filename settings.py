@@ -41,10 +41,12 @@ TRAINED_SETTINGS = (
 POSITIVE = (
     "batch_size", "learning_rate", "max_epoch", "sample_rate", "clip_samples", "window_size", "hop_size", "mel_bins",
     "fmax", "classes_num", "htsat_spec_size", "htsat_patch_size", "htsat_stride", "htsat_window_size", "htsat_dim",
-    "shift_max", "crop_size", "esc_fold", "save_top_k",
+    "shift_max", "crop_size", "esc_fold", "save_top_k", "layer_decay", "average_last_epochs",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "weight_decay", "gradient_clip", "mixup_alpha", "devices", "num_workers", "fmin", "htsat_drop_path", "random_seed",
+    "checkpoint_every_steps",
+    "wa_top_k",
 )  # fmt: skip
 
 
@@ -200,7 +202,10 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
                 f"{name} = {given[name]!r} contradicts the checkpoint, whose network has {name} = {trained[name]!r}. "
                 f"Leave --{name} out: the checkpoint brings its own."
             )
-    if trained.get("dataset_type") == given.get("dataset_type", trained.get("dataset_type")):
+    if trained.get("dataset_type") != given.get("dataset_type", trained.get("dataset_type")):
+        for name in ("esc_fold", "protocol"):  # they speak of the clips of the other data set
+            trained.pop(name, None)
+    else:
         for name in ("esc_fold", "protocol"):
             if name in trained and name in given and given[name] != trained[name]:
                 raise ValueError(
@@ -249,6 +254,15 @@ def _check_together(config: Config) -> None:
     shares = config.token_label_range
     if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1:
         raise ValueError(f"token_label_range = {shares} is not allowed: give two shares of a clip, as in [0.2, 0.6].")
+    if config.freeze_backbone and not (config.resume_checkpoint or config.swin_pretrain_path):
+        raise ValueError(
+            "freeze_backbone and linear_probe train a classifier on a network that has learned already: give "
+            "--resume_checkpoint or --swin_pretrain_path."
+        )
+    if config.layer_decay > 1 or not 0 <= config.ema_decay < 1:
+        raise ValueError(
+            f"layer_decay = {config.layer_decay} may be at most 1, and ema_decay = {config.ema_decay} must lie below 1."
+        )
     if not config.tta_shifts:
         raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
     if config.loss_type == "clip_ce" and config.task == "multilabel":

@@ -102,12 +102,20 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
 
 
 def print_metrics(title: str, metrics: list[Metric], settings: Config) -> None:
-    """The table of named metrics."""
-    table = Table(title=title, title_justify="left")
-    for column in ("metric", "value", "criterion", "clips", "classes", "protocol"):
-        table.add_column(column, justify="right" if column in ("value", "clips", "classes") else "left")
-    for m in metrics:
-        table.add_row(
-            m.name, f"{m.value:.4f}", m.criterion, str(m.clips), f"{m.classes} of {m.all_classes}", settings.protocol
+    """The table of named metrics, with the bootstrap intervals of those that have one."""
+    intervals = [metric.interval for metric in metrics if metric.interval is not None]
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    columns = ["metric", "value", "criterion", "clips", "classes", "protocol"]
+    if intervals:
+        columns.insert(2, f"{intervals[0].level:.0%} interval")
+        table.caption = (
+            f"Interval: percentile bootstrap over clips, {intervals[0].resamples} resamples; mAP's corrected for bias"
         )
+    for column in columns:
+        right = column in ("value", "clips", "classes")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column.endswith("interval"))
+    for m in metrics:
+        between = [str(m.interval or "")] if intervals else []
+        classes = f"{m.classes} of {m.all_classes}"
+        table.add_row(m.name, f"{m.value:.4f}", *between, m.criterion, str(m.clips), classes, settings.protocol)
     Console().print(table)

@@ -10,7 +10,14 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import (
+    Callback,
+    Checkpoint,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    TQDMProgressBar,
+    WeightAveraging,
+)
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, Strategy
@@ -51,6 +58,8 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
     training = steps_per_epoch is not None
     # Lightning's own use of a function that torch has renamed.
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", module="pytorch_lightning")
+    if settings.freeze_backbone:
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     devices = device_count(settings)
     gpu = on_gpu(settings)
     strategy: str | Strategy = "auto"
@@ -110,7 +119,52 @@ def _callbacks(settings: Config) -> list[Callback]:
     last = ModelCheckpoint(
         dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
-    return [best, last, BestLink(best), Progress(), EpochLine(metric)]
+    callbacks: list[Callback] = [best, last, BestLink(best), Progress(), EpochLine(metric)]
+    if settings.checkpoint_every_steps:
+        callbacks.append(MidEpoch(folder, settings.checkpoint_every_steps))
+    if settings.weight_averaging != "none":
+        callbacks.append(weight_averaging(settings))
+    return callbacks
+
+
+def weight_averaging(settings: Config) -> WeightAveraging:
+    """The callback that averages weights while training: checkpoints and validation have the average."""
+    device = torch.device("cuda") if on_gpu(settings) else None  # else Lightning leaves the average on the CPU
+    if settings.weight_averaging == "ema":
+        return EMAWeightAveraging(device, decay=settings.ema_decay)
+    return LastEpochsAveraging(device, first=settings.max_epoch - settings.average_last_epochs)
+
+
+class LastEpochsAveraging(WeightAveraging):
+    """The mean of the weights after each epoch from epoch `first` on, counted from 0; before, the weights alone."""
+
+    def __init__(self, device: Optional[torch.device], *, first: int) -> None:
+        super().__init__(device)
+        self.first, self.steps = first, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.steps = int(trainer.num_training_batches)
+
+    def should_update(self, step_idx: Optional[int] = None, epoch_idx: Optional[int] = None) -> bool:
+        if step_idx is None or (step_idx + 1) % self.steps:  # after the last step of an epoch, before its validation
+            return False
+        if step_idx // self.steps <= self.first:
+            assert self._average_model is not None
+            self._average_model.n_averaged.zero_()
+        return True
+
+
+class MidEpoch(ModelCheckpoint):
+    """Writes last.ckpt every so many steps in the middle of an epoch."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(
+            dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, every_n_train_steps=steps
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        if not trainer.is_last_batch:  # the end of an epoch has its own checkpoint, after validation
+            super().on_train_batch_end(trainer, *arguments)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -5,11 +5,13 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 
+from commands._card import write_run_card
+from commands._evaluate import checkpoint_labels
 from commands._records import is_first_process, print_first_page, save_provenance
 from commands._trainer import build_trainer, checkpoint_folder, device_count
-from data_generator import SEDDataModule
+from data_generator import SEDDataModule, Split
 from model import build_model
-from model.checkpoint import Checkpoint, load_network, read_checkpoint
+from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
 from prepare.labels import published_labels
 from sed_model import SEDWrapper
 from settings import NETWORK_SETTINGS, Config, resolve
@@ -20,22 +22,34 @@ RUN_SETTINGS = (*NETWORK_SETTINGS, "dataset_type", "esc_fold", "protocol", "clip
 
 def run(given: dict[str, Any]) -> None:
     """Train as the settings say, into <workspace>/runs/<exp_name>."""
-    settings = resolve(given)
+    settings = resolve_with_frontend(given)
     device_count(settings)
     resumed = find_resumed(settings)
-    if resumed and resumed.epoch is not None and resumed.epoch + 1 >= settings.max_epoch:
-        print(f"{settings.run_folder} is complete: epoch {resumed.epoch + 1} of {settings.max_epoch}. Nothing to do.")
+    done = (resumed.complete_epochs or 0) if resumed else 0
+    if done >= settings.max_epoch:
+        print(f"{settings.run_folder} is complete: epoch {done} of {settings.max_epoch}. Nothing to do.")
         return
-    data = SEDDataModule(settings, ("train", "validation"))
+    start = None if resumed else starting_weights(settings)
+    splits: tuple[Split, ...] = ("train", "validation", "test") if settings.watch_test else ("train", "validation")
+    data = SEDDataModule(settings, splits)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = build_model(settings)
     more = {}
-    if settings.resume_checkpoint and not resumed:
-        report = load_network(network, read_checkpoint(settings.resume_checkpoint), new_classifier=True)
+    labels = data.tables["train"].labels or published_labels(settings.dataset_type, settings.classes_num)
+    if start:
+        report = load_network(
+            network,
+            start,
+            new_classifier=True,
+            labels=named(labels),
+            file_labels=named(checkpoint_labels(start, settings)),
+            frontend_from=settings.frontend_from,
+            configured=settings.model_dump(),
+        )
         more["fine-tuned_from"] = str(report)
     if resumed:
-        more["resumed_from"] = f"{resumed.path}, after epoch {(resumed.epoch or 0) + 1}"
-    labels = data.tables["train"].labels or published_labels(settings.dataset_type, settings.classes_num)
+        middle = " and a part of the next" if resumed.epoch == done else ""
+        more["resumed_from"] = f"{resumed.path}, after epoch {done}{middle}"
     wrapper = SEDWrapper(network, settings, labels)
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
@@ -50,7 +64,44 @@ def run(given: dict[str, Any]) -> None:
         best = checkpoint_folder(settings) / "best.ckpt"
         value = trainer.callback_metrics.get(wrapper.main_metric)
         print(f"Trained {trainer.global_step} steps; {wrapper.main_metric} of the last epoch {value:.4f}.")
+        print(f"Model card: {write_run_card(settings, data, trainer)}")
         print(f"Best checkpoint: {best}\nTest it: python main.py test --resume_checkpoint {best}")
+
+
+def resolve_with_frontend(given: dict[str, Any]) -> Config:
+    """The settings, with the front-end of the checkpoint to fine-tune from where frontend_from asks for it.
+
+    Raises ValueError where there are two files of weights to start from.
+    """
+    settings = resolve(given)
+    if settings.swin_pretrain_path and settings.resume_checkpoint:
+        raise ValueError(
+            f"swin_pretrain_path = {settings.swin_pretrain_path} and resume_checkpoint = {settings.resume_checkpoint}: "
+            f"a training starts from one of them. Leave one out."
+        )
+    if not (settings.resume_checkpoint and settings.frontend_from == "checkpoint"):
+        return settings
+    start = read_checkpoint(settings.resume_checkpoint)
+    return resolve(given, checkpoint=decided_settings(start, settings.frontend_from, fine_tuning=True))
+
+
+def starting_weights(settings: Config) -> Optional[Checkpoint]:
+    """The weights that a new training starts from, or None. Raises ValueError for a wrong kind."""
+    swin, tuned = settings.swin_pretrain_path, settings.resume_checkpoint
+    if swin is None:
+        return read_checkpoint(tuned) if tuned else None
+    start = read_checkpoint(swin)
+    if start.kind != "ImageNet Swin":
+        raise ValueError(
+            f"swin_pretrain_path = {swin} is no ImageNet Swin; its kind seems to be: {start.kind}. To fine-tune from "
+            f"it, use --resume_checkpoint."
+        )
+    return start
+
+
+def named(labels: list[str]) -> Optional[list[str]]:
+    """Labels that are names, or None where nothing tells the names and published_labels has numbered the classes."""
+    return labels if labels[0] != "class 0" else None
 
 
 def find_resumed(settings: Config) -> Optional[Checkpoint]:

@@ -1,56 +1,321 @@
-"""Event-level metrics, each with its name, its criterion and the tool that computed it."""
+"""Event-level metrics, each with its name, its criterion and the tool that defines it; intervals and comparisons."""
 
-import contextlib
-import io
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Optional
 
 import numpy as np
 import pandas as pd
 
-from evaluation.postprocess import EVENT_COLUMNS, frame_edges
+from evaluation.bootstrap import (
+    RESAMPLES,
+    Comparison,
+    Interval,
+    Statistic,
+    WeightedMeanAveragePrecision,
+    bootstrap_values,
+    paired_bootstrap,
+    percentile_interval,
+)
+from evaluation.event_metrics import (
+    ClipCounts,
+    CountStatistic,
+    Formula,
+    clip_counts,
+    collar_counts,
+    error_rate_of,
+    f1_of,
+    intersection_counts,
+    segment_counts,
+)
+from evaluation.event_tables import EventSet, GroundTruth, check_clips, join_overlapping
+from evaluation.metrics import tagging_metrics
+from evaluation.postprocess import frame_edges
+from evaluation.psds import PSDS1, PSDS2, PsdRoc, PsdsFromScores, PsdsResult, Scenario, psds_from_operating_points
+
+COLLAR = "onset 200 ms, offset 200 ms or 20 %"
+MACRO, MICRO = "macro", "micro"
+MOST_ADDED = 4e8  # numbers to add up for an interval of a PSDS, some seconds; more get fewer resamples
+FEWEST_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """What was counted of a class: events, segments or clips. positives: how many of them are true."""
+
+    true_positives: int
+    false_positives: int
+    false_negatives: int
+    positives: int
 
 
 @dataclass(frozen=True)
 class DetectionMetric:
-    """One named number, as macro mean over the classes and for each class."""
+    """One named number, as mean over the classes (macro), of all classes' counts together (micro) and for each class.
+
+    A class without true events has NaN, and is left out of the macro value. unit: what the counts count. intervals:
+    for "macro", "micro" and classes. curve, class_curves: of a PSDS. note: what else a reader should know.
+    """
 
     name: str
     criterion: str
     tool: str
     macro: float
     per_class: dict[str, float]
+    micro: Optional[float] = None
+    unit: str = ""
+    counts: dict[str, ClassCounts] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    curve: Optional[PsdRoc] = None
+    class_curves: dict[str, PsdRoc] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def interval(self) -> Optional[Interval]:
+        """That of the macro value, where there is one."""
+        return self.intervals.get(MACRO)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN and no infinity: None in their place."""
-        per_class = {label: value if np.isfinite(value) else None for label, value in self.per_class.items()}
-        return {**asdict(self), "macro": self.macro if np.isfinite(self.macro) else None, "per_class": per_class}
+        return _for_json(asdict(self))
+
+
+@dataclass(frozen=True)
+class System:
+    """What a system says of the clips of a ground truth.
+
+    events: the table that is evaluated. operating_points: tables of further thresholds, for PSDS alone. tables:
+    {filename: frame scores} as of score_tables, which make PSDS independent of thresholds. clipwise: (N, K) scores and
+    targets: (N, K) truth of the clips, for mAP.
+    """
+
+    events: pd.DataFrame
+    operating_points: Sequence[pd.DataFrame] = ()
+    tables: Optional[dict[str, pd.DataFrame]] = None
+    clipwise: Optional[np.ndarray] = None
+    targets: Optional[np.ndarray] = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric, and how its bootstrap finds it anew: statistic gives a value for each of `rows`. None: it has none.
+
+    correct_bias: move the interval by the bootstrap's estimate of bias (see bootstrap). Average precision needs it, and
+    so does PSDS: resamples add to the deviation between classes that it subtracts.
+    """
+
+    metric: DetectionMetric
+    rows: tuple[str, ...] = ()
+    statistic: Optional[Statistic] = None
+    correct_bias: bool = False
+    resamples: int = RESAMPLES  # at most
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """A metric of two systems: value says which one, macro or micro; comparison is of the first minus the second."""
+
+    name: str
+    criterion: str
+    tool: str
+    value: str
+    first: float
+    second: float
+    comparison: Comparison
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, as DetectionMetric.as_dict."""
+        return _for_json(asdict(self))
+
+
+def measure(truth: GroundTruth, system: System) -> list[Measured]:
+    """All metrics of a system that its scores and events allow, without intervals.
+
+    Raises ValueError, with their names, for detections in clips that the ground truth does not know.
+    """
+    check_clips(system.events, truth.seconds, "The table of detections")
+    found, true, classes = truth.index(join_overlapping(system.events)), truth.events, len(truth.labels)
+    events = "clips have the classes of their events"
+    segments = segment_counts(found, true, truth.durations, classes)
+    measured = [
+        *(_intersection(truth, found, share) for share in (0.5, 0.7)),
+        _counted("collar F1", COLLAR, "sed_scores_eval", truth, collar_counts(found, true, len(truth.names), classes)),
+        _counted(
+            "collar F1, onset only", "onset 200 ms", "sed_scores_eval", truth,
+            collar_counts(found, true, len(truth.names), classes, offset_collar=None),
+        ),
+        _counted("segment F1", "segments of 1 s", "sed_scores_eval", truth, segments),
+        _counted("segment error rate", "segments of 1 s", "sed_scores_eval", truth, segments, error_rate_of),
+        *(_psds(truth, system, scenario) for scenario in (PSDS1, PSDS2)),
+        _counted("clip F1", events, "scikit-learn", truth, clip_counts(found, true, len(truth.names), classes)),
+    ]  # fmt: skip
+    if system.clipwise is not None and system.targets is not None:
+        measured.append(_precision(truth, system.clipwise, system.targets))
+    return measured
+
+
+def with_intervals(
+    measured: Sequence[Measured], clips: int, *, resamples: int = RESAMPLES, seed: int
+) -> list[DetectionMetric]:
+    """The metrics with their 95 % bootstrap intervals over the clips, where they have a statistic."""
+    return [_with_interval(each, clips, min(resamples, each.resamples), seed) for each in measured]
+
+
+def compare(
+    first: Sequence[Measured], second: Sequence[Measured], clips: int, *, resamples: int = RESAMPLES, seed: int
+) -> list[MetricComparison]:
+    """The macro and micro values of two systems, measured on the same ground truth, by a paired bootstrap."""
+    found = []
+    others = {(each.metric.name, each.metric.criterion, each.metric.tool): each for each in second}
+    for one in first:
+        key = (one.metric.name, one.metric.criterion, one.metric.tool)
+        other = others.get(key)
+        if other is None or one.statistic is None or other.statistic is None:
+            continue
+        for row in (name for name in (MACRO, MICRO) if name in one.rows):
+            values = [_value(each.metric, row) for each in (one, other)]
+            mine, its = (_row(each, row) for each in (one, other))
+            used = min(resamples, one.resamples, other.resamples)
+            comparison = paired_bootstrap(mine, its, clips, resamples=used, seed=seed)
+            comparison = replace(comparison, difference=values[0] - values[1])
+            found.append(MetricComparison(*key, row, values[0], values[1], comparison))
+    return found
+
+
+def _value(metric: DetectionMetric, row: str) -> float:
+    value = metric.micro if row == MICRO else metric.macro
+    assert value is not None
+    return value
+
+
+def _row(measured: Measured, row: str) -> Statistic:
+    statistic, place = measured.statistic, measured.rows.index(row)
+    assert statistic is not None
+    return lambda weights: statistic(weights)[place]
+
+
+def _with_interval(measured: Measured, clips: int, resamples: int, seed: int) -> DetectionMetric:
+    if measured.statistic is None:
+        return measured.metric
+    values = bootstrap_values(measured.statistic, clips, resamples=resamples, seed=seed)
+    if measured.correct_bias:
+        observed = measured.statistic(np.ones((clips, 1), dtype=np.float32))
+        values = np.clip(values + observed - np.nanmean(values, axis=1, keepdims=True), 0, 1)
+    intervals = {
+        row: percentile_interval(found)
+        for row, found in zip(measured.rows, values, strict=True)
+        if not np.isnan(found).all()
+    }
+    return replace(measured.metric, intervals=intervals)
+
+
+def _counted(
+    name: str, criterion: str, tool: str, truth: GroundTruth, counts: ClipCounts, formula: Formula = f1_of
+) -> Measured:
+    """A metric that is made of counts of each clip and class."""
+    statistic = CountStatistic(counts, formula)
+    macro, micro, *by_class = statistic(np.ones((len(truth.names), 1), dtype=np.float32))[:, 0].tolist()
+    sums = np.stack([counts.found, counts.false, counts.positive - counts.found, counts.positive]).sum(axis=1)
+    metric = DetectionMetric(
+        name,
+        criterion,
+        tool,
+        macro,
+        dict(zip(truth.labels, by_class, strict=True)),
+        micro=micro,
+        unit=counts.unit,
+        counts={label: ClassCounts(*of.tolist()) for label, of in zip(truth.labels, sums.T, strict=True)},
+    )
+    return Measured(metric, (MACRO, MICRO, *truth.labels), statistic)
+
+
+def _intersection(truth: GroundTruth, found: EventSet, share: float) -> Measured:
+    counts = intersection_counts(found, truth.events, truth.durations, len(truth.labels), dtc=share, gtc=share)
+    measured = _counted("intersection F1", f"DTC = GTC = {share:g}", "psds_eval", truth, counts)
+    values = measured.metric.per_class
+    missed = [label for label in truth.present if values[label] == 0]
+    if not missed or len(missed) == len(truth.present):
+        return measured
+    kept = float(np.mean([values[label] for label in truth.present if label not in missed]))
+    note = f"Counts 0 for {', '.join(missed)}; psds_eval's own mean leaves such classes out and is {kept:.4f}."
+    return replace(measured, metric=replace(measured.metric, note=note))
+
+
+def _psds(truth: GroundTruth, system: System, scenario: Scenario) -> Measured:
+    if system.tables is None:
+        points = [system.events, *system.operating_points]
+        plural = "" if len(points) == 1 else "s"
+        criterion = f"{scenario.criterion}; {len(points)} operating point{plural}"
+        note = "No interval. From events alone it is a lower bound: give more operating points, or scores."
+        return Measured(
+            _psds_metric(
+                truth, scenario, criterion, "psds_eval", psds_from_operating_points(points, truth, scenario), note
+            )
+        )
+    result = PsdsFromScores(system.tables, truth, scenario).result()
+    metric = _psds_metric(truth, scenario, f"{scenario.criterion}; all thresholds", "sed_scores_eval", result)
+    assert result.statistic is not None
+    most = int(np.clip(MOST_ADDED // result.statistic.added, FEWEST_RESAMPLES, RESAMPLES))
+    return Measured(metric, (MACRO, *truth.present), result.statistic, True, most)
+
+
+def _psds_metric(
+    truth: GroundTruth, scenario: Scenario, criterion: str, tool: str, result: PsdsResult, note: str = ""
+) -> DetectionMetric:
+    per_class = {label: result.per_class.get(label, float("nan")) for label in truth.labels}
+    return DetectionMetric(
+        scenario.name,
+        criterion,
+        tool,
+        result.value,
+        per_class,
+        curve=result.curve,
+        class_curves=result.class_curves,
+        note=note,
+    )
+
+
+def _precision(truth: GroundTruth, clipwise: np.ndarray, targets: np.ndarray) -> Measured:
+    """mAP of clip scores; its interval is corrected for bias (see bootstrap)."""
+    mean, *_ = tagging_metrics(clipwise, targets)
+    statistic = WeightedMeanAveragePrecision(clipwise, targets)
+    once = np.ones((len(clipwise), 1), dtype=np.float32)
+    values = [float(ranked.average_precision(once)[0]) for ranked in statistic.classes]
+    known = dict(zip(np.flatnonzero(targets.any(axis=0)).tolist(), values, strict=True))
+    per_class = {label: known.get(k, float("nan")) for k, label in enumerate(truth.labels)}
+    metric = DetectionMetric("clip mAP", mean.criterion, "scikit-learn", mean.value, per_class)
+    if not known:
+        return Measured(metric)
+    return Measured(
+        metric, (MACRO,), lambda weights: statistic(weights)[None], True, resamples=statistic.affordable_resamples()
+    )
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _for_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_for_json(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+# --- single metrics --------------------------------------------------------------------------------------------------
 
 
 def intersection_f1(
     detections: pd.DataFrame, truth: pd.DataFrame, durations: dict[str, float], *, labels: list[str]
 ) -> DetectionMetric:
-    """Intersection-based F1 (Bilen et al., ICASSP 2020), DTC = GTC = 0.5 and CTTC = 0.3, by psds_eval.
+    """Intersection-based F1 (Bilen et al., ICASSP 2020), DTC = GTC = 0.5 and CTTC = 0.3, as psds_eval defines it.
 
-    Tables as of decode_events; durations: {filename: seconds}. A class without true events has no score: it is NaN
-    and left out of the macro mean.
+    Tables as of decode_events; durations: {filename: seconds}.
     """
-    from psds_eval import PSDSEval
-
-    metadata = pd.DataFrame({"filename": list(durations), "duration": list(durations.values())})
-    present = _present(labels, truth)
-    judge = PSDSEval(0.5, 0.5, 0.3, class_names=present, ground_truth=truth, metadata=metadata)
-    _, by_class = judge.compute_macro_f_score(detections[detections.event_label.isin(present)])
-    per_class = {label: float(np.nan_to_num(by_class[label])) if label in present else float("nan") for label in labels}
-    return DetectionMetric("intersection F1", "DTC = GTC = 0.5", "psds_eval", _mean(per_class), per_class)
+    known = GroundTruth.build(truth, durations, labels)
+    check_clips(detections, durations, "The table of detections")
+    return _intersection(known, known.index(join_overlapping(detections)), 0.5).metric
 
 
 def collar_f1(
-    scores: dict[str, pd.DataFrame],
-    truth: pd.DataFrame,
-    *,
-    labels: list[str],
-    thresholds: np.ndarray,
+    scores: dict[str, pd.DataFrame], truth: pd.DataFrame, *, labels: list[str], thresholds: np.ndarray
 ) -> DetectionMetric:
     """Collar-based F1: onset within 200 ms, offset within 200 ms or 20 % of the event, by sed_scores_eval.
 
@@ -58,16 +323,16 @@ def collar_f1(
     """
     from sed_scores_eval import collar_based
 
-    present = _present(labels, truth)
+    seconds = {name: float(table.offset.iloc[-1]) for name, table in scores.items()}
+    known = GroundTruth.build(truth, seconds, labels)
     by_label = dict(zip(labels, np.broadcast_to(thresholds, len(labels)).tolist(), strict=True))
     values = collar_based.fscore(
-        _columns(scores, present), _truth_by_clip(truth, list(scores)), {label: by_label[label] for label in present},
+        {name: table[["onset", "offset", *known.present]] for name, table in scores.items()}, known.by_clip(),
+        {label: by_label[label] for label in known.present},
         onset_collar=0.2, offset_collar=0.2, offset_collar_rate=0.2,
     )[0]  # fmt: skip
-    per_class = {label: float(values[label]) if label in present else float("nan") for label in labels}
-    return DetectionMetric(
-        "collar F1", "onset 200 ms, offset 200 ms or 20 %", "sed_scores_eval", _mean(per_class), per_class
-    )
+    per_class = {label: float(values.get(label, float("nan"))) for label in labels}
+    return DetectionMetric("collar F1", COLLAR, "sed_scores_eval", float(values["macro_average"]), per_class)
 
 
 def psds1(
@@ -78,18 +343,7 @@ def psds1(
     DTC = GTC = 0.7, no cross triggers, alpha_ST = 1, at most 100 false alarms an hour. The score itself punishes
     deviation between classes; the values of the classes are their own normalized areas.
     """
-    from sed_scores_eval import intersection_based
-
-    present = _present(labels, truth)
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
-        value, by_class, *_ = intersection_based.psds(
-            _columns(scores, present), _truth_by_clip(truth, list(scores)), durations,
-            dtc_threshold=0.7, gtc_threshold=0.7, cttc_threshold=None, alpha_ct=0.0, alpha_st=1.0, max_efpr=100.0,
-        )  # fmt: skip
-    per_class = {label: float(by_class[label]) if label in present else float("nan") for label in labels}
-    return DetectionMetric(
-        "PSDS1", "DTC = GTC = 0.7, alpha_ST = 1, 100 / h; all thresholds", "sed_scores_eval", float(value), per_class
-    )
+    return _psds(GroundTruth.build(truth, durations, labels), System(truth, tables=scores), PSDS1).metric
 
 
 def score_tables(
@@ -106,24 +360,3 @@ def score_tables(
             framewise[clip][inside].astype(np.float64), np.append(edges[:-1][inside], edges[-1]), labels
         )
     return tables
-
-
-def _truth_by_clip(truth: pd.DataFrame, names: list[str]) -> dict[str, list[tuple[float, float, str]]]:
-    events: dict[str, list[tuple[float, float, str]]] = {name: [] for name in names}
-    for name, onset, offset, label in truth[EVENT_COLUMNS].to_numpy().tolist():
-        events[name].append((onset, offset, label))
-    return events
-
-
-def _present(labels: list[str], truth: pd.DataFrame) -> list[str]:
-    """The classes with true events: the others have no score."""
-    return [label for label in labels if (truth.event_label == label).any()]
-
-
-def _columns(scores: dict[str, pd.DataFrame], labels: list[str]) -> dict[str, pd.DataFrame]:
-    return {name: table[["onset", "offset", *labels]] for name, table in scores.items()}
-
-
-def _mean(per_class: dict[str, float]) -> float:
-    values = [value for value in per_class.values() if not np.isnan(value)]
-    return float(np.mean(values)) if values else float("nan")

@@ -1,18 +1,20 @@
 """Clip-level metrics by name, with the number of classes and clips that each is taken over."""
 
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Optional
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from evaluation.bootstrap import RESAMPLES, Interval, WeightedAccuracy, WeightedMeanAveragePrecision, bootstrap
 from utils import d_prime
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One named number. classes: how many classes it is taken over, of all_classes."""
+    """One named number. classes: how many classes it is taken over, of all_classes. interval: if asked for."""
 
     name: str
     value: float
@@ -20,6 +22,7 @@ class Metric:
     clips: int
     classes: int
     all_classes: int
+    interval: Optional[Interval] = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN and no infinity: None in their place."""
@@ -59,6 +62,27 @@ def classification_metrics(scores: np.ndarray, targets: np.ndarray) -> list[Metr
 def clip_metrics(task: Literal["multilabel", "single_label"], scores: np.ndarray, targets: np.ndarray) -> list[Metric]:
     """The metrics of a task; the first one is what checkpoints are chosen by."""
     return tagging_metrics(scores, targets) if task == "multilabel" else classification_metrics(scores, targets)
+
+
+def with_interval(metrics: Sequence[Metric], scores: np.ndarray, targets: np.ndarray, *, seed: int) -> list[Metric]:
+    """The metrics of (N, K) scores and (N, K) targets, mAP and accuracy with their 95 % bootstrap interval over clips.
+
+    mAP's is corrected for bias (see bootstrap). A metric without a value gets none. Of very many clips mAP gets fewer
+    resamples; the interval says how many.
+    """
+    found: list[Metric] = []
+    for metric in metrics:
+        interval = None
+        if metric.name == "mAP" and np.isfinite(metric.value):
+            precision = WeightedMeanAveragePrecision(scores, targets)
+            resamples = precision.affordable_resamples()
+            moved = bootstrap(precision, len(scores), resamples=resamples, correct_bias=True, seed=seed)
+            interval = replace(moved, low=max(moved.low, 0.0), high=min(moved.high, 1.0))
+        elif metric.name == "acc" and np.isfinite(metric.value):
+            right = WeightedAccuracy(scores.argmax(axis=1) == targets.argmax(axis=1))
+            interval = bootstrap(right, len(scores), resamples=RESAMPLES, seed=seed)
+        found.append(replace(metric, interval=interval))
+    return found
 
 
 MAIN_METRIC = {"multilabel": "mAP", "single_label": "acc"}

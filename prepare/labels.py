@@ -9,8 +9,17 @@ ASSETS = Path(__file__).parents[1] / "assets"
 def published_labels(dataset_type: str, classes: int) -> list[str]:
     """Names in the order of the published checkpoints for a data set; `class 0`, ... where none are known."""
     if classes == 527:
-        return [entry["name"] for entry in json.loads((ASSETS / "audioset_labels.json").read_text())]
+        return [entry["name"] for entry in _audioset()]
     files = {("esc-50", 50): "esc50_labels.json", ("scv2", 35): "scv2_published_labels.json"}
     if (dataset_type, classes) in files:
         return list(json.loads((ASSETS / files[dataset_type, classes]).read_text()))
     return [f"class {number}" for number in range(classes)]
+
+
+def audioset_mids() -> list[str]:
+    """AudioSet's ids of its 527 classes ("/m/09x0r"), in their order."""
+    return [entry["mid"] for entry in _audioset()]
+
+
+def _audioset() -> list[dict[str, str]]:
+    return list(json.loads((ASSETS / "audioset_labels.json").read_text()))

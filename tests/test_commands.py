@@ -105,7 +105,7 @@ def test_average_and_ensemble(trained: Path) -> None:
     average = Path("workspace/runs/htsat_demo/weight_average.ckpt")
     members = f"{BEST},{BEST},{average}"
     done = run_python("main.py", "esm_test", "--esm_model_pathes", members, "--test_file", "esm", cwd=trained)
-    assert "3 networks together" in done.stdout
+    assert "test of 3 networks" in done.stdout
     summary = json.loads((trained / SCORES / "esm.json").read_text())
     assert summary["checkpoints"] == members.split(",")
 

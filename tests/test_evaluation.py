@@ -1,6 +1,7 @@
 """Metrics against numbers computed by hand, and detection from end to end."""
 
-from pathlib import Path
+import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,11 +9,13 @@ import pytest
 
 from evaluation.detection import collar_f1, intersection_f1, psds1, score_tables
 from evaluation.metrics import classification_metrics, tagging_metrics
-from evaluation.postprocess import EVENT_COLUMNS, active_runs, decode_events, truth_table
-from evaluation.scores import Scores, load_scores
-from fl_evaluate import evaluate
+from evaluation.postprocess import EVENT_COLUMNS, PostProcessing, active_runs, decode_events, truth_table
+from evaluation.scores import Scores
+from fl_evaluate import choose_postprocessing, evaluate
+from settings import resolve
 
 STEP = 10 / 32
+POST = PostProcessing(("a", "b", "c"))
 
 
 def test_tagging_metrics_by_hand() -> None:
@@ -51,8 +54,8 @@ def test_accuracy() -> None:
 
 def test_runs_and_events() -> None:
     active = np.array([[1, 0], [1, 0], [0, 1], [1, 1]], dtype=bool)
-    label, start, stop = active_runs(active)
-    assert list(zip(label.tolist(), start.tolist(), stop.tolist(), strict=True)) == [(0, 0, 2), (0, 3, 4), (1, 2, 4)]
+    runs = zip(*(column.tolist() for column in active_runs(active[None])), strict=True)
+    assert list(runs) == [(0, 0, 0, 2), (0, 0, 3, 4), (0, 1, 2, 4)]
     found = decode_events(
         active[None].astype(float), names=["x.wav"], labels=["a", "b"], durations=np.array([1.75]),
         seconds_per_frame=0.5, thresholds=np.array([0.5]),
@@ -89,23 +92,8 @@ def random_scores(clips: int = 12) -> Scores:
     )
 
 
-def test_scores_round_trip(tmp_path: Path) -> None:
-    scores = random_scores()
-    scores.save(tmp_path / "new" / "s.h5")
-    again = load_scores(tmp_path / "new" / "s.h5")
-    assert (again.names, again.labels, again.events) == (scores.names, scores.labels, scores.events)
-    assert again.attributes == scores.attributes
-    assert again.framewise is not None
-    np.testing.assert_array_equal(again.framewise, scores.framewise)
-    with pytest.raises(ValueError, match="There is no score file"):
-        load_scores(tmp_path / "missing.h5")
-    (tmp_path / "text.h5").write_text("no scores")
-    with pytest.raises(ValueError, match="is no score file"):
-        load_scores(tmp_path / "text.h5")
-
-
 def test_truth_on_the_grid_scores_high() -> None:
-    found, (intersection, collar, psds) = evaluate(random_scores(), np.array([0.5]))
+    found, (intersection, collar, psds) = evaluate(random_scores(), POST)
     assert len(found) == 24
     assert intersection.macro == intersection.per_class["a"] == 1.0
     assert collar.macro > 0.9
@@ -117,7 +105,7 @@ def test_nothing_found_scores_nothing() -> None:
     scores = random_scores()
     assert scores.framewise is not None
     scores.framewise[:] = 0
-    found, (intersection, collar, psds) = evaluate(scores, np.array([0.5]))
+    found, (intersection, collar, psds) = evaluate(scores, POST)
     assert len(found) == 0
     assert (intersection.macro, collar.macro, psds.macro) == (0, 0, 0)
 
@@ -141,7 +129,20 @@ def test_missing_parts_are_named() -> None:
     scores = random_scores()
     without_frames = Scores(**{**scores.__dict__, "framewise": None})
     with pytest.raises(ValueError, match="--fl_local True"):
-        evaluate(without_frames, np.array([0.5]))
+        evaluate(without_frames, POST)
     with pytest.raises(ValueError, match="no true events"):
-        evaluate(Scores(**{**scores.__dict__, "events": None}), np.array([0.5]))
+        evaluate(Scores(**{**scores.__dict__, "events": None}), POST)
     assert len(truth_table(scores.names, scores.events or [], scores.labels)) == 24
+
+
+def test_what_is_given_stands_in_for_what_was_calibrated() -> None:
+    calibrated = PostProcessing(("a", "b", "c"), (0.1, 0.2, 0.3), (1, 3, 5), source="calibrated")
+    scores = replace(random_scores(), attributes={"postprocessing": json.dumps(calibrated.as_dict())})
+    assert choose_postprocessing(scores, resolve()) == calibrated
+    chosen = choose_postprocessing(scores, resolve({"fl_threshold": [0.7], "fl_maximum_gap": "0,0,1"}))
+    assert (chosen.thresholds, chosen.median_filter, chosen.maximum_gap) == ((0.7, 0.7, 0.7), (1, 3, 5), (0, 0, 1))
+    assert chosen.source == "calibrated, with fl_threshold, fl_maximum_gap as given"
+    assert choose_postprocessing(random_scores(), resolve()).thresholds == (0.5, 0.5, 0.5)
+    for given in ({"fl_interpolation": 0}, {"fl_threshold": [0.1, 0.2]}, {"fl_median_filter": [2]}):
+        with pytest.raises(ValueError, match=r"interpolation|thresholds|median_filter"):
+            choose_postprocessing(scores, resolve(given))

@@ -1,0 +1,94 @@
+"""python main.py calibrate: thresholds, filters and minimum durations from validation clips, kept in the checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from commands._evaluate import test_checkpoint
+from commands._localization import reported_split
+from commands._records import is_first_process
+from evaluation.calibration import Calibrated, Objective, calibrate
+from evaluation.postprocess import PostProcessing
+from evaluation.scores import Scores, load_scores
+from model.checkpoint import read_checkpoint, store_in_checkpoint
+from settings import requested, resolve
+
+REPORTED = "test"  # the split whose figures are reported: nothing is chosen on it
+
+
+def run(given: dict[str, Any], calibrate_for: Objective, scores: Optional[str] = None) -> None:
+    """Search on the validation clips what raises the metric `calibrate_for`, and store it in --resume_checkpoint.
+
+    scores: a score file of these clips; without it they are scored first. fl_interpolation and fl_maximum_gap are kept
+    as the settings have them. Raises ValueError where the clips would be those that are reported.
+    """
+    path = requested("resume_checkpoint", given)
+    if path is None:
+        raise ValueError("calibrate needs a checkpoint, which keeps what is found: --resume_checkpoint PATH.")
+    checkpoint = read_checkpoint(path)
+    file = Path(scores) if scores else _score_validation(path, given, checkpoint.settings)
+    if not is_first_process():
+        return
+    found = load_scores(file)
+    _check_split(found, file)
+    fitted = calibrate(found, calibrate_for, _start(found, given, calibrated=checkpoint.postprocessing is not None))
+    store_in_checkpoint(path, "postprocessing", fitted.post.as_dict())
+    print_calibrated(fitted, calibrate_for, len(found.names))
+    print(f"Stored in {path}: test puts it into its score file, and fl_evaluate.py uses it.")
+
+
+def _start(scores: Scores, given: dict[str, Any], *, calibrated: bool) -> PostProcessing:
+    """What the search begins with: the thresholds of a mapping, or the default, but nothing that was calibrated."""
+    start = (None if calibrated else scores.postprocessing) or PostProcessing(tuple(scores.labels))
+    interpolation, gap = requested("fl_interpolation", given), requested("fl_maximum_gap", given)
+    return replace(
+        start,
+        interpolation=start.interpolation if interpolation is None else interpolation,
+        maximum_gap=tuple(gap) or start.maximum_gap,
+    )
+
+
+def _score_validation(path: str, given: dict[str, Any], trained: Optional[dict[str, Any]]) -> Path:
+    """Score the validation clips (or those of --test_split) into <heatmap_dir>/calibration.h5."""
+    split = given.get("test_split", "validation")
+    chosen = {**given, "test_split": split, "fl_local": True, "test_file": "calibration", "test_shard": []}
+    settings = resolve(chosen, checkpoint=trained)
+    if reported_split(settings) == REPORTED:
+        raise ValueError(
+            f"calibrate was asked to choose on the split {split} (protocol {settings.protocol}), which are the clips "
+            f"that a test reports: choose on others, with --test_split validation and protocol held_out."
+        )
+    test_checkpoint(path, chosen)
+    return Path(settings.heatmap_dir) / "calibration.h5"
+
+
+def _check_split(scores: Scores, file: Path) -> None:
+    split = scores.attributes.get("split", REPORTED)
+    if split == REPORTED:
+        raise ValueError(
+            f"{file} holds scores of the test clips (or does not say of which), and those are to be reported: score "
+            f"the validation clips, with test --test_split validation --fl_local True, or leave --scores out."
+        )
+
+
+def print_calibrated(fitted: Calibrated, objective: str, clips: int) -> None:
+    """A table with a line for each class: what was chosen, and the metric on the same clips before and after."""
+    measured = "area under the PSD-ROC" if objective == "psds1" else objective
+    table = Table(title=f"{fitted.post.source.capitalize()} ({clips})", title_justify="left", caption_justify="left")
+    table.caption = f"before, after: {measured}, on these clips, which it was chosen for"
+    for column in ("class", "threshold", "filter (steps)", "shortest event (s)", "before", "after"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    post = fitted.post
+    columns = (post.labels, post.thresholds, post.median_filter, post.minimum_duration)
+    for label, threshold, length, seconds in zip(*columns, strict=True):
+        values = (fitted.before[label], fitted.after[label])
+        shown = ("-" if np.isnan(value) else f"{value:.3f}" for value in values)
+        last = label == post.labels[-1]
+        table.add_row(label, f"{threshold:.5f}", str(length), f"{seconds:.1f}", *shown, end_section=last)
+    means = (f"{np.nanmean(list(values.values())):.3f}" for values in (fitted.before, fitted.after))
+    table.add_row("macro", "", "", "", *means)
+    Console().print(table)

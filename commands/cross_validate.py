@@ -1,0 +1,140 @@
+"""python main.py cross_validate: train and test each fold of a data set, under both protocols, and compare them."""
+
+import csv
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from commands._records import write_json
+from evaluation.metrics import MAIN_METRIC
+from prepare.clip_store import read_store_table, store_path
+from settings import Config, resolve
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+PROTOCOLS = ("held_out", "paper")
+Curve = dict[int, tuple[float, float]]  # epoch, from 0: metric of the clips that choose, metric of the test clips
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one protocol says under one rule. epochs: those whose test metric counts, from 0, one a fold."""
+
+    protocol: str
+    rule: str
+    values: list[float]
+    epochs: list[int]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the folds (n - 1)."""
+        return statistics.stdev(self.values)
+
+
+def run(given: dict[str, Any], *, protocols: str) -> None:
+    """Train every fold in a process of its own; folds that are complete already are not trained again."""
+    chosen = protocols.split(",")
+    if not chosen or not set(chosen) <= set(PROTOCOLS):
+        raise ValueError(f"--protocols {protocols} is not allowed: give {', '.join(PROTOCOLS)}, or one of them.")
+    for name in ("esc_fold", "protocol", "resume", "exp_name", "watch_test"):
+        if name in given:
+            raise ValueError(f"cross_validate sets {name} itself, for each fold: leave --{name} out.")
+    settings = resolve(given)
+    folds = find_folds(settings)
+    outcomes: list[Outcome] = []
+    for protocol in chosen:
+        curves = [train_fold(given, protocol, fold) for fold in folds]
+        outcomes += judge(protocol, curves)
+    print_outcomes(outcomes, settings, folds)
+    path = Path(settings.workspace) / "runs" / f"cross_validation_{settings.dataset_type}.json"
+    summary = [{**asdict(o), "mean": o.mean, "deviation": o.deviation} for o in outcomes]
+    write_json(path, {"folds": folds, "metric": MAIN_METRIC[settings.task], "outcomes": summary})
+    print(f"Written: {path}")
+
+
+def find_folds(settings: Config) -> list[int]:
+    """The folds of the data set's store. Raises ValueError where it has none."""
+    path = store_path(settings.dataset_path, settings.dataset_type)
+    folds = sorted(set(read_store_table(path).fold.tolist()) - {0})
+    if len(folds) < 3:
+        raise ValueError(f"{path} has the folds {folds}: cross-validation needs at least 3, as ESC-50 has them.")
+    return folds
+
+
+def run_name(settings: Config, protocol: str, fold: int) -> str:
+    return f"cv_{settings.dataset_type}_{protocol}_fold{fold}"
+
+
+def train_fold(given: dict[str, Any], protocol: str, fold: int) -> Curve:
+    """Train one fold, or go on with it, and return the metrics of its epochs."""
+    settings = resolve({**given, "esc_fold": fold, "protocol": protocol})
+    name = run_name(settings, protocol, fold)
+    watch_test = protocol == "held_out"  # otherwise the test clips are the validation clips
+    more = {"esc_fold": fold, "protocol": protocol, "exp_name": name, "resume": "auto", "watch_test": watch_test}
+    words = [word for key, value in {**given, **more}.items() for word in (f"--{key}", str(value))]
+    sys.stdout.flush()  # so that what the run prints comes after what is printed here
+    done = subprocess.run([sys.executable, str(MAIN), "train", *words])
+    if done.returncode:
+        raise ValueError(f"Training {name} ended with exit status {done.returncode}: what it printed above says why.")
+    metric = MAIN_METRIC[settings.task]
+    columns = (metric, f"test_{metric}" if watch_test else metric)
+    return read_curve(Path(settings.workspace) / "runs" / name, columns, settings.max_epoch)
+
+
+def read_curve(run_folder: Path, columns: tuple[str, str], epochs: int) -> Curve:
+    """Two metrics of each epoch of a run from its logs; of an epoch that was trained again, the later ones."""
+    curve: Curve = {}
+    versions = sorted((run_folder / "logs").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
+    for version in versions:
+        path = version / "metrics.csv"
+        if path.is_file():  # a run that was stopped at once has none
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if all(row.get(column) for column in columns):
+                        curve[int(row["epoch"])] = float(row[columns[0]]), float(row[columns[1]])
+    missing = sorted(set(range(epochs)) - curve.keys())
+    if missing:
+        raise ValueError(
+            f"{run_folder / 'logs'} has no metrics of epoch {missing[0] + 1}: remove {run_folder} to train it again."
+        )
+    return curve
+
+
+def judge(protocol: str, curves: Sequence[Curve]) -> list[Outcome]:
+    """The test metric of each fold under three rules; the clips that choose are never looked at but to choose."""
+    epochs = range(len(curves[0]))
+    choosing = np.array([[curve[epoch][0] for epoch in epochs] for curve in curves])  # (folds, epochs)
+    test = np.array([[curve[epoch][1] for epoch in epochs] for curve in curves])
+    rules = {
+        "best epoch of each fold": choosing.argmax(axis=1),
+        "the epoch that is best on average": np.full(len(curves), choosing.mean(axis=0).argmax()),
+        "last epoch": np.full(len(curves), len(epochs) - 1),
+    }
+    return [
+        Outcome(protocol, rule, test[np.arange(len(curves)), chosen].tolist(), chosen.tolist())
+        for rule, chosen in rules.items()
+    ]
+
+
+def print_outcomes(outcomes: Sequence[Outcome], settings: Config, folds: Sequence[int]) -> None:
+    metric = MAIN_METRIC[settings.task]
+    table = Table(title=f"{settings.dataset_type}: {metric} of the test clips over {len(folds)} folds")
+    for column in ("protocol", "rule", "mean", "deviation", *(f"fold {fold}" for fold in folds), "epochs"):
+        table.add_column(column, justify="left" if column in ("protocol", "rule") else "right")
+    for o in outcomes:
+        epochs = ", ".join(str(epoch + 1) for epoch in o.epochs)
+        values = (f"{value:.4f}" for value in o.values)
+        table.add_row(o.protocol, o.rule, f"{o.mean:.4f}", f"{o.deviation:.4f}", *values, epochs)
+    Console().print(table)
+    print("held_out: chosen on the fold after the test fold. paper: chosen on the test clips themselves, as published.")

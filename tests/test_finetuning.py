@@ -1,0 +1,129 @@
+"""Fine-tuning: what learns, how fast, and what stays as it was; and the average over shifts in a test."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main
+from model import build_model
+from sed_model import SEDWrapper, parameter_groups
+from settings import resolve
+from tests.helpers import TINY, TINY_FLAGS
+from utils import int16_to_float32
+
+
+@pytest.fixture(scope="module")
+def trained(demo_workspace: Path) -> Path:
+    """Weights to start from: a network as the demo's, not trained."""
+    settings = resolve({**TINY, "random_seed": 3})
+    torch.manual_seed(3)
+    weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
+    path = demo_workspace / "start.ckpt"
+    torch.save({"state_dict": weights, "settings": settings.model_dump()}, path)
+    return path
+
+
+def test_layers_are_numbered_from_below() -> None:
+    network = build_model(resolve({"htsat_dim": 16, "htsat_num_head": "1,2,4,8"}))
+    numbers = {id(parameter): number for number, parameter in network.parameters_by_layer()}
+    found = {name: numbers[id(parameter)] for name, parameter in network.named_parameters()}
+    assert found["bn0.weight"] == found["patch_embed.proj.weight"] == 0
+    assert found["layers.0.blocks.0.mlp.fc1.weight"] == 1
+    assert found["layers.0.blocks.1.mlp.fc1.weight"] == found["layers.0.downsample.reduction.weight"] == 2
+    assert found["layers.1.blocks.0.mlp.fc1.weight"] == 3
+    assert found["layers.3.blocks.1.attn.qkv.weight"] == 12
+    assert found["norm.weight"] == found["tscam_conv.weight"] == 13
+
+
+def test_layers_learn_slower_from_above() -> None:
+    network = build_model(resolve(TINY))
+    (group,) = parameter_groups(network, 1e-3, 1.0)
+    assert group["lr"] == 1e-3
+    groups = parameter_groups(network, 1e-3, 0.5)
+    assert [g["lr"] for g in groups] == [1e-3 * 0.5**k for k in range(6)]
+    assert any(p is network.tscam_conv.weight for p in groups[0]["params"])
+    assert any(p is network.bn0.weight for p in groups[-1]["params"])
+    together = [id(p) for g in groups for p in g["params"]]
+    assert sorted(together) == sorted(id(p) for p in network.parameters() if p.requires_grad)
+
+
+def checkpoints(workspace: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The network's weights before and after."""
+    after = torch.load(workspace / "workspace/runs" / name / "checkpoints/last.ckpt", weights_only=True)
+    return torch.load(workspace / "start.ckpt", weights_only=True)["state_dict"], after["state_dict"]
+
+
+@pytest.mark.parametrize(("flag", "learned"), [("freeze_backbone", "tscam_conv."), ("linear_probe", "head.")])
+def test_only_the_classifier_learns(
+    demo_workspace: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, flag: str, learned: str
+) -> None:
+    monkeypatch.chdir(demo_workspace)
+    words = ["--max_epoch", "1", "--exp_name", flag, f"--{flag}", "True", "--resume_checkpoint", "start.ckpt"]
+    assert main.main(["train", *TINY_FLAGS, *words]) == 0
+    before, after = checkpoints(demo_workspace, flag)
+    changed = {k for k, v in after.items() if k not in before or not torch.equal(v, before[k])}
+    assert changed == {f"sed_model.{learned}weight", f"sed_model.{learned}bias"}
+    assert ("sed_model.tscam_conv.weight" in after) == (flag == "freeze_backbone")
+
+
+def test_a_frozen_backbone_is_the_same_in_training() -> None:
+    network = build_model(resolve({**TINY, "linear_probe": True, "resume_checkpoint": "start.ckpt"}))
+    assert not network.augments
+    network.freeze_backbone()
+    network.train()
+    waveform = torch.randn(2, 32000)
+    with torch.no_grad():
+        first, second = (network(waveform)["clipwise_logits"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert network.training
+    assert network.head.training
+
+
+def test_freezing_needs_weights_to_start_from(
+    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_workspace)
+    assert main.main(["train", *TINY_FLAGS, "--freeze_backbone", "True", "--exp_name", "frozen"]) == 2
+    assert "--resume_checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_shifts_as_one_batch(batch_size: int) -> None:
+    """The paper's ten shifts: the mean of ten single passes, in one piece (32) and in several (4)."""
+    settings = resolve({**TINY, "dataset_type": "audioset", "classes_num": 10, "batch_size": batch_size})
+    torch.manual_seed(0)
+    wrapper = SEDWrapper(build_model(settings), settings, []).eval()
+    waveform = torch.randint(-20000, 20000, (3, 320000), dtype=torch.int16)
+    with torch.no_grad():
+        clipwise, framewise = wrapper.mean_over_shifts(waveform)
+        singles = [
+            wrapper.clip_and_frame_scores(int16_to_float32(waveform.roll(s, dims=1))) for s in settings.tta_shifts
+        ]
+    assert len(singles) == 10
+    expected = torch.stack([clip for clip, _ in singles]).mean(dim=0)
+    torch.testing.assert_close(clipwise, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(framewise, singles[0][1], rtol=0, atol=1e-5)
+
+
+def test_a_waveform_travels_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step gets each waveform once, as int16; the ten copies are made from it where it lies."""
+    settings = resolve({**TINY, "dataset_type": "audioset", "classes_num": 10, "batch_size": 32})
+    wrapper = SEDWrapper(build_model(settings), settings, []).eval()
+    seen: list[torch.Tensor] = []
+
+    def scores(waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(waveform)
+        return waveform[:, :10], waveform[:, None, :10]
+
+    monkeypatch.setattr(wrapper, "clip_and_frame_scores", scores)
+    batch = {
+        "waveform": torch.empty(2, 320000, dtype=torch.int16, device="meta"),
+        "index": torch.arange(2),
+        "target": torch.zeros(2, 10),
+    }
+    wrapper.test_step(batch, 0)
+    (rows,) = seen
+    assert rows.shape == (20, 320000)
+    assert rows.device.type == "meta"  # nothing left the device, and nothing was brought there
