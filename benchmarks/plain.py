@@ -21,14 +21,13 @@ class PlainSpectrogram(nn.Module):
         super().__init__()
         bins = window_size // 2 + 1
         self.window_size = window_size
-        self.stft = nn.Module()
-        self.stft.conv_real = nn.Conv1d(1, bins, window_size, stride=hop_size, bias=False)
-        self.stft.conv_imag = nn.Conv1d(1, bins, window_size, stride=hop_size, bias=False)
+        kernels = {name: nn.Conv1d(1, bins, window_size, stride=hop_size, bias=False) for name in ("real", "imag")}
+        self.stft = nn.ModuleDict({f"conv_{name}": kernel for name, kernel in kernels.items()})
         self.requires_grad_(False)
 
     def forward(self, waveform: Tensor) -> Tensor:
         padded = F.pad(waveform[:, None], (self.window_size // 2, self.window_size // 2), mode="reflect")
-        real, imag = self.stft.conv_real(padded), self.stft.conv_imag(padded)
+        real, imag = self.stft["conv_real"](padded), self.stft["conv_imag"](padded)
         return (real**2 + imag**2).transpose(1, 2)[:, None]
 
 
@@ -89,8 +88,7 @@ class PlainBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn = PlainAttention(channels, heads, window)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(channels, 4 * channels), "fc2": nn.Linear(4 * channels, channels)})
         windows = (size // window) ** 2
         self.register_buffer("attn_mask", torch.empty(windows, window**2, window**2) if shift else None)
 
@@ -113,7 +111,7 @@ class PlainBlock(nn.Module):
         if self.shift:
             x = torch.roll(x, shifts=(self.shift, self.shift), dims=(1, 2))
         x = shortcut + self.drop(x.view(batch, tokens, channels))
-        x = x + self.drop(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+        x = x + self.drop(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
         return x, attention
 
 
@@ -172,9 +170,8 @@ class PlainHTSAT(nn.Module):
         self.spectrogram_extractor = PlainSpectrogram(window_size, hop_size)
         self.logmel_extractor = PlainLogMel(window_size, mel_bins)
         self.bn0 = nn.BatchNorm2d(mel_bins)
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(1, embed_dim, patch_size, patch_size)
-        self.patch_embed.norm = nn.LayerNorm(embed_dim)
+        patches = nn.Conv2d(1, embed_dim, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": patches, "norm": nn.LayerNorm(embed_dim)})
         size = spec_size // patch_size
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList(
@@ -202,7 +199,7 @@ class PlainHTSAT(nn.Module):
     def forward(self, waveform: Tensor) -> dict[str, Tensor]:
         x = self.logmel_extractor(self.spectrogram_extractor(waveform))
         x = self.bn0(x.transpose(1, 3)).transpose(1, 3)
-        x = self.patch_embed.norm(self.patch_embed.proj(self.image(x)).flatten(2).transpose(1, 2))
+        x = self.patch_embed["norm"](self.patch_embed["proj"](self.image(x)).flatten(2).transpose(1, 2))
         maps = []
         for stage in self.layers:
             x, attention = stage(x)

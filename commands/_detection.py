@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Optional
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from evaluation.bootstrap import Interval
@@ -81,7 +83,7 @@ def system_of_scores(scores: Scores, post: PostProcessing, names: Sequence[str])
 def print_metrics(title: str, metrics: Sequence[DetectionMetric], labels: Sequence[str]) -> None:
     """Two tables: every metric with its interval, and every class with its values and counts."""
     console = Console() if Console().is_terminal else Console(width=WIDTH)
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=escape(title), title_justify="left", caption_justify="left")
     for column in ("metric", "criterion", "defined by", MACRO, "95 % interval", MICRO, "95 % interval"):
         table.add_column(column, justify="right" if column in (MACRO, MICRO) else "left", no_wrap="interval" in column)
     for m in metrics:
@@ -100,21 +102,21 @@ def _class_table(metrics: Sequence[DetectionMetric], labels: Sequence[str]) -> T
     table = Table(title="Classes", title_justify="left", caption_justify="left")
     table.add_column("class")
     for m in metrics:
-        table.add_column(f"{m.name}\n{m.criterion.partition(';')[0]}", justify="right")
+        table.add_column(f"{m.name}\n{re.split('[,;]', m.criterion)[0]}", justify="right")
     for label in labels:
         cells = []
         for m in metrics:
             counts = m.counts.get(label)
             of = f"{counts.true_positives}/{counts.false_positives}/{counts.false_negatives}" if counts else ""
             cells.append(f"{number(m.per_class[label])}\n{of}")
-        table.add_row(label, *cells)
+        table.add_row(escape(label), *cells)
     table.caption = "Below each value: true positives / false positives / false negatives."
     return table
 
 
 def print_comparison(names: tuple[str, str], compared: Sequence[MetricComparison]) -> None:
     """One row for each value of both systems, with the interval of the difference."""
-    table = Table(title=f"Difference: {names[0]} minus {names[1]}", title_justify="left", caption_justify="left")
+    table = Table(title=escape(f"Difference: {names[0]} minus {names[1]}"), title_justify="left", caption_justify="left")
     for column in ("metric", "criterion", "value", "first", "second", "difference", "95 % interval", "p"):
         table.add_column(column, no_wrap="interval" in column)
     for c in compared:
