@@ -10,42 +10,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import pandas as pd
 
+from commands._detection import choose_postprocessing
 from evaluation.detection import DetectionMetric, collar_f1, intersection_f1, psds1, score_tables
 from evaluation.plots import draw_clip
 from evaluation.postprocess import EVENT_COLUMNS, PostProcessing, detected_frames, truth_table
 from evaluation.scores import Scores, export_tables, import_tables, load_scores
 from main import Parser, add_settings
 from settings import FRONTEND_SETTINGS, Config, resolve
-
-FL_SETTINGS = {  # field of PostProcessing: its setting
-    "thresholds": "fl_threshold",
-    "median_filter": "fl_median_filter",
-    "minimum_duration": "fl_minimum_duration",
-    "maximum_gap": "fl_maximum_gap",
-    "interpolation": "fl_interpolation",
-}
-
-
-def choose_postprocessing(scores: Scores, settings: Config) -> PostProcessing:
-    """What came with the scores (calibrated, or of the mapping), with what the settings fl_... say in its place.
-
-    Its `source` tells which. Raises ValueError for values that do not fit the classes.
-    """
-    base = scores.postprocessing or PostProcessing(tuple(scores.labels))
-    given: dict[str, Any] = {name: getattr(settings, setting) for name, setting in FL_SETTINGS.items()}
-    given = {name: value for name, value in given.items() if value is not None and value != []}
-    if not given:
-        return base
-    return replace(
-        base, **given, source=f"{base.source}, with {', '.join(FL_SETTINGS[name] for name in given)} as given"
-    )
 
 
 def evaluate(scores: Scores, post: PostProcessing) -> tuple[pd.DataFrame, list[DetectionMetric]]:

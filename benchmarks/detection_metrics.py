@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -77,7 +78,11 @@ def random_scores(clips: int, seed: int, truth: list[EventList] | None = None) -
 def suited(scores: Scores) -> Scores:
     """The scores with the threshold that comes nearest to DETECTIONS_A_CLIP."""
     assert scores.framewise is not None
-    where = {"names": scores.names, "durations": scores.durations, "seconds_per_frame": scores.seconds_per_frame}
+    where: dict[str, Any] = {
+        "names": scores.names,
+        "durations": scores.durations,
+        "seconds_per_frame": scores.seconds_per_frame,
+    }
     posts = [PostProcessing(tuple(LABELS), (threshold,)) for threshold in np.arange(0.4, 0.9, 0.02).tolist()]
     missing = [abs(len(p.decode(scores.framewise, **where)) - DETECTIONS_A_CLIP * len(scores.names)) for p in posts]
     chosen = posts[int(np.argmin(missing))]
@@ -142,8 +147,9 @@ def main() -> None:
         ]
     for r in results:
         print(
-            f"{r.name}: {r.seconds:.1f} s (target {TARGET_SECONDS:g} s for one system). {r.clips} clips, {r.true_events} "
-            f"true events, {r.detections} detections; {r.metrics} metrics, {r.intervals} intervals of {RESAMPLES} resamples"
+            f"{r.name}: {r.seconds:.1f} s (target {TARGET_SECONDS:g} s for one system). {r.clips} clips, "
+            f"{r.true_events} true events, {r.detections} detections; {r.metrics} metrics, {r.intervals} intervals of "
+            f"{RESAMPLES} resamples"
         )
     if arguments.json:
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}

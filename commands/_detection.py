@@ -43,7 +43,7 @@ def choose_postprocessing(scores: Scores, settings: Config) -> PostProcessing:
     """
     base = scores.postprocessing or PostProcessing(tuple(scores.labels))
     given: dict[str, Any] = {name: getattr(settings, setting) for name, setting in FL_SETTINGS.items()}
-    given = {name: value if name == "interpolation" else tuple(value) for name, value in given.items() if value}
+    given = {name: value for name, value in given.items() if value is not None and value != []}
     if not given:
         return base
     return replace(
@@ -116,7 +116,9 @@ def _class_table(metrics: Sequence[DetectionMetric], labels: Sequence[str]) -> T
 
 def print_comparison(names: tuple[str, str], compared: Sequence[MetricComparison]) -> None:
     """One row for each value of both systems, with the interval of the difference."""
-    table = Table(title=escape(f"Difference: {names[0]} minus {names[1]}"), title_justify="left", caption_justify="left")
+    table = Table(
+        title=escape(f"Difference: {names[0]} minus {names[1]}"), title_justify="left", caption_justify="left"
+    )
     for column in ("metric", "criterion", "value", "first", "second", "difference", "95 % interval", "p"):
         table.add_column(column, no_wrap="interval" in column)
     for c in compared:

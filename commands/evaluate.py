@@ -121,9 +121,10 @@ def task_of_tables(
 def task_of_scores(path: Path, compare_with: Optional[str], settings: Config) -> Task:
     """A task of a score file, with the post-processing stored or set. Raises ValueError where parts are missing."""
     scores = _chosen_classes(load_scores(path), settings)
-    truth, post = truth_of_scores(scores), choose_postprocessing(scores, settings)
-    about = {"scores": str(path), "postprocessing": post.as_dict()}
-    task = Task(truth, [system_of_scores(scores, post, truth.names)], [str(path)], about)
+    post = choose_postprocessing(scores, settings)
+    system, truth = system_of_scores(scores, post, scores.names), truth_of_scores(scores)
+    about: dict[str, Any] = {"scores": str(path), "postprocessing": post.as_dict()}
+    task = Task(truth, [system], [str(path)], about)
     task.notes.append(f"Post-processing: {post.source}.")
     if compare_with is None:
         return task

@@ -34,7 +34,7 @@ from evaluation.postprocess import frame_edges
 from evaluation.psds import PSDS1, PSDS2, PsdRoc, PsdsFromScores, PsdsResult, Scenario, psds_from_operating_points
 
 COLLAR = "onset 200 ms, offset 200 ms or 20 %"
-SUBSTITUTED = "micro with substitutions"  # two classes in one segment, confused, are one error there
+ERRORS = "segments of 1 s; micro with substitutions"  # there, a class in place of another is one error, not two
 MACRO, MICRO = "macro", "micro"
 MOST_ADDED = 4e8  # numbers to add up for an interval of a PSDS, some seconds; more get fewer resamples
 FEWEST_RESAMPLES = 200
@@ -146,7 +146,7 @@ def measure(truth: GroundTruth, system: System) -> list[Measured]:
             collar_counts(found, true, len(truth.names), classes, offset_collar=None),
         ),
         _counted("segment F1", "segments of 1 s", "sed_scores_eval", truth, segments),
-        _counted("segment error rate", f"segments of 1 s; {SUBSTITUTED}", "sed_scores_eval", truth, segments, error_rate_of),
+        _counted("segment error rate", ERRORS, "sed_scores_eval", truth, segments, error_rate_of),
         *(_psds(truth, system, scenario) for scenario in (PSDS1, PSDS2)),
         _counted("clip F1", events, "scikit-learn", truth, clip_counts(found, true, len(truth.names), classes)),
     ]  # fmt: skip
