@@ -60,7 +60,14 @@ save_top_k: int = 10 if dataset_type == "audioset" else 3  # checkpoints to keep
 accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # where to run
 devices: int = 0  # how many devices; 0: every GPU there is, or one CPU process
 num_workers: int = 3 if dataset_type == "audioset" else 0  # processes that read data, for each device
-precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"  # arithmetic of the network; the front-end stays float32
+performance: Literal["auto", "manual"] = "auto"  # auto: take what the device is good at where a setting says auto
+precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = (  # arithmetic of the network; the front-end stays float32
+    "auto" if performance == "auto" else "32"
+)
+compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = (  # torch.compile, by its modes
+    "auto" if performance == "auto" else "off"
+)
+accumulate_batches: int = 1  # training: parts that batch_size is cut into, one after another, to fit into memory
 gradient_checkpointing: bool = False  # recompute each Swin block in the backward pass: less memory, a third slower
 
 # --- audio ----------------------------------------------------------------------------------------------------------
@@ -111,12 +118,16 @@ test_shard: list[int] = []  # test: 2,4 scores the second of four shares of the 
 results_path: str = f"{workspace}/results.jsonl"  # file to which each test adds a line, and which results prints
 fl_dataset: Optional[str] = None  # test with fl_local: the clip store (.h5) to localize in, else that of dataset_path
 fl_audioset_mapping: str = "reviewed"  # AudioSet's classes -> those of the data: published, reviewed, or a JSON file
-fl_class_num: list[str] = []  # fl_evaluate: the classes to evaluate, by name; empty: all
+fl_class_num: list[str] = []  # fl_evaluate, evaluate: the classes, by name; empty: all
 fl_threshold: list[float] = []  # frame score above which a class is on, one or one a class; empty: calibrated, or 0.5
 fl_median_filter: list[int] = []  # median filter, odd numbers of steps, one or one a class; empty: calibrated, or none
 fl_minimum_duration: list[float] = []  # seconds of the shortest event, one or one a class; empty: calibrated, or 0
 fl_maximum_gap: list[float] = []  # seconds between events that are joined, one or one a class; empty: calibrated, or 0
 fl_interpolation: Optional[int] = None  # parts of a step, scores on straight lines; None: calibrated, or 1 for none
+window_overlap: float = 0.5  # predict: share of a window (clip_samples) that the next one covers again
+clip_pooling: Literal["mean", "max"] = (  # predict: how the windows of a long recording make its clip scores
+    "mean" if task == "single_label" else "max"
+)
 esm_model_pathes: list[str] = []  # esm_test: checkpoints whose scores are averaged
 esm_together: Optional[bool] = None  # esm_test: all members in memory at once; None: where they take at most half of it
 wa_folder: Optional[str] = None  # weight_average: checkpoints to average: a run, a folder or a glob; None: this run's

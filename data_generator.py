@@ -352,7 +352,9 @@ class SEDDataModule(pl.LightningDataModule):
 
     def steps_per_epoch(self, devices: int) -> int:
         """Training steps in an epoch on so many devices, of which each has an equal share of the clips."""
-        return -(-(len(self.tables["train"]) // devices) // (self.settings.batch_size // devices))
+        per_device = self.settings.batch_size // devices // self.settings.accumulate_batches
+        batches = -(-(len(self.tables["train"]) // devices) // per_device)
+        return -(-batches // self.settings.accumulate_batches)
 
     def train_dataloader(self) -> DataLoader:
         table, seed = self.tables["train"], self.settings.random_seed
@@ -385,7 +387,8 @@ class SEDDataModule(pl.LightningDataModule):
         workers = self.settings.num_workers
         return {
             "dataset": self.dataset(split),
-            "batch_size": self.settings.batch_size // self._place()[1],  # divided: commands/_trainer.py sees to it
+            # Whole numbers: commands/_trainer.py sees to it.
+            "batch_size": self.settings.batch_size // self._place()[1] // self.settings.accumulate_batches,
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),

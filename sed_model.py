@@ -219,12 +219,17 @@ class SEDWrapper(Evaluation):
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=settings.weight_decay,
-            fused=settings.precision == "32",  # Lightning clips no gradients for a fused optimizer in mixed precision
+            fused=settings.precision != "16-mixed",  # whose gradients are scaled: they must be unscaled to be clipped
         )
         scale: Callable[[int], float] = lambda epoch: learning_rate_scale(  # noqa: E731
             epoch, settings.lr_scheduler_epoch, settings.lr_rate
         )
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale)}
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: Any, **__: Any) -> None:
+        """By norm. Lightning's own refuses a fused optimizer in bfloat16, whose gradients are not scaled."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says itself what it is: plain values only, so that reading it cannot run code."""

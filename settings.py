@@ -42,6 +42,7 @@ POSITIVE = (
     "batch_size", "learning_rate", "max_epoch", "sample_rate", "clip_samples", "window_size", "hop_size", "mel_bins",
     "fmax", "classes_num", "htsat_spec_size", "htsat_patch_size", "htsat_stride", "htsat_window_size", "htsat_dim",
     "shift_max", "crop_size", "esc_fold", "save_top_k", "layer_decay", "average_last_epochs",
+    "accumulate_batches",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "weight_decay", "gradient_clip", "mixup_alpha", "devices", "num_workers", "fmin", "htsat_drop_path", "random_seed",
@@ -263,6 +264,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"layer_decay = {config.layer_decay} may be at most 1, and ema_decay = {config.ema_decay} must lie below 1."
         )
+    if not 0 <= config.window_overlap < 1:
+        raise ValueError(f"window_overlap = {config.window_overlap} is not allowed: it must be 0 or more, and below 1.")
     if not config.tta_shifts:
         raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
     if config.loss_type == "clip_ce" and config.task == "multilabel":

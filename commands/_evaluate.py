@@ -19,6 +19,7 @@ from commands._ledger import (
     joint_settings_hash,
 )
 from commands._localization import TestPlan, class_mapping, plan_test
+from commands._performance import settle
 from commands._records import (
     device_name,
     git_revision,
@@ -70,9 +71,9 @@ class Member:
     def read(cls, path: str, given: dict[str, Any]) -> "Member":
         """Raises ValueError where the file cannot be used or does not fit what is given."""
         checkpoint = read_checkpoint(path)
-        return cls(
-            checkpoint, resolve(given, checkpoint=decided_settings(checkpoint, requested("frontend_from", given)))
-        )
+        decided = decided_settings(checkpoint, requested("frontend_from", given))
+        settings, _ = settle(resolve(given, checkpoint=decided), training=False)
+        return cls(checkpoint, settings)
 
     def network(self) -> HTSAT_Swin_Transformer:
         """The network with the checkpoint's weights; what was loaded is printed."""

@@ -78,7 +78,7 @@ def device_name(settings: Config) -> str:
 
 
 def print_first_page(title: str, settings: Config, data: SEDDataModule, network: torch.nn.Module, **more: str) -> None:
-    """What will run: device, precision, clips, steps, parameters, memory."""
+    """What will run: device, clips, parameters, steps, memory; more (performance, ...) is added as it is called."""
     if not is_first_process():
         return
     count = sum(p.numel() for p in network.parameters())
@@ -87,7 +87,6 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
     table.add_row("data set", f"{settings.dataset_type}, protocol {settings.protocol}")
     table.add_row("clips", ", ".join(f"{split} {len(t)}" for split, t in data.tables.items()))
     table.add_row("device", device_name(settings))
-    table.add_row("precision", settings.precision)
     table.add_row("parameters", f"{count:,} ({trained:,} trained)")
     if "train" in data.tables:
         steps = data.steps_per_epoch(device_count(settings))

@@ -34,8 +34,12 @@ def device_count(settings: Config) -> int:
     Raises ValueError where there are fewer than asked for, or where they do not divide batch_size.
     """
     gpus = torch.cuda.device_count()
-    if settings.devices and settings.batch_size % settings.devices:
-        raise ValueError(f"batch_size = {settings.batch_size} must be a multiple of devices = {settings.devices}.")
+    part, left = divmod(settings.batch_size, settings.accumulate_batches)
+    if left or (settings.devices and part % settings.devices):
+        raise ValueError(
+            f"batch_size = {settings.batch_size} must be a multiple of accumulate_batches = "
+            f"{settings.accumulate_batches} times devices = {settings.devices}."
+        )
     if settings.accelerator == "cpu" or (settings.accelerator == "auto" and gpus == 0):
         return max(settings.devices, 1)
     if gpus < max(settings.devices, 1):
@@ -43,7 +47,7 @@ def device_count(settings: Config) -> int:
             f"accelerator = {settings.accelerator}, devices = {settings.devices}: this machine shows {gpus} GPUs. "
             f"Use --accelerator cpu, or fewer devices."
         )
-    return settings.devices or max(count for count in range(1, gpus + 1) if settings.batch_size % count == 0)
+    return settings.devices or max(count for count in range(1, gpus + 1) if part % count == 0)
 
 
 def on_gpu(settings: Config) -> bool:
@@ -67,15 +71,14 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         # Nothing but BandNorm has buffers that change, and it keeps them equal by itself: to broadcast them would only
         # tie together validation shares, which may differ in length.
         strategy = DDPStrategy(process_group_backend="nccl" if gpu else "gloo", broadcast_buffers=False)
-    # float32 means float32: torch lets cuDNN's convolutions use TF32 unless told otherwise.
-    torch.backends.cudnn.allow_tf32 = settings.precision != "32"
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the first page says it in one place
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=devices,
         strategy=strategy,
-        precision="32-true" if settings.precision == "32" else settings.precision,
+        precision="32-true" if settings.precision in ("32", "auto") else settings.precision,
+        accumulate_grad_batches=settings.accumulate_batches if training else 1,
         max_epochs=settings.max_epoch,
         gradient_clip_val=settings.gradient_clip or None,
         use_distributed_sampler=False,  # data_generator.py has its own
@@ -143,7 +146,7 @@ class LastEpochsAveraging(WeightAveraging):
         self.first, self.steps = first, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.steps = int(trainer.num_training_batches)
+        self.steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
 
     def should_update(self, step_idx: Optional[int] = None, epoch_idx: Optional[int] = None) -> bool:
         if step_idx is None or (step_idx + 1) % self.steps:  # after the last step of an epoch, before its validation

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 
 from commands._card import write_run_card
 from commands._evaluate import checkpoint_labels
+from commands._performance import compile_network, settle
 from commands._records import is_first_process, print_first_page, save_provenance
 from commands._trainer import build_trainer, checkpoint_folder, device_count
 from data_generator import SEDDataModule, Split
@@ -24,6 +25,7 @@ def run(given: dict[str, Any]) -> None:
     """Train as the settings say, into <workspace>/runs/<exp_name>."""
     settings = resolve_with_frontend(given)
     device_count(settings)
+    settings, performance = settle(settings, training=True)
     resumed = find_resumed(settings)
     done = (resumed.complete_epochs or 0) if resumed else 0
     if done >= settings.max_epoch:
@@ -50,6 +52,8 @@ def run(given: dict[str, Any]) -> None:
     if resumed:
         middle = " and a part of the next" if resumed.epoch == done else ""
         more["resumed_from"] = f"{resumed.path}, after epoch {done}{middle}"
+    compile_network(network, performance.compile_mode)
+    more["performance"] = str(performance)
     wrapper = SEDWrapper(network, settings, labels)
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)

@@ -46,7 +46,7 @@ def test_what_names_checkpoints(tmp_path: Path) -> None:
     assert [path.name for path in find_checkpoints(f"{tmp_path}/*/checkpoints/*t.ckpt")] == ["best.ckpt", "last.ckpt"]
     with pytest.raises(ValueError, match=r"has 3 checkpoints with a metric in their name, wa_top_k = 4"):
         find_checkpoints(str(folder), 4)
-    with pytest.raises(ValueError, match="no .ckpt files"):
+    with pytest.raises(ValueError, match="There are no"):
         find_checkpoints(f"{tmp_path}/*.ckpt")
 
 

@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for said in (
         "data set",
         "device",
-        "precision",
+        "performance",
         "clips",
         "steps",
         "parameters",
