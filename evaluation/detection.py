@@ -243,6 +243,11 @@ def _intersection(truth: GroundTruth, found: EventSet, share: float) -> Measured
 
 
 def _psds(truth: GroundTruth, system: System, scenario: Scenario) -> Measured:
+    if len(truth.present) < 2 and (system.tables is None or scenario.cttc is not None):
+        nothing = PsdsResult(float("nan"), {}, PsdRoc([], []), {})
+        note = "No value: it compares classes, and only one has true events."
+        tool = "psds_eval" if system.tables is None else "sed_scores_eval"
+        return Measured(_psds_metric(truth, scenario, scenario.criterion, tool, nothing, note))
     if system.tables is None:
         points = [system.events, *system.operating_points]
         plural = "" if len(points) == 1 else "s"

@@ -67,8 +67,8 @@ class CountStatistic:
         by_class = self.formula(*sums)
         micro = self.formula(*(part.sum(axis=0) for part in sums))
         if self.errors is not None and self.formula is error_rate_of:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                micro = (self.errors @ weights).astype(np.float64) / sums[2].sum(axis=0)
+            positive = sums[2].sum(axis=0)
+            micro = np.where(positive > 0, self.errors @ weights / np.maximum(positive, 1), np.nan)
         return np.concatenate([mean_of_known(by_class)[None], micro[None], by_class])
 
 

@@ -208,17 +208,16 @@ def psds_from_operating_points(points: Sequence[pd.DataFrame], truth: GroundTrut
     """The score of one or several tables of events, each of one threshold, by psds_eval.
 
     The fewer there are, the lower it is: between them the curve stays where it was. psds_eval averages cross triggers
-    over the other classes, so that it needs two; with one the value is NaN.
+    over the other classes: at least two must have true events.
     """
     from psds_eval import PSDSEval
 
     present = truth.present
     known = [join_overlapping(point[point.event_label.isin(present)]) for point in points]
     known = [point for point in known if len(point)]
-    if len(present) < 2 or not known:
-        value = float("nan") if len(present) < 2 else 0.0
-        empty = PsdRoc([0.0], [value])
-        return PsdsResult(value, dict.fromkeys(present, value), empty, dict.fromkeys(present, empty))
+    if not known:
+        empty = PsdRoc([0.0], [0.0])
+        return PsdsResult(0.0, dict.fromkeys(present, 0.0), empty, dict.fromkeys(present, empty))
     metadata = pd.DataFrame({"filename": truth.names, "duration": truth.durations})
     cttc = 1.0 if scenario.cttc is None else scenario.cttc
     judge = PSDSEval(scenario.dtc, scenario.gtc, cttc, ground_truth=truth.table, metadata=metadata)

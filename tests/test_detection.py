@@ -154,6 +154,28 @@ def target(truth: GroundTruth) -> np.ndarray:
     return targets
 
 
+def test_one_class_alone(truth: GroundTruth) -> None:
+    """PSDS2 compares classes: it has no value with one. PSDS1 of scores is that class's area."""
+    cats = GroundTruth.build(truth.table[truth.table.event_label == "cat"], truth.seconds, LABELS)
+    scores = np.random.default_rng(0).random((CLIPS, 20, 3))
+    tables = score_tables(scores, names=truth.names, labels=LABELS, durations=truth.durations, seconds_per_frame=0.5)
+    for single in (system(20, 0), System(system(20, 0).events, tables=tables)):
+        metrics = with_intervals(measure(cats, single), CLIPS, resamples=20, seed=1)
+        first, second = (next(m for m in metrics if m.name == name) for name in ("PSDS1", "PSDS2"))
+        assert np.isnan(second.macro)
+        assert second.note == "No value: it compares classes, and only one has true events."
+        assert np.isnan(first.macro) if single.tables is None else first.macro == first.per_class["cat"]
+
+
+def test_a_resample_without_events_has_no_value() -> None:
+    one = GroundTruth.build(events(("0", 0.0, 1.0, "cat")), {"0": 5.0, "1": 5.0}, ["cat", "dog"])
+    found = System(events(("0", 0.0, 1.0, "cat"), ("1", 0.0, 1.0, "cat")))
+    rates = by_name(measure(one, found), "segment error rate").statistic
+    assert rates is not None
+    values = rates(np.array([[1, 0], [1, 2]], dtype=np.float32))
+    np.testing.assert_array_equal(values, [[1, np.nan], [1, np.nan], [1, np.nan], [np.nan, np.nan]])
+
+
 def test_a_plain_metric_needs_no_more_than_its_name() -> None:
     metric = DetectionMetric("F1", "some", "mine", float("nan"), {"cat": 0.5})
     assert (metric.as_dict()["macro"], metric.interval, metric.micro) == (None, None, None)

@@ -1,4 +1,4 @@
-"""Counts of events and PSDS: by hand on small cases, against psds_eval and sed_scores_eval on random ones; tables."""
+"""Counts of events and PSDS: by hand on small cases, against psds_eval and sed_scores_eval on random ones."""
 
 import numpy as np
 import pandas as pd
@@ -14,12 +14,12 @@ from evaluation.event_metrics import (
     intersection_counts,
     segment_counts,
 )
-from evaluation.event_tables import GroundTruth, join_overlapping, read_durations, read_events
+from evaluation.event_tables import GroundTruth, join_overlapping
 from evaluation.postprocess import EVENT_COLUMNS
 from evaluation.psds import PSDS1, PSDS2, PsdsFromScores, psds_from_operating_points
 
 LABELS = ["cat", "dog", "owl", "silent"]  # silent: detected, never true
-SEEDS = range(6)
+SEEDS = range(4)
 
 
 def events(*rows: tuple[str, float, float, str]) -> pd.DataFrame:
@@ -279,8 +279,8 @@ def test_segments_are_sed_scores_evals(seed: int, grid: float) -> None:
 # --- PSDS ------------------------------------------------------------------------------------------------------------
 
 
-def random_scores(seed: int, clips: int = 30) -> tuple[GroundTruth, dict[str, pd.DataFrame]]:
-    """Frame scores of 0.5 s that know the truth, with noise."""
+def random_scores(seed: int, *, clips: int = 30, step: float = 0.01) -> tuple[GroundTruth, dict[str, pd.DataFrame]]:
+    """Scores of frames of 0.5 s that know the truth, with noise; multiples of `step`."""
     from sed_scores_eval.base_modules.scores import create_score_dataframe
 
     rng = np.random.default_rng(seed)
@@ -292,10 +292,10 @@ def random_scores(seed: int, clips: int = 30) -> tuple[GroundTruth, dict[str, pd
     truth = GroundTruth.build(events(*true), durations, LABELS)
     times, tables = np.linspace(0, 10, 21), {}
     for name in durations:
-        scores = rng.uniform(0, 0.7, (20, 4)).round(2)
+        scores = rng.uniform(0, 0.7, (20, 4))
         for onset, offset, label in truth.by_clip()[name]:
             scores[(times[:-1] + 0.25 > onset) & (times[:-1] + 0.25 < offset), LABELS.index(label)] += 0.45
-        tables[name] = create_score_dataframe(scores, times, LABELS)
+        tables[name] = create_score_dataframe((scores / step).round() * step, times, LABELS)
     return truth, tables
 
 
@@ -345,16 +345,16 @@ def test_psds_of_operating_points_is_psds_evals(scenario: object) -> None:
     from sed_scores_eval.base_modules.detection import scores_to_event_list
 
     chosen = PSDS1 if scenario is PSDS1 else PSDS2
-    truth, tables = random_scores(3, clips=12)
+    truth, tables = random_scores(3, clips=12, step=0.05)
     levels = np.unique(np.concatenate([table[LABELS].to_numpy().ravel() for table in tables.values()]))
     points = []
-    for level in levels - 0.005:
+    for level in levels - 0.025:
         found = scores_to_event_list(tables, float(level))
         points.append(events(*((name, *event) for name, list_ in found.items() for event in list_)))
-    few = psds_from_operating_points(points[10:40:10], truth, chosen)
+    few = psds_from_operating_points(points[4:16:4], truth, chosen)
     metadata = pd.DataFrame({"filename": truth.names, "duration": truth.durations})
     judge = PSDSEval(chosen.dtc, chosen.gtc, chosen.cttc or 1.0, ground_truth=truth.table, metadata=metadata)
-    for point in points[10:40:10]:
+    for point in points[4:16:4]:
         judge.add_operating_point(point[point.event_label != "silent"])
     curve = judge.psds(chosen.alpha_ct, chosen.alpha_st).plt
     assert few.value == pytest.approx(staircase_auc(curve.yp, curve.xp, max_x=100.0) / 100, abs=1e-9)
@@ -368,60 +368,3 @@ def test_psds_of_operating_points_is_psds_evals(scenario: object) -> None:
 def test_psds_of_nothing() -> None:
     truth, _ = random_scores(4, clips=6)
     assert psds_from_operating_points([events()], truth, PSDS1).value == 0
-    one = GroundTruth.build(events(("x", 0, 1, "cat")), {"x": 5.0}, ["cat", "dog"])
-    assert np.isnan(psds_from_operating_points([events(("x", 0, 1, "cat"))], one, PSDS1).value)
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("filename\tonset\toffset\nx\t0\t1\n", "lacks event_label.*filename, onset, offset"),
-        ("filename,onset,offset,event_label\nx,0,1,cat\n", "lacks filename, onset, offset, event_label"),
-        ("filename\tonset\toffset\tevent_label\nx\t0\t1\tcat\nx\tlate\t1\tcat\n", "line 3: onset is no finite number"),
-        ("filename\tonset\toffset\tevent_label\nx\t0\tNaN\tcat\n", "line 2: offset is no finite number"),
-        ("filename\tonset\toffset\tevent_label\nx\t0\tinf\tcat\n", "line 2: offset is no finite number"),
-        ("filename\tonset\toffset\tevent_label\n\nx\t1\t\tcat\n", "line 3: offset is no finite number"),
-        ("filename\tonset\toffset\tevent_label\nx\t2\t2\tcat\n", "line 2: the event does not end after it begins"),
-        ("filename\tonset\toffset\tevent_label\nx\t-1\t2\tcat\n", "line 2: the onset is negative"),
-        ("filename\tonset\toffset\tevent_label\nx\t1\t2\t\n", "line 2: event_label is empty"),
-        ("filename\tonset\toffset\tevent_label\n\t1\t2\tcat\n", "line 2: filename is empty"),
-        ("", "is no tab-separated table"),
-        ("filename\tonset\toffset\tevent_label\nx\t1\t2\tcat\tmore\tmore\n" * 2, "is no tab-separated table"),
-    ],
-)  # fmt: skip
-def test_bad_event_tables(tmp_path, text: str, message: str) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "e.tsv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_events(tmp_path / "e.tsv")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("filename\tlength\nx\t1\n", "lacks duration"),
-        ("filename\tduration\nx\tlong\n", "line 2: duration is no finite number"),
-        ("filename\tduration\nx\t0\n", "line 2: the duration is not above 0 s"),
-        ("filename\tduration\nx\t1\nx\t2\n", "line 3: the clip stands in the table twice"),
-        ("filename\tduration\n", "names no clips"),
-    ],
-)
-def test_bad_duration_tables(tmp_path, text: str, message: str) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "d.tsv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_durations(tmp_path / "d.tsv")
-
-
-def test_tables_are_read(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """Names and labels stay text, further columns are left, and a row with a name alone is a clip without events."""
-    text = "onset\tfilename\toffset\tevent_label\tconfidence\n0.5\t007\t1\tNA\t1\n\t008\t\t\t\n"
-    (tmp_path / "e.tsv").write_text(text)
-    assert read_events(tmp_path / "e.tsv").to_numpy().tolist() == [["007", 0.5, 1.0, "NA"]]
-    with pytest.raises(ValueError, match=r"The table .*gone.tsv cannot be read: No such file"):
-        read_events(tmp_path / "gone.tsv")
-    with pytest.raises(ValueError, match="has events in clips that the durations do not know: x, y"):
-        GroundTruth.build(events(("y", 0, 1, "a"), ("x", 0, 1, "a")), {"z": 1.0}, ["a"])
-    with pytest.raises(ValueError, match="no events"):
-        GroundTruth.build(events(), {"z": 1.0}, ["a"])
