@@ -1,13 +1,11 @@
-# make demo: see it train, test and localize. make test: the tests. make lint: ruff and mypy. Each makes .venv first.
+# make demo: see it train, choose thresholds, test and localize. make test: the tests. make lint: ruff and mypy. Each
+# makes .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The network and the recipe of the demo: small enough for two cores and five minutes.
 DEMO := --exp_name demo --htsat_dim 32 --htsat_depth 1,1,2,1 --htsat_num_head 2,4,8,16 --batch_size 16 \
 	--max_epoch 16 --lr_scheduler_epoch 10,13,16 --lr_rate 0.02,0.1,0.2 --spec_augment False
-# Of 0.8, 0.9 and 0.95 the best on the validation split (test --test_split validation, then fl_evaluate.py). Frame
-# scores run high: their logits are trained by their mean alone, and an event fills a part of its clip.
-DEMO_THRESHOLD := 0.95
 RUN := workspace/runs/demo
 
 .PHONY: demo test lint install install-dev clean
@@ -16,11 +14,12 @@ RUN := workspace/runs/demo
 demo: install
 	@[ -f workspace/data/demo/demo.h5 ] || $(BIN)/python main.py prepare --dataset_type demo
 	@$(BIN)/python main.py train $(DEMO) --resume auto
+	@$(BIN)/python main.py calibrate --resume_checkpoint $(RUN)/checkpoints/best.ckpt --calibrate_for collar_f1
 	@$(BIN)/python main.py test --resume_checkpoint $(RUN)/checkpoints/best.ckpt --fl_local True
-	@$(BIN)/python fl_evaluate.py --exp_name demo --fl_threshold $(DEMO_THRESHOLD)
+	@$(BIN)/python fl_evaluate.py --exp_name demo --report
 	@echo
 	@echo "Checkpoints: $(RUN)/checkpoints   Metrics: $(RUN)/scores/test.json, test_detection.json"
-	@echo "Pictures: $(RUN)/scores/test_pictures   Curves: $(BIN)/tensorboard --logdir $(RUN)/logs"
+	@echo "Report, for a browser: $(RUN)/scores/test_report.html   Curves: $(BIN)/tensorboard --logdir $(RUN)/logs"
 
 test: install-dev
 	@$(BIN)/python -m pytest

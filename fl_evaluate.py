@@ -1,149 +1,234 @@
-"""python fl_evaluate.py: the frame scores of a test -> detected events, named metrics and pictures.
+"""python fl_evaluate.py: the frame scores of a test -> detected events, named metrics, pictures and a report.
 
 Reads <heatmap_dir>/<test_file>.h5, which `python main.py test --fl_local True` writes, and puts beside it
-<test_file>_events.tsv, <test_file>_detection.json and the folder <test_file>_pictures. Every setting of config.py is
-a flag. Thresholds, filters and durations are those that `python main.py calibrate` put into the checkpoint, else those
-of the class mapping, else 0.5 alone; fl_threshold, fl_median_filter, ... stand in for them where they are given.
+<test_file>_events.tsv, <test_file>_detection.json and .tsv, and the folder <test_file>_pictures; with --report also one
+HTML file with everything in it. Every setting of config.py is a flag. Thresholds, filters and durations are those that
+`python main.py calibrate` put into the checkpoint, else those of the class mapping, else 0.5 alone; fl_threshold,
+fl_median_filter, ... stand in for them where they are given.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
 import pandas as pd
 
-from commands._detection import choose_postprocessing
-from evaluation.detection import DetectionMetric, collar_f1, intersection_f1, psds1, score_tables
-from evaluation.plots import draw_clip
-from evaluation.postprocess import EVENT_COLUMNS, PostProcessing, detected_frames, truth_table
+from commands._detection import (
+    choose_postprocessing,
+    print_metrics,
+    system_of_scores,
+    truth_of_scores,
+    tsv_text,
+    write_whole,
+)
+from commands._ledger import file_sha256
+from evaluation.bootstrap import RESAMPLES
+from evaluation.detection import DetectionMetric, measure, with_intervals
+from evaluation.plots import ClipSound, ClipView, clip_figure, save_png
+from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
+from evaluation.report import Evaluated, render_report, worst_clips
 from evaluation.scores import Scores, export_tables, import_tables, load_scores
 from main import Parser, add_settings
 from settings import FRONTEND_SETTINGS, Config, resolve
 
+BESIDE = ""  # --report without a file
 
-def evaluate(scores: Scores, post: PostProcessing) -> tuple[pd.DataFrame, list[DetectionMetric]]:
-    """Detected events of a score store, and their metrics.
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the settings. report: None for none, BESIDE for <test_file>_report.html."""
+
+    pictures: int = 6
+    report: Optional[str] = None
+    worst: int = 8
+    resamples: int = RESAMPLES
+    export_scores: Optional[str] = None
+    import_scores: Optional[str] = None
+
+
+def evaluate(
+    scores: Scores, post: PostProcessing, *, resamples: int = 0, seed: int = 0
+) -> tuple[pd.DataFrame, list[DetectionMetric]]:
+    """Detected events of a score store, and all metrics, with bootstrap intervals where there are `resamples`.
 
     Raises ValueError where the store has no frame scores or no true events.
     """
-    if scores.framewise is None:
-        raise ValueError("The score file has no frame scores: run test with --fl_local True.")
-    if not scores.events or not any(scores.events):
-        raise ValueError("The score file has no true events: the data set was prepared without times.")
-    names, labels, seconds = scores.names, scores.labels, scores.durations
-    found = post.decode(scores.framewise, names=names, durations=seconds, seconds_per_frame=scores.seconds_per_frame)
-    truth = truth_table(names, scores.events, labels)
-    durations = dict(zip(names, seconds.tolist(), strict=True))
-    smoothed, step = post.smooth(scores.framewise, durations=seconds, seconds_per_frame=scores.seconds_per_frame)
-    active = detected_frames(found, names=names, labels=labels, frames=smoothed.shape[1], seconds_per_frame=step)
-    where: dict[str, Any] = {"names": names, "labels": labels, "durations": seconds, "seconds_per_frame": step}
-    metrics = [
-        intersection_f1(found, truth, durations, labels=labels),
-        collar_f1(score_tables(active, **where), truth, labels=labels, thresholds=np.array([0.5])),
-        psds1(score_tables(smoothed, **where), truth, durations, labels=labels),
-    ]
-    return found, metrics
+    truth = truth_of_scores(scores)
+    system = system_of_scores(scores, post, truth.names)
+    measured = measure(truth, system)
+    if resamples:
+        return system.events, with_intervals(measured, len(truth.names), resamples=resamples, seed=seed)
+    return system.events, [each.metric for each in measured]
 
 
-def draw_clips(scores: Scores, found: pd.DataFrame, folder: Path, count: int) -> list[Path]:
-    """Draw the first `count` clips with events, from the audio of the clip store. Empty where that store is gone."""
+def read_sounds(scores: Scores, clips: Sequence[int]) -> dict[int, ClipSound]:
+    """The sound of some clips (by their number) from the clip store; empty where that store is gone."""
     import torch
 
     from model.frontend import LogMel, Spectrogram
     from prepare.clip_store import Waveforms, open_store
     from utils import int16_to_float32
 
-    store = Path(str(scores.attributes["clip_store"]))
-    rate = int(scores.attributes["sample_rate"])
+    store = Path(str(scores.attributes.get("clip_store", "")))
     if not store.is_file():
-        print(f"No pictures: the clips' audio {store} is not there.")
-        return []
-    frontend = {name: scores.attributes[name] for name in FRONTEND_SETTINGS}
-    spectrogram = Spectrogram(int(frontend["window_size"]), int(frontend["hop_size"]))
-    mel = LogMel(
-        rate, int(frontend["window_size"]), int(frontend["mel_bins"]), float(frontend["fmin"]), float(frontend["fmax"])
-    )
-    assert scores.framewise is not None
-    centres = mel.melW.argmax(dim=0).numpy() * rate / int(frontend["window_size"])
-    pictures = []
+        print(f"No sound, in the pictures and in the report: the clips' store {store} is not there.")
+        return {}
+    rate, window, hop, bins, fmin, fmax = (scores.attributes[name] for name in FRONTEND_SETTINGS)
+    spectrogram = Spectrogram(int(window), int(hop))
+    mel = LogMel(int(rate), int(window), int(bins), float(fmin), float(fmax))
+    centres = mel.melW.argmax(dim=0).numpy() * int(rate) / int(window)
+    sounds = {}
     with open_store(store, "audio_name") as file:
         waveforms = Waveforms(file)
         rows = {name.decode(): row for row, name in enumerate(file["audio_name"][:])}
-        for clip in [k for k, events in enumerate(scores.events or []) if events][:count]:
-            name, duration = scores.names[clip], float(scores.durations[clip])
-            waveform = int16_to_float32(torch.from_numpy(waveforms.read(rows[name])[: int(duration * rate)]))
-            detected = found[found.filename == name]
-            places = [scores.labels.index(label) for label in detected.event_label]
-            pictures.append(folder / f"{Path(name).stem}.png")
-            draw_clip(
-                pictures[-1],
-                title=name,
-                logmel=mel(spectrogram(waveform[None]))[0].numpy(),
-                mel_edges=centres,
-                framewise=scores.framewise[clip],
-                seconds_per_frame=scores.seconds_per_frame,
-                labels=scores.labels,
-                truth=(scores.events or [])[clip],
-                found=list(zip(places, detected.onset, detected.offset, strict=True)),
-                duration=duration,
-            )
-    return pictures
+        for clip in clips:
+            samples = int(scores.durations[clip] * int(rate))
+            waveform = int16_to_float32(torch.from_numpy(waveforms.read(rows[scores.names[clip]])[:samples]))
+            logmel = mel(spectrogram(waveform[None]))[0].numpy()
+            sounds[clip] = ClipSound(waveform.numpy(), int(rate), logmel, centres)
+    return sounds
 
 
-def print_detection(metrics: list[DetectionMetric], labels: list[str]) -> None:
-    """A table with one column for each metric: its name and criterion, the macro value, and that of each class."""
-    from rich.console import Console
-    from rich.table import Table
+def view_clip(
+    scores: Scores, post: PostProcessing, found: pd.DataFrame, clip: int, sound: Optional[ClipSound] = None
+) -> ClipView:
+    """A clip (by its number) for a figure. found: the detected events of all clips."""
+    assert scores.framewise is not None
+    seconds = scores.durations[clip : clip + 1]
+    smoothed, step = post.smooth(
+        scores.framewise[clip : clip + 1], durations=seconds, seconds_per_frame=scores.seconds_per_frame
+    )
+    detected = found[found.filename == scores.names[clip]]
+    places = [scores.labels.index(label) for label in detected.event_label]
+    return ClipView(
+        duration=float(seconds[0]),
+        labels=scores.labels,
+        scores=smoothed[0],
+        seconds_per_frame=step,
+        thresholds=post.thresholds,
+        truth=(scores.events or [[]] * (clip + 1))[clip],
+        found=list(zip(places, detected.onset.tolist(), detected.offset.tolist(), strict=True)),
+        sound=sound,
+    )
 
-    table = Table(title="Localization", title_justify="left")
-    table.add_column("class")
-    for metric in metrics:
-        table.add_column(f"{metric.name}\n{metric.criterion}\n({metric.tool})", justify="right")
-    table.add_row("macro", *(f"{metric.macro:.4f}" for metric in metrics), end_section=True)
-    for label in labels:
-        values = [metric.per_class[label] for metric in metrics]
-        table.add_row(label, *("-" if np.isnan(value) else f"{value:.4f}" for value in values))
-    Console().print(table)
+
+def draw_clips(
+    scores: Scores, post: PostProcessing, found: pd.DataFrame, sounds: dict[int, ClipSound], folder: Path
+) -> list[Path]:
+    """Draw the clips of `sounds` into a folder, as <clip>.png."""
+    paths = []
+    for clip, sound in sounds.items():
+        paths.append(folder / f"{Path(scores.names[clip]).stem}.png")
+        save_png(clip_figure(view_clip(scores, post, found, clip, sound)), paths[-1])
+    return paths
 
 
-def run(
-    settings: Config, pictures: int, export_scores: Optional[str] = None, import_scores: Optional[str] = None
+def write_report(
+    path: Path,
+    scores: Scores,
+    post: PostProcessing,
+    found: pd.DataFrame,
+    metrics: list[DetectionMetric],
+    *,
+    title: str,
+    about: list[tuple[str, str]],
+    worst: int,
 ) -> None:
+    """One HTML file with metrics, curves, histograms, confusions, and the `worst` clips with their sound."""
+    assert scores.framewise is not None
+    truth = truth_of_scores(scores)
+    smoothed, step = post.smooth(
+        scores.framewise, durations=scores.durations, seconds_per_frame=scores.seconds_per_frame
+    )
+    evaluated = Evaluated(truth, truth.index(found), metrics, post, smoothed, step)
+    errors = worst_clips(evaluated.detections, truth, worst)
+    sounds = read_sounds(scores, [each.clip for each in errors])
+    views = [(each, view_clip(scores, post, found, each.clip, sounds.get(each.clip))) for each in errors]
+    write_whole(path, render_report(evaluated, views, title=title, about=about))
+
+
+def describe_system(file: Path, scores: Scores, post: PostProcessing, settings: Config) -> list[tuple[str, str]]:
+    """What the report says of the system: where the scores come from, and how they became events."""
+    summary = file.with_suffix(".json")
+    test: dict[str, Any] = json.loads(summary.read_text()) if summary.is_file() else {}
+    kept = scores.attributes
+    lines = [
+        ("score file", str(file)),
+        ("data set", f"{kept.get('dataset_type', 'unknown')}, {kept.get('split', 'unknown')} clips"),
+        ("clips", f"{len(scores.names)}, {scores.durations.sum() / 3600:.2f} hours"),
+        ("protocol", test.get("protocol", "unknown")),
+        *(("checkpoint", _name_checkpoint(path)) for path in test.get("checkpoints", [])),
+        ("run", f"{kept.get('run_id', 'unknown')} (of checkpoints and clips, at the test)"),
+        ("code of the test", f"git revision {test.get('git_revision', 'unknown')}"),
+        ("device of the test", test.get("device", "unknown")),
+        ("post-processing", f"{post.source}; {describe(post)}"),
+        ("random seed", str(settings.random_seed)),
+        ("date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
+    ]
+    return [(name, str(text)) for name, text in lines]
+
+
+def _name_checkpoint(path: str) -> str:
+    if not Path(path).is_file():
+        return f"{path} (no longer there)"
+    return f"{path}, SHA-256 {file_sha256(path)} (of the file as it is now)"
+
+
+def run(settings: Config, options: Options) -> None:
     """Evaluate the score file of the settings and write everything beside it.
 
     import_scores: a folder of sed_scores_eval's tables, whose scores stand in for those of the file; export_scores: a
     folder to write such tables into.
     """
     folder, name = Path(settings.heatmap_dir), settings.test_file
-    scores = load_scores(folder / f"{name}.h5")
-    if import_scores is not None:
-        scores, name = import_tables(Path(import_scores), scores), f"{name}_imported"
+    file = folder / f"{name}.h5"
+    scores = load_scores(file)
+    if options.import_scores is not None:
+        scores, name = import_tables(Path(options.import_scores), scores), f"{name}_imported"
     if settings.fl_class_num:
         scores = scores.select_classes(settings.fl_class_num)
-    if export_scores is not None:
-        export_tables(scores, Path(export_scores))
-        print(f"Frame scores as tables of sed_scores_eval: {export_scores}")
+    if options.export_scores is not None:
+        export_tables(scores, Path(options.export_scores))
+        print(f"Frame scores as tables of sed_scores_eval: {options.export_scores}")
     post = choose_postprocessing(scores, settings)
-    found, metrics = evaluate(scores, post)
-    events = folder / f"{name}_events.tsv"
-    _write(events, found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f"))
-    report = folder / f"{name}_detection.json"
+    found, metrics = evaluate(scores, post, resamples=options.resamples, seed=settings.random_seed)
+    title = f"{name}: {len(found)} events in {len(scores.names)} clips"
+    print_metrics(title, metrics, scores.labels)
+    print(f"Post-processing: {post.source}; {describe(post)}")
+    write_tables(folder / name, scores, post, found, metrics)
+    with_events = [k for k, events in enumerate(scores.events or []) if events][: options.pictures]
+    if with_events:
+        drawn = draw_clips(scores, post, found, read_sounds(scores, with_events), folder / f"{name}_pictures")
+        print(f"Pictures: {folder / f'{name}_pictures'} ({len(drawn)})")
+    if options.report is not None:
+        path = Path(options.report) if options.report != BESIDE else folder / f"{name}_report.html"
+        title = f"Localization: {scores.attributes.get('dataset_type', name)}, {title}"
+        about = describe_system(file, scores, post, settings)
+        write_report(path, scores, post, found, metrics, title=title, about=about, worst=options.worst)
+        print(f"Report: {path}")
+
+
+def write_tables(
+    prefix: Path, scores: Scores, post: PostProcessing, found: pd.DataFrame, metrics: list[DetectionMetric]
+) -> None:
+    """Write <prefix>_events.tsv, <prefix>_detection.json and <prefix>_detection.tsv, and say so."""
     content = {
         "clips": len(scores.names),
         "postprocessing": post.as_dict(),
         "metrics": [metric.as_dict() for metric in metrics],
     }
-    _write(report, json.dumps(content, indent=2) + "\n")
-    print_detection(metrics, scores.labels)
-    print(f"Post-processing: {post.source}; {describe(post)}")
-    print(f"{len(found)} events in {len(scores.names)} clips: {events}\nMetrics: {report}")
-    drawn = draw_clips(scores, found, folder / f"{name}_pictures", pictures)
-    if drawn:
-        print(f"Pictures: {drawn[0].parent} ({len(drawn)})")
+    events, report, table = (prefix.with_name(prefix.name + end) for end in _ENDS)
+    write_whole(events, found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f"))
+    write_whole(report, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(table, tsv_text(metrics))
+    print(f"{len(found)} events: {events}\nMetrics: {report}, {table}")
+
+
+_ENDS = ("_events.tsv", "_detection.json", "_detection.tsv")
 
 
 def describe(post: PostProcessing) -> str:
@@ -156,31 +241,37 @@ def describe(post: PostProcessing) -> str:
         ("maximum_gap", " s"),
     ):
         values = getattr(post, name)
-        span = f"{min(values):g}" if min(values) == max(values) else f"{min(values):.3g} to {max(values):.3g}"
+        span = f"{min(values):.7g}" if min(values) == max(values) else f"{min(values):.7g} to {max(values):.7g}"
         shown.append(f"{name.replace('_', ' ')} {span}{unit}")
     return (
         f"{', '.join(shown)}, {'no interpolation' if post.interpolation == 1 else f'{post.interpolation} parts a step'}"
     )
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file under a temporary name first."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def build_parser() -> Parser:
+    """The flags of Options, and one for each setting."""
+    parser = Parser(prog="fl_evaluate.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--pictures", type=int, default=Options.pictures, help="how many clips to draw")
+    parser.add_argument(
+        "--report", nargs="?", const=BESIDE, metavar="FILE", help="write an HTML report [beside the other files]"
+    )
+    parser.add_argument("--worst", type=int, default=Options.worst, help="how many clips the report shows")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0 for no intervals")
+    parser.add_argument("--export_scores", metavar="FOLDER", help="write the frame scores for sed_scores_eval")
+    parser.add_argument("--import_scores", metavar="FOLDER", help="evaluate such tables, with the file's truth")
+    add_settings(parser)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 2 for a mistake in what was given."""
     try:
-        parser = Parser(prog="fl_evaluate.py", description=__doc__, allow_abbrev=False)
-        parser.add_argument("--pictures", type=int, default=6, help="how many clips to draw")
-        parser.add_argument("--export_scores", metavar="FOLDER", help="write the frame scores for sed_scores_eval")
-        parser.add_argument("--import_scores", metavar="FOLDER", help="evaluate such tables, with the file's truth")
-        add_settings(parser)
-        values = vars(parser.parse_args(argv))
+        values = vars(build_parser().parse_args(argv))
         given = {k.removeprefix("setting_"): v for k, v in values.items() if k.startswith("setting_") and v is not None}
-        run(resolve(given), values["pictures"], values["export_scores"], values["import_scores"])
+        options = Options(**{name: value for name, value in values.items() if not name.startswith("setting_")})
+        if min(options.pictures, options.worst, options.resamples) < 0:
+            raise ValueError("--pictures, --worst and --resamples are numbers of 0 or more.")
+        run(resolve(given), options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

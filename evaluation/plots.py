@@ -1,65 +1,227 @@
-"""Pictures of what a network heard."""
+"""Figures of clips and of metrics, in which every axis has a name and a unit."""
 
+import base64
+import io
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Optional
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from evaluation.postprocess import frame_edges
+from evaluation.psds import MOST_FALSE_ALARMS, PsdRoc
 from evaluation.scores import EventList
 
-TRUE_COLOUR, FOUND_COLOUR = "#0a7f5a", "#d1495b"
+TRUE_COLOUR, FOUND_COLOUR, SCORE_COLOUR = "#3aa883", "#d1495b", "#2b3a55"
+MOST_SHOWN = 8  # classes of a clip, each with a strip of its own
+MOST_CURVES = 12  # classes whose curves can be told apart
+BINS = 32
+MEL_TICKS = np.array([100, 500, 1000, 3000, 10000])  # Hz
+LOGIT_TICKS = {1e-6: "1e-6", 1e-3: "0.001", 0.5: "0.5", 1 - 1e-3: "0.999", 1 - 1e-6: "1 - 1e-6"}
+LOGIT_EDGE = 1e-7  # float32 has nothing nearer to 1
+# Names of classes are no formulas. Letters are drawn by the browser, which has those of every script.
+STYLE: Any = {"font.size": 8, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "hts-at"}
 
 
-def draw_clip(
-    path: Path,
-    *,
-    title: str,
-    logmel: np.ndarray,
-    mel_edges: np.ndarray,
-    framewise: np.ndarray,
-    seconds_per_frame: float,
-    labels: list[str],
-    truth: EventList,
-    found: EventList,
-    duration: float,
-) -> None:
-    """Draw the log-mel spectrogram of a clip, and under it the frame scores with true and detected events.
+@dataclass(frozen=True)
+class ClipSound:
+    """waveform: (samples,) in shares of full scale; logmel: (T, F) in dB; band_hz: (F,) the bands' centres, rising."""
 
-    logmel: (T, F) in dB; mel_edges: (F,) centre of each band in Hz; framewise: (frames, K). Classes that neither
-    occur nor score above 0.1 are left out.
+    waveform: np.ndarray
+    sample_rate: int
+    logmel: np.ndarray
+    band_hz: np.ndarray
+
+
+@dataclass(frozen=True)
+class ClipView:
+    """A clip in a figure. scores: (frames, K), as they are held against the thresholds (K,); duration in seconds."""
+
+    duration: float
+    labels: list[str]
+    scores: np.ndarray
+    seconds_per_frame: float
+    thresholds: tuple[float, ...]
+    truth: EventList
+    found: EventList
+    sound: Optional[ClipSound] = None
+
+    @property
+    def shown(self) -> list[int]:
+        """The classes that are true, then those that are detected; the highest score where there are none."""
+        both = dict.fromkeys(label for events in (self.truth, self.found) for label, *_ in events)
+        return list(both)[:MOST_SHOWN] or [int(self.scores.max(axis=0).argmax())]
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """An axis of scores: between 0 and 1 a logit scale, on which 0.999 and 0.99999 lie apart; others as they are."""
+
+    logit: bool
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> "ScoreScale":
+        """The scale on which all of the scores have a place."""
+        low, high = (float(scores.min()), float(scores.max())) if scores.size else (0.0, 1.0)
+        logit = low >= 0 and high <= 1
+        ends = place_on_logit(np.array([min(low, 0.05), max(high, 0.95)])) if logit else np.array([low, high])
+        return cls(logit, float(ends[0]), float(max(ends[1], ends[0] + 1e-6)))
+
+    def place(self, scores: np.ndarray | float) -> np.ndarray:
+        values = np.asarray(scores, dtype=np.float64)
+        return place_on_logit(values) if self.logit else values
+
+    @property
+    def label(self) -> str:
+        return "score (0 to 1, logit scale)" if self.logit else "score (the system's unit)"
+
+    def set_ticks(self, axis: matplotlib.axis.Axis) -> None:
+        if self.logit:
+            places = {float(place_on_logit(np.array(value))): text for value, text in LOGIT_TICKS.items()}
+            inside = {place: text for place, text in places.items() if self.low <= place <= self.high}
+            axis.set_ticks(list(inside), list(inside.values()))
+
+
+def place_on_logit(scores: np.ndarray) -> np.ndarray:
+    """log(s / (1 - s)), with 0 and 1 a little inside."""
+    inside = np.clip(scores.astype(np.float64), LOGIT_EDGE, 1 - LOGIT_EDGE)
+    return np.log(inside / (1 - inside))
+
+
+def clip_figure(view: ClipView) -> Figure:
+    """Waveform and log-mel spectrogram, where there is sound, and a strip for each class shown.
+
+    A strip has the class's scores and threshold, the true events as ground and the detected ones as a bar.
     """
-    active = {label for label, _, _ in truth} | {label for label, _, _ in found}
-    shown = [k for k in range(len(labels)) if k in active or framewise[:, k].max() > 0.1] or [0]
-    figure = Figure(figsize=(9, 3.0 + 0.42 * len(shown)), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.42 * len(shown) + 0.3])
+    shown = view.shown
+    heights = [*([0.95, 1.5] if view.sound is not None else []), *([0.85] * len(shown))]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, sum(heights) + 0.75), layout="constrained")
+        axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        if view.sound is not None:
+            _draw_sound(figure, axes[0], axes[1], view.sound, view.duration)
+        scale = ScoreScale.of(view.scores[:, shown])
+        for axis, label in zip(axes[-len(shown) :], shown, strict=True):
+            _draw_strip(axis, view, label, scale)
+        axes[-1].set_xlabel("time (s)")
+        axes[-1].set_xlim(0, view.duration)
+        handles = [
+            Patch(color=TRUE_COLOUR, alpha=0.35, label="true"),
+            Patch(color=FOUND_COLOUR, label="detected"),
+            *axes[-1].plot([], [], color=SCORE_COLOUR, linewidth=1, label="score"),
+            *axes[-1].plot([], [], color=SCORE_COLOUR, linewidth=0.8, linestyle="--", label="threshold"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+        figure.align_ylabels(axes)
+    return figure
 
+
+def _draw_sound(figure: Figure, top: Axes, bottom: Axes, sound: ClipSound, duration: float) -> None:
+    columns = np.array_split(
+        sound.waveform, min(1000, len(sound.waveform))
+    )  # what a figure can show of 320,000 samples
+    seconds = np.linspace(0, len(sound.waveform) / sound.sample_rate, len(columns))
+    lows, highs = [part.min() for part in columns], [part.max() for part in columns]
+    top.fill_between(seconds, lows, highs, color=SCORE_COLOUR, linewidth=0.3)
+    top.set_ylabel("amplitude\n(1: full scale)")
+    _draw_logmel(figure, bottom, sound.logmel, sound.band_hz, duration)
+
+
+def _draw_logmel(figure: Figure, axis: Axes, logmel: np.ndarray, band_hz: np.ndarray, duration: float) -> None:
     bands = logmel.shape[1]
-    image = top.imshow(
+    image = axis.imshow(
         logmel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, duration, 0, bands),
         vmin=np.percentile(logmel, 2), vmax=logmel.max(),
     )  # fmt: skip
-    ticks = np.linspace(0, bands - 1, 5).astype(int)
-    top.set_yticks(ticks + 0.5, [f"{mel_edges[k]:.0f}" for k in ticks])
-    top.set_ylabel("frequency (Hz)")
-    top.set_title(title, loc="left")
-    figure.colorbar(image, ax=top, label="power (dB)", pad=0.01)
+    ticks = MEL_TICKS[(band_hz[0] <= MEL_TICKS) & (band_hz[-1] >= MEL_TICKS)]
+    axis.set_yticks(np.interp(ticks, band_hz, np.arange(bands)) + 0.5, [str(tick) for tick in ticks])
+    axis.set_ylabel("frequency\n(Hz, mel scale)")
+    figure.colorbar(image, ax=axis, label="power (dB)", pad=0.01, aspect=12)
 
-    scores = bottom.imshow(
-        framewise[:, shown].T, aspect="auto", cmap="Greys", vmin=0, vmax=1, interpolation="nearest",
-        extent=(0, len(framewise) * seconds_per_frame, len(shown) - 0.5, -0.5),
-    )  # fmt: skip
-    for events, shift, colour in ((truth, -0.3, TRUE_COLOUR), (found, 0.3, FOUND_COLOUR)):
-        for label, onset, offset in events:
-            row = shown.index(label) + shift
-            bottom.plot([onset, offset], [row, row], color=colour, linewidth=4, solid_capstyle="butt")
-    bottom.set_yticks(range(len(shown)), [labels[k] for k in shown])
-    bottom.set_xlim(0, duration)
-    bottom.set_xlabel("time (s)")
-    bottom.plot([], [], color=TRUE_COLOUR, linewidth=4, label="true")
-    bottom.plot([], [], color=FOUND_COLOUR, linewidth=4, label="detected")
-    figure.legend(loc="outside lower right", ncols=2, frameon=False)
-    figure.colorbar(scores, ax=bottom, label="score", pad=0.01)
+
+def _draw_strip(axis: Axes, view: ClipView, label: int, scale: ScoreScale) -> None:
+    edges = frame_edges(len(view.scores), view.seconds_per_frame, view.duration)
+    for _, onset, offset in (event for event in view.truth if event[0] == label):
+        axis.axvspan(onset, offset, color=TRUE_COLOUR, alpha=0.35, linewidth=0)
+    for _, onset, offset in (event for event in view.found if event[0] == label):
+        axis.axvspan(onset, offset, ymin=0.02, ymax=0.14, color=FOUND_COLOUR, linewidth=0)
+    axis.stairs(scale.place(view.scores[:, label]), edges, baseline=None, color=SCORE_COLOUR, linewidth=1)
+    axis.axhline(float(scale.place(view.thresholds[label])), color=SCORE_COLOUR, linewidth=0.8, linestyle="--")
+    axis.set_title(f"{view.labels[label]}: threshold {view.thresholds[label]:.7g}", loc="left", fontsize=8, pad=3.5)
+    height = scale.high - scale.low
+    axis.set_ylim(scale.low - 0.25 * height, scale.high + 0.1 * height)  # the bar of detections lies below the scores
+    scale.set_ticks(axis.yaxis)
+    axis.tick_params(axis="y", labelsize=6)
+    axis.set_ylabel("score\n(0 to 1)" if scale.logit else "score\n(any unit)")
+
+
+def roc_figure(curve: PsdRoc, class_curves: dict[str, PsdRoc]) -> Figure:
+    """The curve of a polyphonic sound detection score, whose area it is, and those of the classes."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+        axis = figure.subplots()
+        shown = class_curves if len(class_curves) <= MOST_CURVES else {}
+        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+        for number, (label, each) in enumerate(shown.items()):
+            _draw_curve(axis, each, label=label, color=colours[number * 2 % 20 + number // 10], linewidth=1)
+        _draw_curve(axis, curve, label="all (mean less deviation)", color="black", linewidth=2)
+        axis.set_xlim(0, MOST_FALSE_ALARMS)
+        axis.set_ylim(0, 1.02)
+        axis.set_xlabel("effective false alarms (per hour)")
+        axis.set_ylabel("true positives (share of the events)")
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _draw_curve(axis: Axes, curve: PsdRoc, *, label: str, color: str, linewidth: float) -> None:
+    rates = [0.0, *curve.rates]  # a curve that begins behind the right end is empty
+    alarms = [0.0, *curve.false_alarms, MOST_FALSE_ALARMS]
+    axis.step(alarms, [*rates, rates[-1]], where="post", label=label, color=color, linewidth=linewidth)
+
+
+def histogram_figure(positive: np.ndarray, negative: np.ndarray, threshold: float, scale: ScoreScale) -> Figure:
+    """Scores of the frames in which a class is true (P,) and of the others (Q,), and the class's threshold."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.3, 2.2), layout="constrained")
+        axis = figure.subplots()
+        edges = np.linspace(scale.low, scale.high, BINS + 1)
+        for scores, name, colour in ((negative, "other", "#8a8f99"), (positive, "true", TRUE_COLOUR)):
+            counts = np.histogram(np.clip(scale.place(scores), scale.low, scale.high), edges)[0]
+            percent = 100 * counts / max(len(scores), 1)
+            axis.stairs(percent, edges, fill=True, color=colour, alpha=0.55, label=f"{name} ({len(scores):,})")
+        axis.axvline(
+            float(scale.place(threshold)), color=SCORE_COLOUR, linewidth=0.8, linestyle="--", label="threshold"
+        )
+        axis.set_xlabel(scale.label)
+        axis.set_ylabel("frames (%)")
+        scale.set_ticks(axis.xaxis)
+        axis.margins(x=0.02)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, columnspacing=1, handlelength=1.3)
+    return figure
+
+
+def svg_uri(figure: Figure) -> str:
+    """A figure as a data URI, for the src of an image."""
+    content = io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # the same figure is the same text
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser's font draws it
+        figure.savefig(content, format="svg", metadata=nothing)
+    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure into a new file, whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"font.size": 9}):
-        figure.savefig(path, dpi=110)
+    partial = path.with_name(path.name + ".partial")
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(partial, format="png", dpi=160)
+    partial.replace(path)

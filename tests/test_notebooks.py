@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import h5py
@@ -11,10 +12,12 @@ import pytest
 import soundfile
 from nbclient import NotebookClient
 
+from evaluation.scores import Scores
+from prepare.clip_store import read_events, read_store_table
 from prepare.esc50 import LABELS as ESC50_LABELS
 from tests.helpers import ROOT
 
-NOTEBOOKS = ("esc-50/prep_esc50.ipynb", "scv2/prep_scv2.ipynb", "htsat_esc_training.ipynb")
+NOTEBOOKS = ("esc-50/prep_esc50.ipynb", "scv2/prep_scv2.ipynb", "htsat_esc_training.ipynb", "fl_evaluate_f1.ipynb")
 RECORDED = ROOT.parent / "shared" / "data"  # ESC-10 and spoken digits, beside the checkout
 FOLDS = (1, 2, 3, 4)
 WORDS = ("one", "three", "two")
@@ -100,6 +103,25 @@ def execute(name: str) -> tuple[str, int]:
     return "\n".join(text), sum("image/png" in data for data in shown)
 
 
+def make_scores(store: Path, folder: Path) -> None:
+    """Score files as tests of the demo leave them: as if a network had heard the events, in all but the last clip."""
+    table, events, rng = read_store_table(store), read_events(store), np.random.default_rng(0)
+    frontend = {"sample_rate": 32000, "window_size": 1024, "hop_size": 320, "mel_bins": 64, "fmin": 50, "fmax": 14000}
+    for name, said, split in (("calibration", "validation", b"train"), ("test", "test", b"test")):  # train: most clips
+        rows = np.flatnonzero(table.split == split)
+        framewise = rng.uniform(0.5, 0.8, (len(rows), 32, len(table.labels))).astype(np.float32)
+        for clip, row in enumerate(rows[:-1]):
+            for event in events[row]:
+                framewise[clip, round(event.onset * 3.2) : round(event.offset * 3.2), event.label] = 0.9
+        Scores(
+            names=[table.names[row].decode() for row in rows], clipwise=framewise.max(axis=1),
+            targets=table.targets[rows], durations=np.full(len(rows), 10.0), labels=table.labels,
+            framewise=framewise, seconds_per_frame=10 / 32,
+            events=[[(event.label, event.onset, event.offset) for event in events[row]] for row in rows],
+            attributes={"dataset_type": "demo", "split": said, "clip_store": str(store), **frontend},
+        ).save(folder / f"{name}.h5")  # fmt: skip
+
+
 def store_columns(path: Path, *names: str) -> list[list[object]]:
     with h5py.File(path) as file:
         return [file[name][:].tolist() for name in names]
@@ -153,3 +175,18 @@ def test_training_on_esc50(tmp_path: Path) -> None:
     assert len(scores) >= 5
     assert all(label in ESC50_LABELS for _, label in scores[:5])
     assert 0 <= float(scores[4][0]) <= float(scores[0][0]) <= 1
+
+
+def test_evaluating_localization(tmp_path: Path, demo_workspace: Path) -> None:
+    store = demo_workspace / "workspace" / "data" / "demo" / "demo.h5"
+    make_scores(store, tmp_path / "workspace" / "runs" / "demo" / "scores")
+    text, pictures = execute("fl_evaluate_f1.ipynb")
+    assert pictures == 2  # PSD-ROC, and a clip
+    assert "validation: 14 clips" in text
+    assert "test: 3 clips" in text
+    test_clips = np.flatnonzero(read_store_table(store).split == b"test")
+    assert read_store_table(store).names[test_clips[-1]].decode() in text  # the clip with nothing found
+    before_and_after, difference = (line for line in text.splitlines() if "200 ms or 20 %" in line)
+    before, after = map(float, re.findall(r"(\d\.\d+) \(", before_and_after))
+    assert after > before
+    assert float(re.findall(r"\+\d\.\d+", difference)[0]) == pytest.approx(after - before, abs=2e-3)
