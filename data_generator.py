@@ -1,4 +1,4 @@
-"""The clip store read as a torch Dataset, the samplers, and the LightningDataModule that brings both to training."""
+"""The clip store read as a torch Dataset, and the LightningDataModule that brings it to training."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,24 +8,24 @@ from typing import Any, Literal, Optional
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from evaluation.mapping import mapping_labels
 from prepare.clip_store import (
     SPLITS,
+    UNREADABLE,
     ClipTable,
     Waveforms,
-    class_index,
     open_store,
     read_index_table,
     read_store_table,
     store_path,
 )
+from samplers import BalancedSampler, EpochSampler, ShardSampler
 from settings import Config
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, Any]
-BLOCK_DRAWS = 2**15  # draws that BalancedSampler makes at once
 AUDIOSET_CLASSES = 527
 PANNS_SAMPLE_RATE = 32000  # of AudioSet's files as PANNs' scripts pack them, which do not say it
 
@@ -107,7 +107,7 @@ def _split_table(settings: Config, split: Split, store: Path) -> ClipTable:
     return table.select(~np.isin(table.fold, held_out))
 
 
-MOST_TRIES = 10  # other clips of its class that are tried in place of one that cannot be read
+MOST_TRIES = 10  # other clips of its class, and then any others, that are tried in place of one that cannot be read
 
 
 class ClipDataset(Dataset):
@@ -115,11 +115,14 @@ class ClipDataset(Dataset):
 
     An item: audio_name, waveform (clip_samples,) int16, target (K,) float32, real_len and index (its place in the
     table). A clip that is shorter than clip_samples is padded with zeros or repeated (`fit`); a longer one is cut.
-    Files are opened when first read, by each process for itself.
+    Files are opened when first read, by each process for itself. A clip that cannot be read is replaced by another
+    one, of its class if possible; without `replace`, for evaluation, it is silent and has the index UNREADABLE.
     """
 
-    def __init__(self, table: ClipTable, *, clip_samples: int, fit: Literal["pad", "repeat"]) -> None:
-        self.table, self.clip_samples, self.fit = table, clip_samples, fit
+    def __init__(
+        self, table: ClipTable, *, clip_samples: int, fit: Literal["pad", "repeat"], replace: bool = True
+    ) -> None:
+        self.table, self.clip_samples, self.fit, self.replace = table, clip_samples, fit, replace
         self._open: dict[int, Waveforms] = {}
         self._process = os.getpid()
 
@@ -136,11 +139,12 @@ class ClipDataset(Dataset):
     def __getitems__(self, indexes: Sequence[int]) -> Batch:
         """A whole batch: the items of `__getitem__`, stacked; audio_name is a list, unreadable a count.
 
-        A clip that cannot be read is replaced by another one of its class: all of the item is then the other clip's.
+        Of a clip that is replaced, all of the item is the other clip's.
         """
         batch = _BatchMemory(len(indexes), self.clip_samples)
         chosen = np.array(indexes)
         lengths, unreadable = [], 0
+        silent: list[int] = []
         for place, index in enumerate(indexes):
             for candidate in self._candidates(index):
                 try:
@@ -152,26 +156,35 @@ class ClipDataset(Dataset):
                 chosen[place] = candidate
                 break
             else:
-                raise ValueError(
-                    f"{self.table.names[index].decode()} cannot be read, and neither could {MOST_TRIES} other clips: "
-                    f"`python main.py check` tells which stores are damaged."
-                )
+                if self.replace:
+                    raise ValueError(
+                        f"{self.table.names[index].decode()} cannot be read, and neither could any other clip that was "
+                        f"tried: `python main.py check` tells which stores are damaged."
+                    )
+                batch.row(place)[:] = 0
+                batch.keep(place)
+                lengths.append(0)
+                silent.append(place)
+        places = torch.from_numpy(chosen.copy())
+        places[silent] = UNREADABLE
         return {
             "audio_name": [name.decode() for name in self.table.names[chosen]],
             "waveform": batch.waveforms,
             "target": torch.from_numpy(self.table.targets[chosen].astype(np.float32)),
             "real_len": torch.tensor(lengths),
-            "index": torch.from_numpy(chosen),
+            "index": places,
             "unreadable": unreadable,
         }
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """A clip, then others of its class in an order that depends on the clip alone."""
+        """A clip, then others of its class, then any, in an order that depends on the clip alone."""
         yield index
-        same = np.asarray(self.table.targets[:, self.table.targets[index]].any(axis=1))
-        same[index] = False
-        others = np.flatnonzero(same)
-        yield from np.random.default_rng(index).permutation(others)[:MOST_TRIES].tolist()
+        if self.replace:
+            rng = np.random.default_rng(index)
+            same = np.asarray(self.table.targets[:, self.table.targets[index]].any(axis=1))
+            same[index] = False
+            yield from rng.permutation(np.flatnonzero(same))[:MOST_TRIES].tolist()
+            yield from rng.integers(len(self), size=MOST_TRIES).tolist()
 
     def _read_into(self, waveform: np.ndarray, index: int) -> int:
         """Fill one row of the batch; returns the clip's own length in samples, at most clip_samples."""
@@ -231,80 +244,6 @@ class _BatchMemory:
             ) from None
 
 
-class EpochSampler(Sampler[int]):
-    """A share of a sequence that is drawn anew each epoch, the same on every process that has the same seed.
-
-    The shares of the `world` processes are disjoint and equally long; up to world - 1 draws of an epoch are left out.
-    """
-
-    def __init__(self, length: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.length, self.seed, self.rank, self.world, self.epoch = length, seed, rank, world, 0
-        self.start = 0  # draws of this share that the next iteration leaves out: it goes on in the middle of an epoch
-        if length < world:
-            raise ValueError(f"{length} training clips cannot be shared by {world} processes: set devices lower.")
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """(length,) clip numbers of one epoch, for all processes together."""
-        return rng.permutation(self.length)
-
-    def __iter__(self) -> Iterator[int]:
-        drawn = self.draw(np.random.default_rng([self.seed, self.epoch]))
-        return iter(drawn[self.rank :: self.world][self.start : len(self)].tolist())
-
-    def __len__(self) -> int:
-        return self.length // self.world
-
-
-class BalancedSampler(EpochSampler):
-    """Class-balanced draws (paper, section 3.1): a random order of the classes, one random clip of each, and again.
-
-    targets: (N, K) bool. An epoch has N draws. Classes without clips are left out.
-    """
-
-    def __init__(self, targets: np.ndarray, *, seed: int, rank: int = 0, world: int = 1) -> None:
-        super().__init__(len(targets), seed=seed, rank=rank, world=world)
-        self.clips, starts, counts = class_index(targets)
-        self.counts, self.starts = counts[counts > 0], starts[:-1][counts > 0]
-        if len(self.counts) == 0:
-            raise ValueError("No clip has a class: balanced_data cannot draw from them; set --balanced_data False.")
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        classes = np.arange(len(self.counts), dtype=np.uint64)
-        drawn = np.empty(self.length, dtype=np.int64)
-        block = max(1, BLOCK_DRAWS // len(classes)) * len(classes)  # whole rounds, that a processor's cache holds
-        for start in range(0, self.length, block):
-            count = min(block, self.length - start)
-            rounds = -(-count // len(classes))
-            # A random number with its class in the lower half: sorted, a row is a random order of the classes.
-            keys = rng.integers(2**32, size=(rounds, len(classes)), dtype=np.uint64) << np.uint64(32) | classes
-            keys.sort(axis=1)
-            order = (keys.ravel()[:count] & np.uint64(2**32 - 1)).astype(np.int64)
-            which = (rng.random(count) * self.counts[order]).astype(np.int64)
-            drawn[start : start + count] = self.clips[self.starts[order] + which]
-        return drawn
-
-
-class ShardSampler(Sampler[int]):
-    """Every clip once, in order, dealt out to the processes: no clip is repeated to fill up a share.
-
-    Only where there are fewer clips than processes do those without any take the first one, since Lightning leaves
-    out a process that has nothing to do; sed_model.py counts a clip once all the same.
-    """
-
-    def __init__(self, length: int, *, rank: int = 0, world: int = 1) -> None:
-        self.share = range(rank, length, world) or range(1)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.share)
-
-    def __len__(self) -> int:
-        return len(self.share)
-
-
 class TrainLoader(DataLoader):
     """A DataLoader over an EpochSampler that a checkpoint in the middle of an epoch can go on with.
 
@@ -324,11 +263,25 @@ class TrainLoader(DataLoader):
             self.handed_out += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"handed_out": self.handed_out}
+    def state_dict(self) -> dict[str, Any]:
+        return {"handed_out": self.handed_out, **self._place()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the place in the epoch would be another one."""
+        for name, now in self._place().items():
+            if state.get(name, now) != now:
+                raise ValueError(
+                    f"The run was stopped in the middle of an epoch with {name} = {state[name]}, and cannot go on with "
+                    f"{now}: give the same batch_size, accumulate_batches, devices and data, or --resume the "
+                    f"checkpoint of a whole epoch."
+                )
         self.resumed_at = state["handed_out"]
+
+    def _place(self) -> dict[str, Any]:
+        """What a number of batches means a place in an epoch with."""
+        assert isinstance(self.dataset, ClipDataset)
+        clips = self.dataset.table.fingerprint()
+        return {"clips a batch": self.batch_size, "processes": self.sampler.world, "training clips": clips}
 
 
 def _as_read(batch: Any) -> Any:
@@ -348,7 +301,13 @@ class SEDDataModule(pl.LightningDataModule):
         self.tables = {split: load_table(settings, split) for split in splits}
 
     def dataset(self, split: Split) -> ClipDataset:
-        return ClipDataset(self.tables[split], clip_samples=self.settings.clip_samples, fit=self.settings.short_clips)
+        settings = self.settings
+        return ClipDataset(
+            self.tables[split],
+            clip_samples=settings.clip_samples,
+            fit=settings.short_clips,
+            replace=split == "train" and settings.test_split != "train",
+        )
 
     def steps_per_epoch(self, devices: int) -> int:
         """Training steps in an epoch on so many devices, of which each has an equal share of the clips."""

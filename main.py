@@ -63,6 +63,20 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
         "report on a prepared data set; exit status 1 where a training would go wrong",
         [("--processes", {"help": "how many processes read clips [one a core]", "type": int, "default": None})],
     ),
+    "plan": (
+        "what a training will need, before it starts; exit status 1 where it cannot run",
+        [("--measure_steps", {"help": "training steps to time, 0: none", "type": int, "default": 20})],
+    ),
+    "benchmark": (
+        "measure training and inference on this machine",
+        [
+            ("--precisions", {"help": "32,bf16-mixed,16-mixed; without it what performance takes", "metavar": "LIST"}),
+            ("--compile_modes", {"help": "off,default,...; without it what performance takes", "metavar": "LIST"}),
+            ("--steps", {"help": "steps of each measurement", "type": int, "default": 20}),
+            ("--json", {"help": "file to write the figures into as well", "dest": "json_file", "metavar": "FILE"}),
+            ("--profile", {"help": "folder for a trace of training steps", "metavar": "FOLDER"}),
+        ],
+    ),
     "compress": ("keep the sound of the prepared stores as FLAC, without loss", []),
     "import_legacy": (
         "bring pickled .npy files of the published code into a store",
@@ -71,15 +85,79 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
             ("--legacy_splits", {"help": "the split of each file, as train,validation,test", "default": None}),
         ],
     ),
+    "export": (
+        "write a checkpoint (--resume_checkpoint PATH) as safetensors and ONNX, each checked before it is kept",
+        [
+            (
+                "--formats",
+                {
+                    "help": "which, of safetensors, onnx, onnx-mel, onnx-int8",
+                    "default": "safetensors,onnx,onnx-mel,onnx-int8",
+                },
+            ),
+            ("--output", {"help": "folder to write into [export, beside the checkpoint]", "metavar": "FOLDER"}),
+            ("--clips", {"help": "how many clips of the data set to check on", "type": int, "default": 60}),
+        ],
+    ),
     "results": (
         "print the tests that were run; with --dataset_type those on one data set",
         [("--tsv", {"help": "file to write them into as well, tab-separated", "metavar": "FILE"})],
     ),
     "predict": (
-        "tag audio files with a checkpoint",
+        "tag audio files with a checkpoint (--resume_checkpoint PATH); an interrupted run goes on by the same command",
         [
-            ("files", {"nargs": "+", "help": "audio files"}),
+            ("files", {"nargs": "+", "help": "audio files, folders with all below them, - for standard input"}),
             ("--top_k", {"type": int, "default": 5, "help": "how many classes to print"}),
+            ("--jsonl", {"help": "tags and events, one JSON object a line", "metavar": "FILE"}),
+            ("--csv", {"help": "all clip scores, a row a file; with --bins a row a bin", "metavar": "FILE"}),
+            ("--events", {"help": "TSV: filename, onset, offset, event_label", "metavar": "FILE"}),
+            ("--audacity", {"help": "a label file for Audacity for each recording", "metavar": "FOLDER"}),
+            ("--scores", {"help": "all clip and frame scores, .h5", "metavar": "FILE"}),
+            ("--embeddings", {"help": "embeddings, .h5 or .npz", "metavar": "FILE"}),
+            (
+                "--embeddings_of",
+                {"help": "of clips, or of frames as well", "choices": ["clips", "frames"], "default": "clips"},
+            ),
+            ("--plot", {"help": "a picture of spectrogram, scores and events for each", "metavar": "FOLDER"}),
+            ("--bins", {"help": "steps of a window, in place of the network's own", "type": int, "metavar": "N"}),
+            ("--bins_by", {"help": "how frames make a bin", "choices": ["mean", "max"], "default": "mean"}),
+        ],
+    ),
+    "listen": (
+        "tags and events while they sound, with a checkpoint (--resume_checkpoint PATH): microphone or standard input",
+        [
+            (
+                "--pcm",
+                {
+                    "help": "raw samples on standard input, not the microphone",
+                    "choices": ["s16le", "f32le"],
+                    "default": None,
+                },
+            ),
+            ("--rate", {"help": "--pcm: samples per second [the network's]", "type": int, "default": None}),
+            ("--channels", {"help": "--pcm: interleaved channels", "type": int, "default": 1}),
+            ("--microphone", {"help": "number or name, as `python -m sounddevice` lists them", "default": None}),
+            ("--hop_seconds", {"help": "time between evaluations", "type": float, "default": 1.0}),
+            (
+                "--delay_seconds",
+                {"help": "after which scores are final [half a window]", "type": float, "default": None},
+            ),
+            (
+                "--release",
+                {"help": "share of its threshold below which an event ends, 1: none", "type": float, "default": 0.8},
+            ),
+            ("--events", {"help": "TSV: filename, onset, offset, event_label", "metavar": "FILE", "default": None}),
+            ("--top_k", {"help": "how many classes the live line shows", "type": int, "default": 3}),
+        ],
+    ),
+    "serve": (
+        "a local web page that tags files and recordings with a checkpoint (--resume_checkpoint PATH)",
+        [
+            ("--host", {"help": "address to listen on; 127.0.0.1: this machine alone", "default": "127.0.0.1"}),
+            ("--port", {"help": "port to listen on, 0: a free one", "type": int, "default": 8000}),
+            ("--most_megabytes", {"help": "largest file to take", "type": float, "default": 100.0}),
+            ("--most_seconds", {"help": "longest sound to take", "type": float, "default": 600.0}),
+            ("--most_waiting", {"help": "requests that may wait while one is computed", "type": int, "default": 4}),
         ],
     ),
 }
@@ -126,7 +204,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a mistake in what was given, 130 when interrupted."""
+    """Run a command; returns the exit status.
+
+    0; 1 where some files could not be read (predict); 2 for a mistake in what was given; 130 when interrupted.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser(next((word for word in words if not word.startswith("-")), None))
@@ -134,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = values.pop("command")
         given = {k.removeprefix("setting_"): values.pop(k) for k in list(values) if k.startswith("setting_")}
         settings_module.check_values(given)  # a wrong value is told before anything heavy is imported
-        importlib.import_module(f"commands.{command}").run(given, **values)
+        return importlib.import_module(f"commands.{command}").run(given, **values) or 0
     except ValueError as error:
         # torch puts a traceback in front of what a worker of a DataLoader says.
         print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
@@ -142,7 +223,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted. `python main.py train --resume auto` with the same settings goes on.", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from evaluation.mapping import ClassMapping
 from evaluation.metrics import MAIN_METRIC, Metric, clip_metrics
 from model.htsat import HTSAT_Swin_Transformer, Outputs
 from model.losses import LOSSES
+from prepare.clip_store import UNREADABLE
 from prepare.ontology import read_ontology
 from settings import FRONTEND_SETTINGS, Config
 from utils import do_mixup, get_mix_lambda, int16_to_float32
@@ -68,6 +69,7 @@ class Evaluation(pl.LightningModule):
         self.shifts = [0] if settings.fl_local else settings.tta_shifts  # localization is not averaged over shifts
         self.mapping: Optional[ClassMapping] = None  # where a test's data has other classes than the network
         self.collected: list[tuple[Tensor, ...]] = []
+        self.not_scored = 0  # clips that could not be read, in the last evaluation
         self.test_metrics: list[Metric] = []
 
     def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,11 +88,13 @@ class Evaluation(pl.LightningModule):
         """(B, samples) int16 -> probabilities of the clips (B, K), the mean over tta_shifts, and of the frames.
 
         All shifted copies make one batch, made where the waveforms are; it goes through the network in pieces of at
-        most B clips or batch_size, whichever is more, so that a test needs no more memory than its settings say. The
+        most a loader's batch, so that a test needs no more memory than its settings say. The
         copies share nothing further: no two of the paper's shifts differ by a multiple of the hop.
         """
+        world = self._trainer.world_size if self._trainer else 1
+        most = max(len(waveform), self.settings.batch_size // world // self.settings.accumulate_batches)
         copies = torch.cat([waveform.roll(shift, dims=1) for shift in self.shifts])  # (shifts * B, samples)
-        pieces = copies.split(max(len(waveform), self.settings.batch_size))
+        pieces = copies.split(most)
         scores = [self.clip_and_frame_scores(int16_to_float32(piece)) for piece in pieces]
         clipwise = torch.cat([clip for clip, _ in scores]).unflatten(0, (len(self.shifts), -1)).mean(dim=0)
         return clipwise, scores[0][1][: len(waveform)]
@@ -111,8 +115,15 @@ class Evaluation(pl.LightningModule):
         if self.trainer.world_size > 1:
             parts = [torch.cat(gather_all_tensors(part.contiguous())) for part in parts]
         arrays = [part.cpu().numpy() for part in parts]
-        _, first = np.unique(arrays[0], return_index=True)
-        return [array[first] for array in arrays]
+        self.not_scored = int((arrays[0] == UNREADABLE).sum())
+        if self.not_scored:
+            warnings.warn(
+                f"{self.not_scored} clips could not be read: they are not in the metrics. `python main.py check` tells "
+                f"which.",
+                stacklevel=2,
+            )
+        numbers, first = np.unique(arrays[0], return_index=True)
+        return [array[first[numbers != UNREADABLE]] for array in arrays]
 
 
 class SEDWrapper(Evaluation):
@@ -129,7 +140,8 @@ class SEDWrapper(Evaluation):
         self.unreadable = 0  # clips of this epoch, in this process
         self.ontology = read_ontology(Path(settings.class_map_path)) if settings.enable_label_enhance else None
         if settings.freeze_backbone:
-            network.freeze_backbone()
+            # ImageNet's weights bring no bn0: it has to learn what sounds are like.
+            network.freeze_backbone(with_bn0=settings.swin_pretrain_path is None)
         for parameter in network.unused_parameters():  # they get no gradient, which DistributedDataParallel refuses
             parameter.requires_grad_(False)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 
 INT16_SCALE = 32767.0  # int16 = float x 32767, as PANNs packed AudioSet
 
@@ -36,4 +36,4 @@ def get_mix_lambda(alpha: float, batch_size: int, device: torch.device | str = "
 
 def d_prime(auc: float) -> float:
     """Sensitivity index d' = sqrt(2) z(AUC), z the inverse normal distribution function (Hershey et al. 2017)."""
-    return float(np.sqrt(2.0) * norm.ppf(auc))
+    return float(np.sqrt(2.0) * ndtri(auc))

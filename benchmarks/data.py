@@ -39,8 +39,9 @@ from benchmarks.data_stores import (
     sparse_targets,
     time_full_index,
 )
-from data_generator import BalancedSampler, SEDDataModule, load_table
+from data_generator import SEDDataModule, load_table
 from prepare.clip_store import ClipTable, class_index
+from samplers import BalancedSampler
 from settings import Config, resolve
 from utils import INT16_SCALE, int16_to_float32
 

@@ -109,7 +109,7 @@ def checkpoint_folder(settings: Config) -> Path:
 def _callbacks(settings: Config) -> list[Callback]:
     metric = "mAP" if settings.task == "multilabel" else "acc"
     folder = checkpoint_folder(settings)
-    best = ModelCheckpoint(
+    best = RunCheckpoint(
         dirpath=str(folder),
         filename=f"epoch_{{epoch:03d}}-{metric}_{{{metric}:.4f}}",
         auto_insert_metric_name=False,
@@ -119,7 +119,7 @@ def _callbacks(settings: Config) -> list[Callback]:
         enable_version_counter=False,  # an epoch that is trained again after an interruption takes its old name
     )
     # The last one is written when the epoch is complete, so that a resumed run starts with the next epoch.
-    last = ModelCheckpoint(
+    last = RunCheckpoint(
         dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
     callbacks: list[Callback] = [best, last, BestLink(best), Progress(), EpochLine(metric)]
@@ -131,10 +131,13 @@ def _callbacks(settings: Config) -> list[Callback]:
 
 
 def weight_averaging(settings: Config) -> WeightAveraging:
-    """The callback that averages weights while training: checkpoints and validation have the average."""
+    """The callback that averages weights while training: checkpoints and validation have the average.
+
+    Buffers are taken as they are: a moving average would damage those that hold indexes, and bn0's are one already.
+    """
     device = torch.device("cuda") if on_gpu(settings) else None  # else Lightning leaves the average on the CPU
     if settings.weight_averaging == "ema":
-        return EMAWeightAveraging(device, decay=settings.ema_decay)
+        return EMAWeightAveraging(device, use_buffers=False, decay=settings.ema_decay)
     return LastEpochsAveraging(device, first=settings.max_epoch - settings.average_last_epochs)
 
 
@@ -142,7 +145,7 @@ class LastEpochsAveraging(WeightAveraging):
     """The mean of the weights after each epoch from epoch `first` on, counted from 0; before, the weights alone."""
 
     def __init__(self, device: Optional[torch.device], *, first: int) -> None:
-        super().__init__(device)
+        super().__init__(device, use_buffers=False)
         self.first, self.steps = first, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -157,17 +160,35 @@ class LastEpochsAveraging(WeightAveraging):
         return True
 
 
-class MidEpoch(ModelCheckpoint):
-    """Writes last.ckpt every so many steps in the middle of an epoch."""
+class RunCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that knows its files again after the run's folder has moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.dirpath is not None
+        here = Path(self.dirpath)
+
+        def moved(path: str) -> str:
+            return str(here / Path(path).name) if path else path
+
+        paths = {name: moved(state_dict[name]) for name in state_dict if name.endswith("_model_path")}
+        ranked = {moved(path): value for path, value in state_dict.get("best_k_models", {}).items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": ranked, "dirpath": self.dirpath})
+
+
+class MidEpoch(RunCheckpoint):
+    """Writes last.ckpt every so many steps in the middle of an epoch, never between the parts of a step."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         super().__init__(
             dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, every_n_train_steps=steps
         )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
-        if not trainer.is_last_batch:  # the end of an epoch has its own checkpoint, after validation
-            super().on_train_batch_end(trainer, *arguments)
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if whole_step and not trainer.is_last_batch:  # the end of an epoch has its own checkpoint, after validation
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -231,6 +252,7 @@ class EpochLine(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.first_step, self.started = trainer.global_step, time.monotonic()
+        self.epoch_started = self.started  # of an epoch that is gone on with, Lightning does not tell the start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epoch_started = time.monotonic()

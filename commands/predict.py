@@ -1,34 +1,176 @@
-"""python main.py predict: the sounds in audio files."""
+"""python main.py predict: the sounds in audio files of any length, in folders, or on standard input."""
 
+import shutil
 import sys
-from typing import Any
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from settings import requested
 
+if TYPE_CHECKING:
+    from commands._outputs import Source
+    from evaluation.postprocess import PostProcessing
+    from inference import Tagged, Tagger
 
-def run(given: dict[str, Any], files: list[str], top_k: int = 5) -> None:
-    """Print the top_k classes of each file. A file that cannot be read is reported, and the others go on.
+DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}
+EVENT_SETTINGS = ("fl_threshold", "fl_median_filter", "fl_minimum_duration", "fl_maximum_gap", "fl_interpolation")
+STANDARD_INPUT = "-"
 
-    Raises ValueError at the end where any file failed.
+
+def run(given: dict[str, Any], files: list[str], **wanted: Any) -> int:
+    """Tag files, print the top_k classes of each, and write what is wanted (see commands/_outputs.py).
+
+    A file that cannot be read is reported, and the others go on. Returns the exit status: 1 where any file failed.
+    After an interruption, the same command goes on. Raises ValueError for a mistake in what was given.
     """
     path = requested("resume_checkpoint", given)
     if path is None:
-        raise ValueError("predict needs a checkpoint: --resume_checkpoint PATH")
+        from model.known import known_names
+
+        raise ValueError(
+            f"predict needs a checkpoint: --resume_checkpoint PATH, or a known name ({', '.join(known_names())})"
+        )
+    from commands._outputs import Outputs, Wanted
     from inference import Tagger
 
-    device = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}[requested("accelerator", given)]
-    tagger = Tagger.from_checkpoint(path, device, given)
+    chosen = Wanted(**wanted)
+    tagger = Tagger.from_checkpoint(path, DEVICES[requested("accelerator", given)], given=given)
+    if "batch_size" in given:
+        tagger.batch_size = tagger.settings.batch_size
+    assert tagger.report is not None
     print(tagger.report, file=sys.stderr)
-    failed = 0
-    for name in files:
-        try:
-            tagged = tagger.tag_file(name)
-        except ValueError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        print(f"{name} ({tagged.duration:.2f} s)")
-        for label, score in tagged.top(top_k, tagger.labels):
-            print(f"  {score:.3f}  {label}")
+    with tempfile.TemporaryDirectory() as folder:
+        sources = collect(files, Path(folder), by_place=bool(chosen.audacity or chosen.plot))
+        with Outputs(
+            chosen, labels=tagger.labels, settings=tagger.settings, checkpoint=tagger.report.path,
+            postprocessing=lambda: event_processing(tagger),
+        ) as outputs:  # fmt: skip
+            done = outputs.done
+            if done:
+                print(f"{len(done)} files were done before the interruption.", file=sys.stderr)
+            try:
+                failed = tag_sources(tagger, [source for source in sources if source.name not in done], outputs)
+            except KeyboardInterrupt:
+                if chosen.paths():
+                    print("The same command goes on after the last whole file.", file=sys.stderr)
+                raise
+            written = outputs.finish()
+    if written:
+        print(f"Written: {', '.join(written)}", file=sys.stderr)
     if failed:
-        raise ValueError(f"{failed} of {len(files)} files could not be read.")
+        print(f"{failed} of {len(sources)} files could not be read.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def tag_sources(tagger: "Tagger", sources: "list[Source]", outputs: Any) -> int:
+    """Tag, print and write each recording; returns how many failed."""
+    wanted, failed = outputs.wanted, 0
+    with progress_bar(len(sources)) as bar:
+        tagging = tagger.tag_files(
+            (source.path for source in sources), frame_embeddings=wanted.frame_embeddings, progress=bar.heard
+        )
+        for source, (_, found) in zip(sources, tagging, strict=True):
+            bar.next_file()
+            if isinstance(found, ValueError):
+                print(f"error: {str(found).replace(str(source.path), source.name)}", file=sys.stderr)
+                failed += 1
+                continue
+            print_tags(source.name, found, wanted.top_k)
+            if wanted.bins is not None:
+                window = tagger.settings.clip_samples / tagger.settings.sample_rate
+                found = found.in_bins(window / wanted.bins, wanted.bins_by)
+            outputs.add(source, found)
+    return failed
+
+
+def print_tags(name: str, tagged: "Tagged", count: int) -> None:
+    lines = [f"{name} ({tagged.duration:.2f} s)", *(f"  {score:.3f}  {label}" for label, score in tagged.top(count))]
+    print("\n".join(lines), flush=True)
+
+
+def event_processing(tagger: "Tagger") -> "PostProcessing":
+    """Thresholds and filters for events: the checkpoint's, or 0.5, with what the settings fl_... say in their place."""
+    if not any(getattr(tagger.settings, name) for name in EVENT_SETTINGS):
+        return tagger.postprocessing
+    import json
+
+    import numpy as np
+
+    from commands._detection import choose_postprocessing
+    from evaluation.scores import Scores
+
+    stored: dict[str, Any] = (
+        {} if tagger.calibrated is None else {"postprocessing": json.dumps(dict(tagger.calibrated))}
+    )
+    none = np.zeros((0, len(tagger.labels)))
+    scores = Scores([], none, none, np.zeros(0), tagger.labels, attributes=stored)
+    return choose_postprocessing(scores, tagger.settings)
+
+
+def collect(files: list[str], folder: Path, *, by_place: bool) -> "list[Source]":
+    """The recordings that were given. What comes on standard input (-) is put into a file of `folder`.
+
+    by_place: whether each writes a file of its own. Raises ValueError where two of those would have one name.
+    """
+    from commands._outputs import Source, sources_of
+    from prepare.audio import SUFFIXES
+
+    sources = list(sources_of([name for name in files if name != STANDARD_INPUT], SUFFIXES))
+    if STANDARD_INPUT in files:
+        kept = folder / "standard_input"
+        with kept.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        sources.append(Source(kept, STANDARD_INPUT, kept.name))
+    places: dict[str, str] = {}
+    for source in sources if by_place else ():
+        other = places.setdefault(source.place, source.name)
+        if other != source.name:
+            raise ValueError(
+                f"{other} and {source.name} would both write {source.place}: give the folder that holds both instead."
+            )
+    return sources
+
+
+class Bar:
+    """How far a run is: nothing here, for pipes and log files."""
+
+    def heard(self, seconds: float) -> None:
+        """So many seconds of sound more have been scored."""
+
+    def next_file(self) -> None:
+        """A file is done."""
+
+
+@contextmanager
+def progress_bar(files: int) -> Iterator[Bar]:
+    """A bar over the files on a terminal, with the sound that was heard so far; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield Bar()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("files, {task.description} of sound"), TimeElapsedColumn())
+    # What is printed goes above the bar, but never from a pipe to the terminal.
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
+    ) as progress:
+        yield _Rich(progress, files)
+
+
+class _Rich(Bar):
+    def __init__(self, progress: Any, files: int) -> None:
+        self.progress, self.seconds = progress, 0.0
+        self.task = progress.add_task("0:00:00", total=files)
+
+    def heard(self, seconds: float) -> None:
+        self.seconds += seconds
+        whole = int(self.seconds)
+        shown = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+        self.progress.update(self.task, description=shown)
+
+    def next_file(self) -> None:
+        self.progress.advance(self.task)

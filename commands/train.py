@@ -17,8 +17,11 @@ from prepare.labels import published_labels
 from sed_model import SEDWrapper
 from settings import NETWORK_SETTINGS, Config, resolve
 
-# What must not change when a run is gone on with: its network, and which clips it may learn from.
-RUN_SETTINGS = (*NETWORK_SETTINGS, "dataset_type", "esc_fold", "protocol", "clip_samples")
+# What must not change when a run is gone on with: its network, what of it learns, and from which clips.
+RUN_SETTINGS = (
+    *NETWORK_SETTINGS, "dataset_type", "esc_fold", "protocol", "clip_samples", "random_seed", "balanced_data",
+    "class_filter", "freeze_backbone", "layer_decay", "weight_averaging", "ema_decay", "average_last_epochs",
+)  # fmt: skip
 
 
 def run(given: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
     if settings.resume == "auto" and not last.is_file():
         return None
     resumed = read_checkpoint(last if settings.resume == "auto" else Path(settings.resume))
-    if resumed.settings is None or resumed.epoch is None:
+    if resumed.settings is None or resumed.epoch is None or not resumed.resumable:
         raise ValueError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
     now, then = settings.model_dump(), resumed.settings
     changed = [name for name in RUN_SETTINGS if name in then and then[name] != now[name]]

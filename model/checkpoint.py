@@ -45,6 +45,7 @@ class Checkpoint:
     settings: Optional[dict[str, Any]] = None  # None: neither the file nor its kind tells, they must be given
     labels: Optional[list[str]] = None
     epoch: Optional[int] = None  # None: the file belongs to no run of this project
+    resumable: bool = False  # whether it holds what a run needs to go on, beside the weights
     complete_epochs: Optional[int] = None  # epochs of training; a checkpoint in the middle of one does not count it
     frontend: Optional[dict[str, Any]] = None  # FRONTEND_SETTINGS, where they are known
     kind: Kind = "HTS-AT of this project"
@@ -94,13 +95,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path} cannot be used: {error}.") from None
     settings = _described(path, weights.settings, "settings", Mapping)
     about = {name: settings[name] for name in FRONTEND_SETTINGS if name in settings} if settings else None
-    epoch = content.get("epoch") if weights.kind == "HTS-AT of this project" else None
+    own = weights.kind == "HTS-AT of this project"
+    epoch = _described(path, content.get("epoch"), "epoch", int) if own else None
     return Checkpoint(
         path=path,
         state_dict=weights.state_dict,
         settings=settings,
         labels=_described(path, content.get("labels"), "labels", list),
         epoch=epoch,
+        resumable="optimizer_states" in content,
         complete_epochs=content.get("complete_epochs", None if epoch is None else epoch + 1),
         frontend=_described(path, content.get("frontend"), "frontend", Mapping) or about,
         kind=weights.kind,
@@ -228,6 +231,12 @@ def load_network(
             f"--swin_pretrain_path, and use what that training writes."
         )
     own, given = network.state_dict(), checkpoint.state_dict
+    broken = next((k for k, v in given.items() if v.is_floating_point() and not v.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(
+            f"{checkpoint.path} holds weights that are no finite numbers ({broken}): its training had diverged. Use an "
+            f"earlier checkpoint."
+        )
     kept: tuple[str, ...] = ()  # keys that stay as they are in the network, whatever the file has
     if _keeps_frontend(own, checkpoint, frontend_from, new_classifier, configured):
         kept += FRONTEND
@@ -273,6 +282,12 @@ def _keeps_frontend(
     if not different:
         return False
     keeps = frontend_from == "settings" or (frontend_from == "auto" and fine_tuning)
+    if fine_tuning and not keeps and not theirs:
+        raise ValueError(
+            f"{checkpoint.path} has another filterbank or window than the settings describe, and does not say which "
+            f"sample_rate and mel bands they are for: leave frontend_from = checkpoint out, or set them as it was "
+            f"trained."
+        )
     chosen = "the configured one is kept" if keeps else "the file's filterbank and window are used"
     warnings.warn(
         f"{checkpoint.path} holds another front-end than the settings describe ({'; '.join(different)}): {chosen}, "

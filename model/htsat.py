@@ -63,7 +63,7 @@ class HTSAT_Swin_Transformer(nn.Module):
                 f"htsat_attn_heatmap needs a last stage of one window: {last_size} x {last_size} tokens are more "
                 f"than htsat_window_size {attention_window}."
             )
-        self.frozen = False
+        self.frozen: list[nn.Module] = []  # what stays as in evaluation
         self.num_classes, self.loss_type, self.enable_tscam = num_classes, loss_type, enable_tscam
         self.attn_heatmap, self.repeat_mode, self.augments = attn_heatmap, repeat_mode, spec_augment
         self.image_bands = spec_size // self.freq_ratio
@@ -120,22 +120,21 @@ class HTSAT_Swin_Transformer(nn.Module):
             else:
                 yield (0 if words[0] in ("bn0", "patch_embed") else first[-1]), parameter
 
-    def freeze_backbone(self) -> None:
-        """Train nothing but the classifier; below it, nothing is random or follows the batch."""
-        self.frozen = True
-        for module in self._backbone():
+    def freeze_backbone(self, with_bn0: bool = True) -> None:
+        """Train nothing but the classifier; below it, nothing is random or follows the batch.
+
+        with_bn0: also the normalization of the mel bands, which follows the data where no file has brought it.
+        """
+        self.frozen = [self.patch_embed, self.layers, self.norm, *([self.bn0] if with_bn0 else [])]
+        for module in self.frozen:
             module.requires_grad_(False)
         self.train(self.training)
-
-    def _backbone(self) -> list[nn.Module]:
-        return [self.bn0, self.patch_embed, self.layers, self.norm]
 
     def train(self, mode: bool = True) -> "HTSAT_Swin_Transformer":
         """As every module's; a frozen backbone stays as in evaluation."""
         super().train(mode)
-        if self.frozen:
-            for module in self._backbone():
-                module.eval()
+        for module in self.frozen:
+            module.eval()
         return self
 
     def forward(self, waveform: Tensor, mixup_lambda: Optional[Tensor] = None, infer_mode: bool = False) -> Outputs:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from prepare.audio import SUFFIXES, read_int16
-from prepare.clip_store import Clip, ClipStoreWriter, open_store
+from prepare.clip_store import Clip, ClipStoreWriter, Waveforms, open_store
 from prepare.report import PrepareReport
 
 SOURCE = "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
@@ -298,14 +298,15 @@ def read_packed(part: Part) -> Optional[AudiosetReport]:
         h5py.File(part.path, "r").close()
     except OSError:  # not there, or cut off: a copy that was interrupted
         return None
-    with open_store(part.path, "audio_name", "waveform", "target") as file:
-        samples, fingerprint = file["waveform"].shape[1], file.attrs.get("segments")
+    with open_store(part.path, "audio_name", "target") as file:
+        whole = CLIP_SECONDS * int(file.attrs.get("sample_rate", part.sample_rate))
+        samples = Waveforms(file).width or whole  # `compress` leaves no width
+        fingerprint = file.attrs.get("segments")
         packed = [name.decode() for name in file["audio_name"][:]]
         lengths = file["real_len"][:].tolist() if "real_len" in file else [samples] * len(packed)
         cut = [line.decode().split("\t") for line in file["cut"][:]] if "cut" in file else []
     names = {segment.name for segment in part.segments}
-    # PANNs' files have no fingerprint: theirs hold some of the clips of a part.
-    same = fingerprint == part.fingerprint() if fingerprint else names.issuperset(packed)
+    same = fingerprint == part.fingerprint() if fingerprint else names.issuperset(packed)  # PANNs' have none
     if not same or samples != CLIP_SECONDS * part.sample_rate:
         raise ValueError(
             f"{part.path} exists and holds {len(packed)} clips of {samples} samples that are not those of this table "

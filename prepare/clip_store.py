@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 
 BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, which a processor's cache holds
+UNREADABLE = -1  # index of a clip that could not be read, in evaluation
 SPLITS = ("train", "validation", "test")
 
 
@@ -199,6 +200,11 @@ class Waveforms:
         if self.rows is None and self.flac is None:
             raise ValueError(f"{file.filename} has neither waveform nor waveform_flac: it is no clip store.")
         self.real_len = file["real_len"][:] if "real_len" in file else None
+
+    @property
+    def width(self) -> int:
+        """Samples that a row has room for; 0 where sounds are compressed, which have each their own length."""
+        return 0 if self.rows is None else int(self.rows.shape[1])
 
     def __len__(self) -> int:
         rows: Any = self.flac if self.rows is None else self.rows

@@ -15,6 +15,7 @@ import soundfile
 import create_indexes
 from prepare.audioset import LABELS, Segment, find_audio, find_start, index_audio, prepare_audioset, read_segments
 from prepare.clip_store import read_index_table, read_store_table
+from prepare.compress import compress_store
 
 ROOT = Path(__file__).parents[1]
 RATE = 8000
@@ -187,6 +188,13 @@ def test_a_part_without_clips_waits_for_its_audio(tmp_path: Path) -> None:
     write_clip(tmp_path / "raw" / "bbbbbbbbbbb.wav")
     report = prepare_audioset(tmp_path / "raw", table, tmp_path, RATE, 1, clips_per_part=1)
     assert (report.clips, report.missing, report.kept) == (2, [], 1)
+
+
+def test_parts_are_kept_after_compress(audioset: Path, packed: Path) -> None:
+    compress_store(part(packed, 0))
+    content = part(packed, 0).read_bytes()
+    assert "3 whole files kept" in again(audioset, packed)
+    assert part(packed, 0).read_bytes() == content
 
 
 def test_files_of_panns_are_kept_as_they_are(audioset: Path, packed: Path) -> None:

@@ -88,13 +88,15 @@ def test_test_localize_and_two_processes(trained: Path) -> None:
         np.testing.assert_allclose(a["framewise"][:], b["framewise"][:], atol=1e-6)
         assert a["framewise"].shape == (3, 32, 10)
 
-    done = run_python("fl_evaluate.py", "--fl_threshold", "0.1", "--pictures", "1", cwd=trained)
-    for said in ("intersection F1", "psds_eval", "collar F1", "PSDS1", "sed_scores_eval", "macro", "siren"):
+    done = run_python("fl_evaluate.py", "--fl_threshold", "0.1", "--pictures", "1", "--report", cwd=trained)
+    for said in ("intersection F1", "psds_eval", "collar F1", "PSDS1", "sed_scores_eval", "macro", "siren", "interval"):
         assert said in done.stdout, done.stdout
     lines = (trained / SCORES / "test_events.tsv").read_text().splitlines()
     assert lines[0] == "filename\tonset\toffset\tevent_label"
     names = [metric["name"] for metric in json.loads((trained / SCORES / "test_detection.json").read_text())["metrics"]]
-    assert names == ["intersection F1", "collar F1", "PSDS1"]
+    assert names[:4] == ["intersection F1", "intersection F1", "collar F1", "collar F1, onset only"]
+    assert {"segment F1", "segment error rate", "PSDS1", "PSDS2", "clip F1", "clip mAP"} == set(names[4:])
+    assert (trained / SCORES / "test_report.html").read_text().count("<audio") == 3
     (picture,) = (trained / SCORES / "test_pictures").iterdir()
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -160,7 +162,7 @@ def test_predict(trained: Path, tmp_path: Path) -> None:
     done = run_python(
         "main.py", "predict", tmp_path / "text.wav", tmp_path / "long.wav", *flags, cwd=trained, check=False
     )
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "text.wav cannot be read as audio" in done.stderr
     assert "1 of 2 files" in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data_generator import BalancedSampler, ClipDataset, EpochSampler, SEDDataModule, ShardSampler, _as_read, load_table
-from prepare.clip_store import Clip, ClipStoreWriter, Waveforms, read_events, read_store_table
+from data_generator import ClipDataset, SEDDataModule, _as_read, load_table
+from prepare.clip_store import UNREADABLE, Clip, ClipStoreWriter, Waveforms, read_events, read_store_table
 from prepare.compress import compress_store
 from prepare.demo import LABELS
+from samplers import BalancedSampler, EpochSampler, ShardSampler
 from settings import resolve
 
 
@@ -116,8 +117,15 @@ def test_a_clip_that_cannot_be_read_is_replaced(store: Path, monkeypatch: pytest
     assert batch["audio_name"] == ["3", str(stand_in)]
     assert torch.equal(batch["waveform"][1], dataset[stand_in]["waveform"])
     assert batch["target"][1].argmax() == 0
+    evaluated = ClipDataset(read_store_table(store), clip_samples=8, fit="pad", replace=False)
+    batch = evaluated.__getitems__([3, 4])
+    assert batch["index"].tolist() == [3, UNREADABLE]
+    assert batch["waveform"][1].tolist() == [0] * 8
+    assert batch["audio_name"] == ["3", "4"]
+    alone = dataset.table.select(np.array([4, 5]))  # no other clip has its class: any will do
+    assert ClipDataset(alone, clip_samples=8, fit="pad")[0]["audio_name"] == "5"
     monkeypatch.setattr(Waveforms, "read_into", lambda *_: 0)
-    with pytest.raises(ValueError, match="neither could 10 other clips"):
+    with pytest.raises(ValueError, match="neither could any other clip"):
         dataset[0]
 
 

@@ -91,4 +91,5 @@ def test_a_batch_in_parts_is_the_batch(demo_workspace: Path, monkeypatch: pytest
     start = build_model(settings).tscam_conv.weight
     steps = [(last["state_dict"]["sed_model.tscam_conv.weight"] - start).flatten() for last in (whole, parts)]
     assert steps[0].abs().max() > 1e-4
-    assert torch.cosine_similarity(*steps, dim=0) > 0.8  # the first step of AdamW is the sign of the gradient
+    # The first step of AdamW is the sign of the gradient, which small differences turn where it is nearly 0.
+    assert torch.cosine_similarity(steps[0], steps[1], dim=0) > 0.8

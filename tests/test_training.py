@@ -2,10 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import main
-from commands.train import find_resumed
 from data_generator import SEDDataModule
 from model import build_model
 from model.frontend import BandNorm
@@ -24,7 +19,7 @@ from prepare.clip_store import Clip, ClipStoreWriter
 from prepare.demo import LABELS as DEMO_LABELS
 from sed_model import SEDWrapper
 from settings import Config, resolve
-from tests.helpers import ROOT, TINY, TINY_FLAGS, run_python
+from tests.helpers import TINY, TINY_FLAGS, run_python
 
 
 def tiny(workspace: Path, **changes: Any) -> Config:
@@ -91,63 +86,6 @@ def last_checkpoint(workspace: Path, name: str) -> dict[str, Any]:
     return torch.load(run_folder(workspace, name) / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums over several threads round differently from machine to machine, and from process to process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-KILLED = """
-import os, signal, sys, torch
-sys.path.insert(0, sys.argv.pop(1))
-step = int(sys.argv.pop(1))
-import main, sed_model
-whole = sed_model.SEDWrapper.training_step
-def killed(self, batch, batch_idx):
-    if self.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(self, batch, batch_idx)
-sed_model.SEDWrapper.training_step = killed
-torch.set_num_threads(1)
-main.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("averaging", ["none", "ema"])
-def test_a_run_killed_anywhere_goes_on(
-    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], averaging: str
-) -> None:
-    """SIGKILL in three random ones of 16 steps, 4 an epoch: the weights are those of the unbroken run, bit for bit."""
-    monkeypatch.chdir(demo_workspace)
-    words = ["train", *TINY_FLAGS, "--max_epoch", "4", "--resume", "auto", "--num_workers", "1", "--mixup_alpha", "0.5"]
-    words += ["--checkpoint_every_steps", "3", "--weight_averaging", averaging, "--ema_decay", "0.5"]
-    points = np.random.default_rng(len(averaging)).choice(np.arange(1, 16), 3 if averaging == "none" else 1, False)
-    names = {int(step): f"killed_{averaging}_{step}" for step in points}
-    killed = [
-        subprocess.Popen([sys.executable, "-c", KILLED, str(ROOT), str(step), *words, "--exp_name", name])
-        for step, name in names.items()
-    ]
-    assert [process.wait() for process in killed] == [-signal.SIGKILL] * len(names)
-    assert main.main([*words, "--exp_name", f"unbroken_{averaging}"]) == 0
-    unbroken = last_checkpoint(demo_workspace, f"unbroken_{averaging}")
-    for step, name in names.items():
-        last = run_folder(demo_workspace, name) / "checkpoints" / "last.ckpt"
-        assert not last.exists() or last_checkpoint(demo_workspace, name)["global_step"] <= step
-        capsys.readouterr()
-        assert main.main([*words, "--exp_name", name]) == 0
-        assert ("resumed from" in capsys.readouterr().out) == (step >= 3)
-        resumed = last_checkpoint(demo_workspace, name)
-        assert resumed["global_step"] == unbroken["global_step"] == 16
-        assert resumed["epoch"] == unbroken["epoch"] == 3
-        assert resumed["lr_schedulers"] == unbroken["lr_schedulers"]
-        for key, value in unbroken["state_dict"].items():
-            assert torch.equal(resumed["state_dict"][key], value), (step, key)
-
-
 def test_the_same_seed_gives_the_same_weights(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo_workspace)
     for name in ("first", "second"):
@@ -155,18 +93,6 @@ def test_the_same_seed_gives_the_same_weights(demo_workspace: Path, monkeypatch:
     first, second = (last_checkpoint(demo_workspace, name)["state_dict"] for name in ("first", "second"))
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
-
-
-def test_another_fold_is_another_run(demo_workspace: Path) -> None:
-    settings = tiny(demo_workspace, exp_name="fold", dataset_type="esc-50", esc_fold=1)
-    folder = run_folder(demo_workspace, "fold") / "checkpoints"
-    folder.mkdir(parents=True)
-    weights = build_model(settings).state_dict()
-    torch.save({"state_dict": weights, "settings": settings.model_dump(), "epoch": 0}, folder / "last.ckpt")
-    again = tiny(demo_workspace, exp_name="fold", dataset_type="esc-50", esc_fold=2, resume="auto")
-    with pytest.raises(ValueError, match=r"esc_fold = 1 \(now 2\)"):
-        find_resumed(again)
-    assert find_resumed(tiny(demo_workspace, exp_name="fold", dataset_type="esc-50", resume="auto")) is not None
 
 
 def test_mixed_precision_trains(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

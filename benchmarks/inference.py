@@ -1,0 +1,228 @@
+"""Tagging clips of 10 s on the CPU: the network, compiled and exported, against the published forward pass.
+
+    python benchmarks/inference.py [--quick] [--compile] [--keep_memory] [--batch CLIPS] [--json FILE]
+
+The full network with 527 classes and random weights. All sides take turns, so that a busy machine slows all. A ratio is
+the median of the turns' ratios. The plain side is benchmarks/plain.py, once as it is and once with subnormal numbers
+flushed to zero (in a process of its own: threads that exist already would not follow).
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.plain import PlainHTSAT
+from model import build_model
+from model.export import build_onnx, join, quantize, save_onnx
+from model.htsat import HTSAT_Swin_Transformer
+from model.onnx_runtime import load_onnx
+from settings import FRONTEND_SETTINGS, Config, resolve
+
+PAUSE = 0.05  # seconds before each measurement, in which the threads of the side before come to rest
+LATENCY, THROUGHPUT = "latency of one clip", "throughput"
+TARGETS = {
+    LATENCY: {"eager": 2.0, "onnx": 2.4, "onnx int8": 2.8},
+    THROUGHPUT: {"eager": 2.0, "onnx": 2.2, "onnx int8": 2.5},
+}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+Work = Callable[[], float]  # does the work once, returns its seconds
+Listen = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Median seconds of a side and of the plain ones, and the medians of the turns' ratios."""
+
+    what: str
+    name: str
+    seconds: float
+    plain_seconds: float
+    ratio: float
+    flushed_seconds: float
+    flushed_ratio: float
+    target: Optional[float]
+
+
+def make_clips(count: int) -> Tensor:
+    """(count, 320000): noise."""
+    return 0.1 * torch.randn(count, 320000, generator=torch.Generator().manual_seed(0))
+
+
+def make_networks() -> tuple[Config, HTSAT_Swin_Transformer, PlainHTSAT]:
+    """The settings, and both networks with the same random weights."""
+    torch.manual_seed(0)
+    settings = resolve({"dataset_type": "audioset"})
+    network, plain = build_model(settings).eval(), PlainHTSAT().eval()
+    plain.load_state_dict(network.state_dict())
+    return settings, network, plain
+
+
+def timed(listen: Listen, clips: Tensor, batch: int) -> float:
+    """Seconds for all clips, `batch` at a time."""
+    time.sleep(PAUSE)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for part in clips.split(batch):
+            listen(part)
+    return time.perf_counter() - start
+
+
+class FlushedPlain:
+    """The plain network in a process whose threads flush subnormal numbers to zero."""
+
+    def __init__(self, keep_memory: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_flushed, args=(other, keep_memory), daemon=True)
+        self.process.start()
+
+    def timed(self, clips: int, batch: int) -> float:
+        self.connection.send((clips, batch))
+        return self.connection.recv()
+
+    def close(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+
+def _flushed(connection: Connection, keep_memory: bool) -> None:
+    if not torch.set_flush_denormal(True):
+        raise RuntimeError("This CPU cannot flush subnormal numbers.")
+    if keep_memory:
+        keep_freed_memory()
+    plain = make_networks()[2]
+    while (order := connection.recv()) is not None:
+        connection.send(timed(plain, make_clips(order[0]), order[1]))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step, where it would give it back and fault its pages in anew."""
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)):
+        raise RuntimeError("mallopt refused.")
+
+
+def exported(settings: Config, network: HTSAT_Swin_Transformer, folder: Path) -> tuple[dict[str, Listen], dict]:
+    """onnxruntime with the float32 and the int8 file, on as many threads as torch; and the files' sizes in bytes."""
+    frontend, body = build_onnx(network, settings.clip_samples)
+    described = {name: getattr(settings, name) for name in FRONTEND_SETTINGS}
+    about = {"settings": settings.model_dump(), "labels": [], "frontend": described}
+    sides: dict[str, Listen] = {}
+    for name, model in (("onnx", body), ("onnx int8", quantize(body))):
+        path = folder / f"{name}.onnx"
+        save_onnx(join(frontend, model), path, about)
+        sides[name] = load_onnx(path, threads=torch.get_num_threads()).network.probabilities
+    return sides, {path.stem: path.stat().st_size for path in folder.iterdir()}
+
+
+def check(plain: PlainHTSAT, sides: dict[str, Listen]) -> dict[str, float]:
+    """Largest difference of each side's clip probabilities from the plain network's; float sides must be close."""
+    clips = make_clips(2)
+    with torch.inference_mode():
+        wanted = plain(clips)["clipwise_output"]
+        found = {name: float((listen(clips)[0] - wanted).abs().max()) for name, listen in sides.items()}
+    for name, difference in found.items():
+        assert difference < 1e-4 or "int8" in name, f"{name} differs from the plain network by {difference}"
+    return found
+
+
+def compare(plain: PlainHTSAT, flushed: FlushedPlain, sides: dict[str, Listen], clips: int, batch: int, turns: int) -> (
+    list[Result]
+):  # fmt: skip
+    """Time all sides in turn on so many clips; the first turn warms up and does not count."""
+    what = LATENCY if clips == 1 else THROUGHPUT
+    sounds = make_clips(clips)
+    taken: dict[str, list[float]] = {name: [] for name in ("plain", "flushed", *sides)}
+    for turn in range(turns + 1):
+        now = {"plain": timed(plain, sounds, batch), "flushed": flushed.timed(clips, batch)}
+        now |= {name: timed(listen, sounds, batch) for name, listen in sides.items()}
+        for name, value in now.items():
+            taken[name] += [value] if turn else []
+    middle = {name: statistics.median(values) for name, values in taken.items()}
+
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(taken[other], taken[name], strict=True))
+
+    return [
+        Result(
+            what, name, middle[name], middle["plain"], ratio(name, "plain"), middle["flushed"], ratio(name, "flushed"),
+            TARGETS[what].get(name),
+        )
+        for name in sides
+    ]  # fmt: skip
+
+
+def print_results(results: list[Result], clips: int, batch: int) -> None:
+    table = Table(
+        title=f"full network, {torch.get_num_threads()} threads; throughput: {clips} clips, {batch} at a time",
+        title_justify="left",
+    )
+    columns = ("", "plain (s)", "flushed (s)", "ours (s)", "ratio to plain", "to flushed", "target")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for r in results:
+        seconds = (f"{value:.3f}" for value in (r.plain_seconds, r.flushed_seconds, r.seconds))
+        target = f"{r.target:g}" if r.target else ""
+        table.add_row(f"{r.what}: {r.name}", *seconds, f"{r.ratio:.2f}", f"{r.flushed_ratio:.2f}", target)
+    Console(width=120).print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few clips and turns: to see whether it runs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well: one to two minutes more")
+    parser.add_argument("--keep_memory", action="store_true", help="keep freed memory, on all sides (glibc's mallopt)")
+    parser.add_argument("--batch", type=int, default=4, metavar="CLIPS", help="throughput: clips at a time [4]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.keep_memory:
+        keep_freed_memory()
+    clips, turns = (8, 2) if arguments.quick else (64, 5)
+    settings, network, plain = make_networks()
+    sides: dict[str, Listen] = {"eager": network.probabilities}
+    if arguments.compile:
+        torch._inductor.config.freezing = True
+        sides["compiled"] = torch.compile(network.probabilities)
+    with tempfile.TemporaryDirectory() as folder:
+        more, sizes = exported(settings, network, Path(folder))
+    sides |= more
+    differences = check(plain, sides)
+    flushed = FlushedPlain(arguments.keep_memory)
+    results = compare(plain, flushed, sides, 1, 1, 4 * turns)
+    results += compare(plain, flushed, sides, clips, arguments.batch, turns)
+    flushed.close()
+    print_results(results, clips, arguments.batch)
+    print("MiB: " + ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items()))
+    print("Largest difference of a clip's probability: " + ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))
+    if arguments.json:
+        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+        content = {"clips": clips, "batch": arguments.batch, "turns": turns, "keep_memory": arguments.keep_memory}
+        content |= {"machine": machine, "results": [asdict(r) for r in results], "bytes": sizes}
+        arguments.json.write_text(json.dumps(content | {"differences": differences}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A training step of the full network: this repository against the plain implementation of benchmarks/plain.py.
+
+    python benchmarks/training.py [--quick] [--json FILE]
+
+Batch 4, float32, on the CPU or, where there is one, the GPU: forwards, backwards, clipping and AdamW, without drop path
+and SpecAugment, which are random. Both sides begin with the same weights and take turns, so that a busy machine slows
+both. The ratio is the median of the turns' ratios. Memory is measured in a process of each side's own.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.plain import PlainHTSAT
+from commands._measure import peak_memory, release_and_reset_peak
+from commands._performance import keep_freed_memory
+from model.htsat import HTSAT_Swin_Transformer
+
+BATCH_SIZE, CLIP_SAMPLES, CLASSES = 4, 320_000, 527
+TARGET = 1.45
+TURNS, QUICK_TURNS, WARM_UP = 9, 2, 2
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Side:
+    """One implementation with its optimizer."""
+
+    def __init__(self, network: nn.Module, *, fused: bool) -> None:
+        self.network = network.to(DEVICE).train()
+        network.head.requires_grad_(False)  # no output depends on it
+        self.trained = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.05, fused=fused)
+
+    def gradients(self, waveform: Tensor, targets: Tensor) -> None:
+        self.optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(self.network(waveform)["clipwise_logits"], targets).backward()
+
+    def step(self, waveform: Tensor, targets: Tensor) -> float:
+        """Seconds of one training step."""
+        wait_for_device()
+        started = time.perf_counter()
+        self.gradients(waveform, targets)
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        wait_for_device()
+        return time.perf_counter() - started
+
+
+def wait_for_device() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def our_side() -> Side:
+    """As `python main.py train` runs it, with what performance = auto takes in float32."""
+    return Side(HTSAT_Swin_Transformer(drop_path=0.0, spec_augment=False), fused=True)
+
+
+def plain_side() -> Side:
+    """With the weights of a network of ours: its own constructor leaves the front-end empty."""
+    network = PlainHTSAT(drop_path=0.0)
+    network.load_state_dict(HTSAT_Swin_Transformer().state_dict())
+    return Side(network, fused=False)
+
+
+SIDES = {"plain": plain_side, "ours": our_side}
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Noise (4, 320,000) and targets (4, 527) of which about a hundredth is 1."""
+    generator = torch.Generator().manual_seed(0)
+    waveform = 0.1 * torch.randn(BATCH_SIZE, CLIP_SAMPLES, generator=generator)
+    targets = (torch.rand(BATCH_SIZE, CLASSES, generator=generator) < 0.01).float()
+    return waveform.to(DEVICE), targets.to(DEVICE)
+
+
+def gradient_difference(plain: Side, ours: Side) -> tuple[float, str]:
+    """Largest norm of a difference of gradients, as a share of the gradient's norm, and whose it is."""
+    for side in (plain, ours):
+        side.gradients(*batch())
+    others = dict(plain.network.named_parameters())
+    found = []
+    for name, parameter in ours.network.named_parameters():
+        if parameter.grad is None:
+            continue
+        one, other = parameter.grad, others[name].grad
+        assert other is not None, name
+        found.append((((one - other).norm() / other.norm()).item(), name))
+    return max(found)
+
+
+def compare(turns: int) -> dict[str, Any]:
+    """Median seconds of a step of either side, the median of the ratios, and the largest difference of a gradient."""
+    torch.manual_seed(0)
+    plain, ours = plain_side(), our_side()
+    ours.network.load_state_dict(plain.network.state_dict())
+    difference, where = gradient_difference(plain, ours)
+    given = batch()
+    taken = [(plain.step(*given), ours.step(*given)) for _ in range(WARM_UP + turns)][WARM_UP:]
+    return {
+        "plain_seconds": statistics.median(p for p, _ in taken),
+        "our_seconds": statistics.median(o for _, o in taken),
+        "ratio": statistics.median(p / o for p, o in taken),
+        "target": TARGET,
+        "gradient_difference": difference,
+        "gradient_parameter": where,
+    }
+
+
+def print_memory(side: str) -> None:
+    """Peak of three steps, in bytes: of a CPU's process with all libraries, of a GPU's tensors."""
+    one, given = SIDES[side](), batch()
+    release_and_reset_peak(DEVICE)
+    for _ in range(3):
+        one.step(*given)
+    print(peak_memory(DEVICE))
+
+
+def memory_of(side: str) -> int:
+    """print_memory in a process of its own."""
+    words = [sys.executable, __file__, "--memory_of", side]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_results(results: dict[str, Any]) -> None:
+    table = Table(title=f"Training step, batch {BATCH_SIZE}, float32, {DEVICE.type}", title_justify="left")
+    for column in ("", "plain", "ours", "ratio", "target"):
+        table.add_column(column, justify="right" if column else "left")
+    plain, ours = results["plain_seconds"], results["our_seconds"]
+    table.add_row("seconds a step", f"{plain:.3f}", f"{ours:.3f}", f"{results['ratio']:.2f}", f"{TARGET:g}")
+    plain, ours = results["plain_memory"] / 2**20, results["our_memory"] / 2**20
+    table.add_row("peak memory, MiB", f"{plain:,.0f}", f"{ours:,.0f}", f"{plain / ours:.2f}", "1")
+    Console(width=120).print(table)
+    print(
+        f"Largest relative difference of a parameter's gradient: {results['gradient_difference']:.1e} "
+        f"({results['gradient_parameter']}); allowed 1e-4"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two turns: to see whether it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
+    parser.add_argument("--memory_of", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # float32 on both sides
+    if arguments.memory_of:
+        print_memory(arguments.memory_of)
+        return
+    memory = {"plain_memory": memory_of("plain"), "our_memory": memory_of("ours")}
+    if platform.libc_ver()[0] == "glibc":
+        keep_freed_memory()  # on both sides, which share a process here
+    results = {**compare(QUICK_TURNS if arguments.quick else TURNS), **memory}
+    print_results(results)
+    if arguments.json:
+        name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor()
+        machine = {"device": name, "cores": os.cpu_count(), "python": platform.python_version()}
+        content = {"machine": {**machine, "torch": torch.__version__}, "results": results}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""python main.py export: a checkpoint as safetensors and ONNX, each checked against the network before it is kept."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from commands._card import write_card
+from commands._evaluate import Member, checkpoint_labels
+from commands._records import git_revision, write_json
+from data_generator import ClipDataset, Split, load_table
+from model import build_model
+from model.checkpoint import load_network, read_checkpoint, save_safetensors
+from model.export import build_onnx, join, quantize, save_onnx
+from model.htsat import HTSAT_Swin_Transformer
+from model.known import find_checkpoint
+from model.onnx_runtime import load_onnx
+from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, Config, requested, resolve
+from utils import int16_to_float32
+
+FILES = {
+    "safetensors": "model.safetensors",
+    "onnx": "model.onnx",
+    "onnx-mel": "model-mel.onnx",
+    "onnx-int8": "model-int8.onnx",
+}
+FLOAT_TOLERANCE = 1e-4  # largest difference of a probability
+LEAST_AGREEMENT = 0.95  # int8: share of the clips whose highest class stays the same
+BATCHES = (1, 2, 5)  # clips in a batch, in turn: a file must take any number
+Outputs = tuple[Tensor, Tensor, Tensor]
+Probabilities = Callable[[Tensor], Outputs]
+
+
+@dataclass(frozen=True)
+class Export:
+    """One file, and how it differs from the network that it was made from."""
+
+    format: str
+    file: str
+    size: int  # bytes
+    clip_difference: float  # largest, of a clip's probability
+    frame_difference: float  # largest, of a frame's
+    embedding_difference: float  # largest, as a share of the network's largest value
+    top1_agreement: float  # share of the clips with the same highest class
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The clips that exports are checked on, and what the network says about them."""
+
+    waveforms: Tensor  # (N, clip_samples)
+    said: str  # what they are
+    outputs: Outputs = field(repr=False)
+
+
+def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[str] = None, clips: int = 60) -> int:
+    """Write a checkpoint in several formats into a folder, with a report (export.json) and a card (README.md).
+
+    formats: names of FILES; output: the folder, without it `export` beside the checkpoint; clips: at most so many of
+    the data set's are checked. Returns the exit status: 1 where a file differed too much and was not kept.
+    """
+    wanted = chosen_formats(formats)
+    if clips < 1:
+        raise ValueError(f"--clips {clips} is not allowed: at least one clip is needed to check on.")
+    path = requested("resume_checkpoint", given)
+    if path is None:
+        raise ValueError("export needs a checkpoint: --resume_checkpoint PATH")
+    file, known = find_checkpoint(path)
+    member = Member.read(str(file), {**known, **given})
+    network = member.network().eval()
+    folder = Path(output) if output else file.parent / "export"
+    folder.mkdir(parents=True, exist_ok=True)
+    waveforms, said = clips_to_check(member.settings, clips)
+    reference = Reference(waveforms, said, in_batches(network.probabilities, waveforms))
+    about = describe(member)
+    written = write_files(wanted, network, member.settings.clip_samples, about, folder)
+    exports = [check_file(name, partial, reference) for name, partial in written]
+    print_report(exports, reference, folder)
+    write_report(exports, reference, member, about, folder)
+    return 0 if all(export.kept for export in exports) else 1
+
+
+def chosen_formats(text: str) -> list[str]:
+    """The formats of a flag, in the order of FILES. Raises ValueError for unknown ones."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in FILES]
+    if unknown or not names:
+        raise ValueError(f"--formats {text!r} is not allowed: give some of {','.join(FILES)}.")
+    return [name for name in FILES if name in names]
+
+
+def describe(member: Member) -> dict[str, Any]:
+    """What a file says about itself: settings (without the paths of this machine), labels, front-end, thresholds."""
+    trained = {name: getattr(member.settings, name) for name in TRAINED_SETTINGS}
+    others = {k: v for k, v in (member.checkpoint.settings or {}).items() if not (isinstance(v, str) and _is_path(v))}
+    about: dict[str, Any] = {
+        "settings": {**others, **trained},
+        "labels": checkpoint_labels(member.checkpoint, member.settings),
+        "frontend": {name: getattr(member.settings, name) for name in FRONTEND_SETTINGS},
+    }
+    processing = member.checkpoint.postprocessing
+    return about | ({"postprocessing": processing} if processing else {})
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or "\\" in text
+
+
+def clips_to_check(settings: Config, count: int) -> tuple[Tensor, str]:
+    """(N, clip_samples) float, and what they are: test or validation clips spread over the split, or made-up sounds."""
+    splits: tuple[Split, ...] = ("test", "validation")
+    for split in splits:
+        try:
+            table = load_table(settings, split)
+        except ValueError:
+            continue
+        chosen = torch.linspace(0, len(table) - 1, min(count, len(table))).long().unique().tolist()
+        dataset = ClipDataset(table, clip_samples=settings.clip_samples, fit=settings.short_clips)
+        clips = int16_to_float32(dataset.__getitems__(chosen)["waveform"])
+        return clips, f"{len(clips)} of the {len(table)} {split} clips of {settings.dataset_type}"
+    clips = made_up_sounds(min(count, 16), settings.clip_samples, settings.sample_rate)
+    return clips, f"{len(clips)} made-up sounds (tones in noise): there are no clips in {settings.dataset_path}"
+
+
+def made_up_sounds(count: int, samples: int, sample_rate: int) -> Tensor:
+    """(count, samples): in each, a tone of its own pitch that comes and goes, in noise of its own level."""
+    generator = torch.Generator().manual_seed(0)
+    seconds = torch.arange(samples) / sample_rate
+    pitch = sample_rate / 4 * 2 ** -torch.linspace(0, 5, count)[:, None]
+    swell = torch.sin(2 * torch.pi * torch.linspace(0.2, 2, count)[:, None] * seconds).clamp(min=0)
+    noise = torch.randn(count, samples, generator=generator) * torch.logspace(-3, -1, count)[:, None]
+    return 0.4 * swell * torch.sin(2 * torch.pi * pitch * seconds) + noise
+
+
+@torch.inference_mode()
+def in_batches(probabilities: Probabilities, waveforms: Tensor) -> Outputs:
+    """The outputs for all clips, from batches of BATCHES clips in turn."""
+    parts = []
+    sizes, start = itertools.cycle(BATCHES), 0
+    while start < len(waveforms):
+        stop = start + next(sizes)
+        parts.append(probabilities(waveforms[start:stop]))
+        start = stop
+    clipwise, framewise, embedding = (torch.cat(part).float() for part in zip(*parts, strict=True))
+    return clipwise, framewise, embedding
+
+
+def write_files(
+    formats: Sequence[str], network: HTSAT_Swin_Transformer, clip_samples: int, about: dict[str, Any], folder: Path
+) -> Iterator[tuple[str, Path]]:
+    """Write each format under a temporary name; yields format and path."""
+    partials = {name: folder / f"{FILES[name]}.partial" for name in formats}
+    if "safetensors" in formats:
+        needed = {name: about[name] for name in ("settings", "labels", "frontend")}
+        save_safetensors(partials["safetensors"], network.state_dict(), **needed)
+        yield "safetensors", partials["safetensors"]
+    if set(formats) == {"safetensors"}:
+        return
+    start, body = build_onnx(network, clip_samples)
+    makers = {
+        "onnx": lambda: join(start, body),
+        "onnx-mel": lambda: body,
+        "onnx-int8": lambda: join(start, quantize(body)),
+    }
+    for name in formats:
+        if name in makers:
+            save_onnx(makers[name](), partials[name], about)
+            yield name, partials[name]
+
+
+def check_file(name: str, partial: Path, reference: Reference) -> Export:
+    """Run a file on the clips; give it its name if it passed, else remove it."""
+    probabilities = load_safetensors(partial) if name == "safetensors" else load_onnx(partial).network.probabilities
+    outputs = in_batches(probabilities, reference.waveforms)
+    differences = [float((a - b).abs().max()) for a, b in zip(outputs, reference.outputs, strict=True)]
+    agreement = float((outputs[0].argmax(dim=1) == reference.outputs[0].argmax(dim=1)).float().mean())
+    passed = agreement >= LEAST_AGREEMENT if name == "onnx-int8" else max(differences[:2]) <= FLOAT_TOLERANCE
+    size = partial.stat().st_size
+    if passed:
+        os.replace(partial, partial.with_suffix(""))
+    else:
+        partial.unlink()
+    largest = float(reference.outputs[2].abs().max()) or 1.0
+    return Export(name, FILES[name], size, differences[0], differences[1], differences[2] / largest, agreement, passed)
+
+
+def load_safetensors(path: Path) -> Probabilities:
+    """The network of a safetensors file that `write_files` wrote."""
+    checkpoint = read_checkpoint(path)
+    settings = resolve({}, checkpoint=checkpoint.settings)
+    network = build_model(settings)
+    load_network(network, checkpoint)
+    return network.eval().probabilities
+
+
+def table_rows(exports: Sequence[Export]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the report, as text."""
+    columns = ["file", "MiB", "clip difference", "frame difference", "same top-1", "kept"]
+    rows = [
+        [
+            export.file, f"{export.size / 2**20:.1f}", f"{export.clip_difference:.1e}",
+            f"{export.frame_difference:.1e}", f"{export.top1_agreement:.1%}", "yes" if export.kept else "no",
+        ]
+        for export in exports
+    ]  # fmt: skip
+    return columns, rows
+
+
+def print_report(exports: Sequence[Export], reference: Reference, folder: Path) -> None:
+    """The table, and which files were not kept."""
+    columns, rows = table_rows(exports)
+    table = Table(title=f"exports in {folder}, checked on {reference.said}", title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    for export in exports:
+        if not export.kept:
+            rule = f"the same top-1 class in {LEAST_AGREEMENT:.0%} of the clips"
+            rule = rule if export.format == "onnx-int8" else f"differences of at most {FLOAT_TOLERANCE:g}"
+            print(f"{export.file} was not kept: it needs {rule}.")
+
+
+def write_report(
+    exports: Sequence[Export], reference: Reference, member: Member, about: dict[str, Any], folder: Path
+) -> None:
+    """Write export.json, and README.md: the checkpoint's card with the files in it."""
+    checkpoint = member.checkpoint.path.name
+    content = {
+        "checkpoint": checkpoint,
+        "clips": reference.said,
+        "torch": torch.__version__,
+        "git_revision": git_revision(),
+        "exports": [asdict(export) for export in exports],
+    }
+    write_json(folder / "export.json", content)
+    kept = {export.format for export in exports if export.kept}
+    loaded = FILES["safetensors"] if "safetensors" in kept else checkpoint
+    card = write_card(folder / "README.md", {**vars(member.checkpoint), **about}, file=Path(loaded))
+    columns, rows = table_rows([export for export in exports if export.kept])
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+    section = (
+        f"## Files\n\nWritten from `{checkpoint}` and compared with it on {reference.said}; differences "
+        f"are the largest of any probability. The ONNX files take any number of clips of "
+        f"{about['settings']['clip_samples']} samples (`model-mel.onnx` their log-mel spectrograms in dB) and hold "
+        f"settings, labels and front-end, as JSON, in their metadata.\n\n" + "\n".join(lines) + "\n"
+    )
+    partial = card.with_name(card.name + ".partial")
+    partial.write_text(f"{card.read_text(encoding='utf-8')}\n{section}", encoding="utf-8")
+    os.replace(partial, card)
+    print(f"Report: {folder / 'export.json'}\nModel card: {card}")

@@ -1,0 +1,281 @@
+"""python main.py serve: a web page on this machine that tags sound files and recordings. It keeps nothing."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import ipaddress
+import json
+import secrets
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from commands.listen import load_tagger
+from commands.predict import event_processing
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+
+    from evaluation.postprocess import PostProcessing
+    from inference import Tagged, Tagger
+
+INSTALL = "pip install fastapi uvicorn"
+PAGE = Path(__file__).with_name("serve.html")
+MOST_CLASSES = 10  # with a strip of their own on the page, beside those with events
+UPLOAD_SECONDS = 120  # after which an upload that does not end is given up
+BODY = "application/octet-stream"  # other sites' pages cannot send this kind without asking first, which is refused
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Permissions-Policy": "microphone=(self)",
+}
+
+
+class RefusedError(Exception):
+    """A request that is not answered: an HTTP status, and why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may bring, and how many may wait while one is computed."""
+
+    most_megabytes: float
+    most_seconds: float
+    most_waiting: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.most_megabytes < np.inf and 0 < self.most_seconds < np.inf and self.most_waiting >= 0):
+            raise ValueError(
+                f"most_megabytes = {self.most_megabytes}, most_seconds = {self.most_seconds} and most_waiting = "
+                f"{self.most_waiting} are not allowed: the first two lie above 0, the last is 0 or more."
+            )
+
+    @property
+    def most_bytes(self) -> int:
+        return round(self.most_megabytes * 1e6)
+
+
+def run(given: dict[str, Any], host: str, port: int, **limits: Any) -> None:
+    """Serve the page on http://host:port until Ctrl-C.
+
+    Raises ValueError where FastAPI or uvicorn is missing, where the address is taken, and for a mistake in what was
+    given.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ModuleNotFoundError as error:
+        raise ValueError(f"The page needs FastAPI and uvicorn ({error}): {INSTALL}") from None
+    chosen = Limits(**limits)
+    with listening_socket(host, port) as listening:
+        app = build_app(load_tagger(given, "serve"), chosen, host)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"Open http://{shown}:{listening.getsockname()[1]} in a browser. Ctrl-C ends.", file=sys.stderr)
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            print("Whoever reaches this address can use the page: it asks for no password.", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once the last answer is given
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listening])
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """The address is taken before the checkpoint is loaded. Raises ValueError where that fails. port 0: a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{host} port {port} cannot be served ({error}): give another --port or --host.") from None
+
+
+def build_app(tagger: "Tagger", limits: Limits, host: str = "127.0.0.1") -> "FastAPI":
+    """The page (/), what it should know (/about), and tagging (POST /tag: the bytes of a file -> JSON, see `answer`).
+
+    One sound is tagged at a time. host: the name under which the page is served, beside localhost and IP addresses.
+    """
+    from fastapi import FastAPI, Request, Response
+    from fastapi.responses import HTMLResponse, JSONResponse
+
+    worker = ThreadPoolExecutor(max_workers=1)
+    queue = Queue(limits.most_waiting)
+    processing = event_processing(tagger)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        worker.shutdown()
+
+    app = FastAPI(title="HTS-AT", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    @app.middleware("http")
+    async def guard(request: Request, forward: Callable[[Request], Awaitable[Response]]) -> Response:
+        try:
+            check_sender(request.headers.get("host", ""), request.headers.get("origin"), host)
+            response = await forward(request)
+        except RefusedError as refused:
+            response = JSONResponse({"detail": refused.reason}, refused.status)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; "
+            f"media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        content = PAGE.read_text(encoding="utf-8").replace("{{ nonce }}", nonce)
+        return HTMLResponse(content, headers={"Content-Security-Policy": policy})
+
+    @app.get("/about")
+    async def about() -> JSONResponse:
+        report = tagger.report
+        return JSONResponse(
+            {
+                "checkpoint": "" if report is None else Path(report.path).name,
+                "classes": len(tagger.labels),
+                "sample_rate": tagger.settings.sample_rate,
+                "most_bytes": limits.most_bytes,
+                "most_seconds": limits.most_seconds,
+            }
+        )
+
+    @app.post("/tag")
+    async def tag(request: Request) -> Response:
+        with queue, tempfile.TemporaryDirectory(prefix="htsat_") as folder:
+            path = Path(folder) / "upload"
+            try:
+                await asyncio.wait_for(receive(request, path, limits), UPLOAD_SECONDS)
+            except asyncio.TimeoutError:
+                raise RefusedError(408, f"The upload took longer than {UPLOAD_SECONDS} s.") from None
+            loop = asyncio.get_running_loop()
+            content = await loop.run_in_executor(worker, tag_upload, tagger, processing, path, limits)
+        return Response(content, media_type="application/json")
+
+    return app
+
+
+class Queue:
+    """At most 1 + most_waiting requests at once, counted from before their uploads on: memory and disk are bounded."""
+
+    def __init__(self, most_waiting: int) -> None:
+        self.places = 1 + most_waiting
+
+    def __enter__(self) -> None:
+        if self.places == 0:
+            raise RefusedError(503, "Too many sounds are waiting: try again in a while.")
+        self.places -= 1
+
+    def __exit__(self, *error: object) -> None:
+        self.places += 1
+
+
+def check_sender(host: str, origin: str | None, served: str) -> None:
+    """Refuse what another site makes a browser send here.
+
+    A site whose name comes to mean this machine (DNS rebinding) shows its name in the Host header: only localhost, IP
+    addresses and the name that is served may stand there. A page of another site shows in the Origin header.
+    """
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name not in ("localhost", served.lower()):
+            ipaddress.ip_address(name)
+    except ValueError:
+        raise RefusedError(403, f"The host {host!r} is not served here: open the address that serve printed.") from None
+    if origin is not None and urlsplit(origin).netloc != host:
+        raise RefusedError(403, f"Requests from {origin} are not answered.")
+
+
+async def receive(request: "Request", path: Path, limits: Limits) -> None:
+    """Write a request's body into `path`, as far as the limit goes."""
+    if request.headers.get("content-type") != BODY:
+        raise RefusedError(400, f"Send the bytes of the sound file with Content-Type: {BODY}.")
+    too_large = RefusedError(413, f"The file is larger than the {limits.most_megabytes:g} MB that are taken here.")
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdigit() or int(announced) > limits.most_bytes:
+        raise too_large
+    size = 0
+    with path.open("wb") as file:
+        async for block in request.stream():
+            size += len(block)
+            if size > limits.most_bytes:
+                raise too_large
+            file.write(block)
+
+
+def tag_upload(tagger: "Tagger", processing: "PostProcessing", path: Path, limits: Limits) -> bytes:
+    """Tag a file; returns `answer`. Raises RefusedError for what is no sound or too long."""
+    from commands._pictures import sound_of_file
+    from prepare.audio import read_audio
+
+    rate = tagger.settings.sample_rate
+    try:
+        waveform = read_audio(path, rate, seconds=limits.most_seconds + 1)
+    except ValueError as error:
+        reason = str(error).replace(f"Error opening b'{path}': ", "").replace(str(path), "The file")
+        raise RefusedError(415, reason) from None
+    if len(waveform) > limits.most_seconds * rate:
+        raise RefusedError(422, f"The sound is longer than the {limits.most_seconds:g} s that are taken here.")
+    tagged = tagger.tag(waveform)
+    sound = sound_of_file(path, tagger.settings, tagged.duration)
+    content = answer(tagged, processing) | {"spectrogram": picture(sound.logmel, sound.band_hz)}
+    return json.dumps(content, allow_nan=False).encode()
+
+
+def answer(tagged: "Tagged", processing: "PostProcessing") -> dict[str, Any]:
+    """{duration, seconds_per_frame, tags, classes, events}: seconds, and scores between 0 and 1.
+
+    tags: the best classes, [label, clip score]; classes: those and all with events, with their threshold and the frame
+    scores that are held against it; events: in the order of time.
+    """
+    table = tagged.events(processing).sort_values(["onset", "offset"], kind="stable")
+    scores, step = processing.smooth(
+        tagged.framewise[None], durations=np.array([tagged.duration]), seconds_per_frame=tagged.seconds_per_frame
+    )
+    tags = tagged.top(MOST_CLASSES)
+    shown = dict.fromkeys([*table.event_label, *(label for label, _ in tags)])
+    place = {label: processing.labels.index(label) for label in shown}
+    return {
+        "duration": tagged.duration,
+        "seconds_per_frame": step,
+        "tags": [[label, round(score, 4)] for label, score in tags],
+        "classes": [
+            {"label": label, "threshold": processing.thresholds[k], "scores": scores[0, :, k].round(4).tolist()}
+            for label, k in place.items()
+        ],
+        "events": [
+            {"onset": round(a, 4), "offset": round(b, 4), "label": label}
+            for a, b, label in zip(table.onset, table.offset, table.event_label, strict=True)
+        ],
+    }
+
+
+def picture(logmel: np.ndarray, band_hz: np.ndarray) -> dict[str, Any]:
+    """A (T, F) log-mel spectrogram in dB as a PNG (a data URL), and where Hz stand: [Hz, share of the height]."""
+    from matplotlib.image import imsave
+
+    from evaluation.plots import MEL_TICKS
+
+    file = io.BytesIO()
+    low, high = float(np.percentile(logmel, 2)), float(logmel.max())
+    imsave(file, logmel.T, cmap="magma", vmin=low, vmax=max(high, low + 1), origin="lower", format="png")
+    ticks = MEL_TICKS[(band_hz[0] <= MEL_TICKS) & (band_hz[-1] >= MEL_TICKS)]
+    heights = (np.interp(ticks, band_hz, np.arange(len(band_hz))) + 0.5) / len(band_hz)
+    return {
+        "png": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}",
+        "low_db": low,
+        "high_db": high,
+        "ticks": [[int(tick), round(float(height), 4)] for tick, height in zip(ticks, heights, strict=True)],
+    }
