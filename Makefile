@@ -22,7 +22,7 @@ demo: install
 	@echo "Report, for a browser: $(RUN)/scores/test_report.html   Curves: $(BIN)/tensorboard --logdir $(RUN)/logs"
 
 test: install-dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy .

@@ -16,6 +16,7 @@ from model import build_model
 from model.checkpoint import LoadReport, decided_settings, load_network, read_checkpoint
 from model.htsat import HTSAT_Swin_Transformer
 from model.known import find_checkpoint
+from model.onnx_runtime import load_onnx
 from prepare.audio import mono_waveform, stream_audio
 from prepare.labels import published_labels
 from settings import Config, requested, resolve
@@ -176,12 +177,16 @@ class Tagger:
     ) -> "Tagger":
         """Load a checkpoint. path: a file, or a name of assets/checkpoints.json, which stands for a published file.
 
+        A file that ends in .onnx, as `export` writes it, is run by onnxruntime on the CPU, without torch's graph.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, ... A checkpoint that carries no settings (a
         published one) takes them from config.py and `given`, as in {"dataset_type": "audioset"}. Raises ValueError
         where the file is missing or does not fit.
         """
         file, known = find_checkpoint(path)
         given = {**known, **(given or {})}
+        if file.suffix == ".onnx":
+            loaded = load_onnx(file, given)
+            return cls(loaded.network, loaded.settings, loaded.labels, postprocessing=loaded.postprocessing)
         checkpoint = read_checkpoint(file)
         frontend_from = requested("frontend_from", given)
         settings = resolve(given, checkpoint=decided_settings(checkpoint, frontend_from))

@@ -21,10 +21,11 @@ NOT_THE_EXPERIMENT = frozenset(
     (
         "random_seed", "esc_fold", "exp_name", "workspace", "dataset_path", "debug", "resume", "class_map_path",
         "save_top_k", "checkpoint_every_steps", "accelerator", "devices", "num_workers", "gradient_checkpointing",
+        "performance", "compile",
         "tta_shifts", "test_split", "fl_local", "heatmap_dir", "test_file", "test_shard", "fl_threshold",
         "fl_dataset", "fl_audioset_mapping", "fl_class_num", "fl_median_filter", "fl_minimum_duration",
-        "fl_maximum_gap", "fl_interpolation", "esm_model_pathes", "watch_test", "wa_folder", "wa_model_path",
-        "results_path",
+        "fl_maximum_gap", "fl_interpolation", "window_overlap", "clip_pooling", "esm_model_pathes", "esm_together",
+        "watch_test", "wa_folder", "wa_top_k", "wa_reestimate_bn", "wa_test", "wa_model_path", "results_path",
     )
 )  # fmt: skip
 
@@ -67,8 +68,10 @@ class Result(LedgerPart):
     """One test: one line of the ledger.
 
     settings_hash and random_seed are those of the training, as the checkpoint has them; None where a foreign file
-    carries none. An ensemble has the seeds of its members. esc_fold: None but for ESC-50. git_revision ends in +
-    where files differed from it.
+    carries none. An ensemble has the seeds of its members. protocol: held_out, paper, or unknown, of a foreign file.
+    esc_fold: None but for ESC-50. git_revision ends in + where files differed from it. class_mapping: from AudioSet's
+    classes to those of the data, where they differ. frontend: of a test with frontend_from = settings; else empty, and
+    the front-end is the checkpoint's.
     """
 
     date: str
@@ -86,10 +89,13 @@ class Result(LedgerPart):
     data_fingerprint: str
     git_revision: str
     device: str
+    class_mapping: Optional[str] = None
+    precision: str = "32"
+    frontend: dict[str, float] = {}
 
     def tested(self) -> tuple[Any, ...]:
         """Which weights were tested, and how: of lines that agree in it the newest counts."""
-        hashes = tuple(checkpoint.sha256 for checkpoint in self.checkpoints)
+        hashes = tuple(sorted(checkpoint.sha256 for checkpoint in self.checkpoints))
         return (hashes, *self._how(), self.clips)
 
     def experiment(self) -> Optional[tuple[Any, ...]]:
@@ -98,8 +104,23 @@ class Result(LedgerPart):
             return None
         return (self.settings_hash, self.kind, *self._how(), self.clips)
 
+    def seeds(self) -> Optional[tuple[int, ...]]:
+        """The seed, or those of an ensemble's members in rising order: the members have no order."""
+        if self.random_seed is None:
+            return None
+        return tuple(sorted(self.random_seed)) if isinstance(self.random_seed, list) else (self.random_seed,)
+
+    def how(self) -> str:
+        """What of a test differs from the plain one, for a table."""
+        said = [f"{len(self.tta_shifts)} shifts"] if len(self.tta_shifts) > 1 else []
+        said += [f"mapping {self.class_mapping}"] if self.class_mapping else []
+        said += [f"precision {self.precision}"] if self.precision != "32" else []
+        said += ["configured front-end"] if self.frontend else []
+        return ", ".join(said)
+
     def _how(self) -> tuple[Any, ...]:
-        return (self.dataset_type, self.data_fingerprint, self.split, self.protocol, tuple(self.tta_shifts))
+        scored = (self.dataset_type, self.data_fingerprint, self.split, self.protocol, tuple(self.tta_shifts))
+        return (*scored, self.class_mapping, self.precision, tuple(sorted(self.frontend.items())))
 
 
 @dataclass(frozen=True)
@@ -135,13 +156,32 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def check_ledger(path: Path) -> None:
+    """Make the folder of a ledger. Raises ValueError where no line could be added: told before a test, not after."""
+    if path.is_dir():
+        raise ValueError(f"results_path = {path} is a folder: give the path of a file, as {path / 'results.jsonl'}.")
+    make_folder(path.parent, "results_path", path)
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        raise ValueError(f"results_path = {path} cannot be written: change its permissions, or give another file.")
+
+
+def make_folder(folder: Path, setting: str, value: Path) -> None:
+    """Make a folder to write into. Raises ValueError, which names the setting and its value, where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{setting} = {value} cannot be written ({error}): give another place.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{setting} = {value} cannot be written: {folder} takes no files. Give another place.")
+
+
 def append_result(path: Path, result: Result) -> None:
     """Add a line in a single write, so that tests that end at the same time do not mix their lines.
 
-    Raises OSError where the line could not be written whole. It then stays as a broken line, which is read past.
+    Fields that have their default are left out of it. Raises OSError where the line could not be written whole. It then stays as a broken line, which is read past.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = result.model_dump_json().encode() + b"\n"
+    line = result.model_dump_json(exclude_defaults=True).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -190,11 +230,11 @@ def over_seeds(results: Sequence[Result]) -> list[tuple[Result, list[Spread]]]:
     Of several checkpoints of one seed the one that was tested last counts. A metric that is not defined for every
     seed is left out.
     """
-    experiments: dict[tuple[Any, ...], dict[str, Result]] = {}
+    experiments: dict[tuple[Any, ...], dict[Optional[tuple[int, ...]], Result]] = {}
     for result in newest(results):
         key = result.experiment()
         if key is not None:
-            experiments.setdefault(key, {})[str(result.random_seed)] = result
+            experiments.setdefault(key, {})[result.seeds()] = result
     return [
         (list(seeds.values())[-1], spreads(list(seeds.values()))) for seeds in experiments.values() if len(seeds) > 1
     ]

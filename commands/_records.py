@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from commands._trainer import device_count, on_gpu
+from commands._trainer import device_count, node_count, on_gpu, process_count
 from data_generator import SEDDataModule
 from evaluation.metrics import Metric
 from settings import Config
@@ -24,8 +24,16 @@ BYTES_PER_TRAINED_PARAMETER = 16  # float32 weight, gradient and AdamW's two mom
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks and writes for all: Lightning starts the others with LOCAL_RANK above 0."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+    """Whether this process speaks and writes for all.
+
+    torchrun tells RANK to the processes that it starts, Lightning LOCAL_RANK and NODE_RANK, srun SLURM_PROCID.
+    """
+    told = os.environ
+    if "RANK" in told:
+        return int(told["RANK"]) == 0
+    if "LOCAL_RANK" in told:
+        return int(told["LOCAL_RANK"]) == 0 and int(told.get("NODE_RANK", "0")) == 0
+    return int(told.get("SLURM_PROCID", "0")) == 0
 
 
 def save_provenance(settings: Config, data: SEDDataModule, **more: Any) -> None:
@@ -72,9 +80,10 @@ def git_revision() -> str:
 
 
 def device_name(settings: Config) -> str:
+    machines = f", {node_count()} machines" if node_count() > 1 else ""
     if on_gpu(settings):
-        return f"{device_count(settings)} x {torch.cuda.get_device_name()}"
-    return f"CPU, {device_count(settings)} process(es) of {torch.get_num_threads()} threads"
+        return f"{device_count(settings)} x {torch.cuda.get_device_name()}{machines}"
+    return f"CPU, {device_count(settings)} process(es) of {torch.get_num_threads()} threads{machines}"
 
 
 def print_first_page(title: str, settings: Config, data: SEDDataModule, network: torch.nn.Module, **more: str) -> None:
@@ -89,7 +98,7 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
     table.add_row("device", device_name(settings))
     table.add_row("parameters", f"{count:,} ({trained:,} trained)")
     if "train" in data.tables:
-        steps = data.steps_per_epoch(device_count(settings))
+        steps = data.steps_per_epoch(process_count(settings))
         table.add_row(
             "steps", f"{steps} an epoch, each of {settings.batch_size} clips; {steps * settings.max_epoch:,} in all"
         )

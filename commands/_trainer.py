@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import (
     WeightAveraging,
 )
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
@@ -50,6 +51,25 @@ def device_count(settings: Config) -> int:
     return settings.devices or max(count for count in range(1, gpus + 1) if part % count == 0)
 
 
+def node_count() -> int:
+    """How many machines take part, as torchrun or SLURM tell; 1 where nothing does."""
+    told = os.environ
+    if "LOCAL_WORLD_SIZE" in told:
+        return int(told["WORLD_SIZE"]) // int(told["LOCAL_WORLD_SIZE"])
+    return int(told.get("SLURM_NNODES", "1")) if SLURMEnvironment.detect() else 1
+
+
+def process_count(settings: Config) -> int:
+    """How many processes share a step: the devices of all machines. Raises ValueError where they cannot."""
+    processes = device_count(settings) * node_count()
+    if settings.batch_size % (processes * settings.accumulate_batches):
+        raise ValueError(
+            f"batch_size = {settings.batch_size} must be a multiple of the {processes} processes on {node_count()} "
+            f"machines times accumulate_batches = {settings.accumulate_batches}."
+        )
+    return processes
+
+
 def on_gpu(settings: Config) -> bool:
     return settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
 
@@ -67,7 +87,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
     devices = device_count(settings)
     gpu = on_gpu(settings)
     strategy: str | Strategy = "auto"
-    if devices > 1:
+    if devices * node_count() > 1:
         # Nothing but BandNorm has buffers that change, and it keeps them equal by itself: to broadcast them would only
         # tie together validation shares, which may differ in length.
         strategy = DDPStrategy(process_group_backend="nccl" if gpu else "gloo", broadcast_buffers=False)
@@ -76,6 +96,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=devices,
+        num_nodes=node_count(),
         strategy=strategy,
         precision="32-true" if settings.precision in ("32", "auto") else settings.precision,
         accumulate_grad_batches=settings.accumulate_batches if training else 1,

@@ -20,7 +20,7 @@ EVENT_SETTINGS = ("fl_threshold", "fl_median_filter", "fl_minimum_duration", "fl
 STANDARD_INPUT = "-"
 
 
-def run(given: dict[str, Any], files: list[str], **wanted: Any) -> int:
+def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted: Any) -> int:
     """Tag files, print the top_k classes of each, and write what is wanted (see commands/_outputs.py).
 
     A file that cannot be read is reported, and the others go on. Returns the exit status: 1 where any file failed.
@@ -33,19 +33,21 @@ def run(given: dict[str, Any], files: list[str], **wanted: Any) -> int:
         raise ValueError(
             f"predict needs a checkpoint: --resume_checkpoint PATH, or a known name ({', '.join(known_names())})"
         )
+    check_runtime(runtime, path)
     from commands._outputs import Outputs, Wanted
     from inference import Tagger
+    from model.known import find_checkpoint
 
     chosen = Wanted(**wanted)
     tagger = Tagger.from_checkpoint(path, DEVICES[requested("accelerator", given)], given=given)
     if "batch_size" in given:
         tagger.batch_size = tagger.settings.batch_size
-    assert tagger.report is not None
-    print(tagger.report, file=sys.stderr)
+    file = find_checkpoint(path)[0]
+    print(tagger.report or f"{file}: run by onnxruntime", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         sources = collect(files, Path(folder), by_place=bool(chosen.audacity or chosen.plot))
         with Outputs(
-            chosen, labels=tagger.labels, settings=tagger.settings, checkpoint=tagger.report.path,
+            chosen, labels=tagger.labels, settings=tagger.settings, checkpoint=file,
             postprocessing=lambda: event_processing(tagger),
         ) as outputs:  # fmt: skip
             done = outputs.done
@@ -63,6 +65,20 @@ def run(given: dict[str, Any], files: list[str], **wanted: Any) -> int:
     if failed:
         print(f"{failed} of {len(sources)} files could not be read.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def check_runtime(runtime: str, path: str) -> None:
+    """Raise ValueError where the file is not for the runtime that was asked for."""
+    if runtime not in ("auto", "torch", "onnx"):
+        raise ValueError(f"--runtime {runtime} is not allowed: give auto, torch or onnx.")
+    exported = path.endswith(".onnx")
+    if runtime == "onnx" and not exported:
+        raise ValueError(
+            f"--runtime onnx needs an exported network: `python main.py export --resume_checkpoint {path}` writes "
+            f"model.onnx and model-int8.onnx, which --resume_checkpoint then names."
+        )
+    if runtime == "torch" and exported:
+        raise ValueError(f"{path} is run by onnxruntime: for --runtime torch give the checkpoint that it came from.")
 
 
 def tag_sources(tagger: "Tagger", sources: "list[Source]", outputs: Any) -> int:

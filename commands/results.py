@@ -16,8 +16,8 @@ from settings import resolve
 WIDTH = 160  # characters of a line that goes into a file or a pipe; a terminal says its own
 TSV_COLUMNS = (
     "date", "dataset_type", "esc_fold", "split", "protocol", "kind", "random_seed", "metric", "value", "low", "high",
-    "level", "resamples", "criterion", "clips", "tta_shifts", "settings_hash", "data_fingerprint", "git_revision",
-    "device", "checkpoints", "sha256",
+    "level", "resamples", "criterion", "clips", "tta_shifts", "class_mapping", "precision", "frontend",
+    "settings_hash", "data_fingerprint", "git_revision", "device", "checkpoints", "sha256",
 )  # fmt: skip
 
 
@@ -65,11 +65,10 @@ def results_table(results: Sequence[Result]) -> Table:
     ):
         table.add_column(column, justify="right" if column in ("clips", "seed") else "left", overflow="fold")
     for r in results:
-        shifts = f", {len(r.tta_shifts)} shifts" if len(r.tta_shifts) > 1 else ""
         table.add_row(
             r.date[:16].replace("T", " "),
             r.dataset_type + (f" fold {r.esc_fold}" if r.esc_fold is not None else ""),
-            f"{r.split}, {r.protocol}{shifts}",
+            _tested(r),
             str(r.clips),
             escape("\n".join(_value(metric) for metric in r.metrics)),
             _seeds(r),
@@ -88,13 +87,17 @@ def seeds_table(experiments: Sequence[tuple[Result, Sequence[Spread]]]) -> Table
     for r, spreads in experiments:
         table.add_row(
             r.dataset_type + (f" fold {r.esc_fold}" if r.esc_fold is not None else ""),
-            f"{r.split}, {r.protocol}",
+            _tested(r),
             r.kind,
             (r.settings_hash or "-")[:8],
             "\n".join(f"{s.name} {s.mean:.4f} +- {s.deviation:.4f}" for s in spreads),
             str(spreads[0].n) if spreads else "-",
         )
     return table
+
+
+def _tested(result: Result) -> str:
+    return escape(", ".join(said for said in (result.split, result.protocol, result.how()) if said))
 
 
 def _value(metric: MetricRecord) -> str:
@@ -131,6 +134,7 @@ def write_tsv(path: Path, results: Sequence[Result]) -> None:
                 "checkpoints": ",".join(checkpoint.path for checkpoint in result.checkpoints),
                 "sha256": ",".join(checkpoint.sha256 for checkpoint in result.checkpoints),
                 "tta_shifts": ",".join(map(str, result.tta_shifts)),
+                "frontend": ",".join(f"{name} {value:g}" for name, value in result.frontend.items()),
                 "random_seed": "" if result.random_seed is None else _seeds(result).replace(" ", ""),
             }
             for metric in result.metrics:

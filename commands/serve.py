@@ -200,6 +200,8 @@ def check_sender(host: str, origin: str | None, served: str) -> None:
 
 async def receive(request: "Request", path: Path, limits: Limits) -> None:
     """Write a request's body into `path`, as far as the limit goes."""
+    from starlette.requests import ClientDisconnect
+
     if request.headers.get("content-type") != BODY:
         raise RefusedError(400, f"Send the bytes of the sound file with Content-Type: {BODY}.")
     too_large = RefusedError(413, f"The file is larger than the {limits.most_megabytes:g} MB that are taken here.")
@@ -207,12 +209,15 @@ async def receive(request: "Request", path: Path, limits: Limits) -> None:
     if not announced.isdigit() or int(announced) > limits.most_bytes:
         raise too_large
     size = 0
-    with path.open("wb") as file:
-        async for block in request.stream():
-            size += len(block)
-            if size > limits.most_bytes:
-                raise too_large
-            file.write(block)
+    try:
+        with path.open("wb") as file:
+            async for block in request.stream():
+                size += len(block)
+                if size > limits.most_bytes:
+                    raise too_large
+                file.write(block)
+    except ClientDisconnect:
+        raise RefusedError(400, "The upload broke off.") from None
 
 
 def tag_upload(tagger: "Tagger", processing: "PostProcessing", path: Path, limits: Limits) -> bytes:

@@ -9,7 +9,7 @@ from commands._card import write_run_card
 from commands._evaluate import checkpoint_labels
 from commands._performance import compile_network, settle
 from commands._records import is_first_process, print_first_page, save_provenance
-from commands._trainer import build_trainer, checkpoint_folder, device_count
+from commands._trainer import build_trainer, checkpoint_folder, process_count
 from data_generator import SEDDataModule, Split
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
@@ -27,7 +27,7 @@ RUN_SETTINGS = (
 def run(given: dict[str, Any]) -> None:
     """Train as the settings say, into <workspace>/runs/<exp_name>."""
     settings = resolve_with_frontend(given)
-    device_count(settings)
+    process_count(settings)
     settings, performance = settle(settings, training=True)
     resumed = find_resumed(settings)
     done = (resumed.complete_epochs or 0) if resumed else 0
@@ -60,7 +60,7 @@ def run(given: dict[str, Any]) -> None:
     wrapper = SEDWrapper(network, settings, labels)
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
-    trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(device_count(settings)))
+    trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(process_count(settings)))
     try:
         trainer.fit(wrapper, data, ckpt_path=str(resumed.path) if resumed else None, weights_only=True)
     except SystemExit:  # so Lightning ends a run that was interrupted at the keyboard

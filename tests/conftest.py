@@ -1,6 +1,10 @@
 """Data that several tests share."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported: the tests run on all cores side by side (make test), each on one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -19,7 +19,7 @@ TINY_FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", val
 def run_python(*words: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run `python words...` in `cwd`, where the workspace is; words[0] is a script of the repository."""
     script, *rest = map(str, words)
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True, env=environment
     )

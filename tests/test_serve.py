@@ -303,6 +303,31 @@ def test_an_upload_that_does_not_end_is_given_up(
     assert list(uploads.iterdir()) == []
 
 
+def test_an_upload_that_breaks_off_frees_its_place(tagger: Tagger, uploads: Path) -> None:
+    app = serve.build_app(tagger, serve.Limits(most_megabytes=1, most_seconds=9, most_waiting=0))
+    sent: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"RIFF", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return events.pop(0)
+
+    async def send(event: dict[str, Any]) -> None:
+        sent.append(event)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", serve.BODY.encode()), (b"content-length", b"1000")]
+    scope: Any = {
+        "type": "http", "method": "POST", "path": "/tag", "headers": headers, "query_string": b"",
+        "http_version": "1.1", "scheme": "http", "root_path": "",
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    assert [event["status"] for event in sent if "status" in event] == [400]
+    assert list(uploads.iterdir()) == []
+    assert post(Client(app), encoded(sound(5))).status_code == 200
+
+
 @pytest.fixture
 def served(tagger: Tagger, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `serve` hands to uvicorn."""
