@@ -12,11 +12,11 @@ import pytorch_lightning as pl
 from commands._ledger import NOT_THE_EXPERIMENT
 from commands._records import git_revision
 from commands._trainer import checkpoint_folder
-from data_generator import SEDDataModule, Split
+from data_generator import SEDDataModule, Split, load_table
 from evaluation.metrics import MAIN_METRIC, Metric
 from model.checkpoint import COMPUTED, FRONTEND, PREFIX, read_checkpoint
 from prepare.clip_store import ClipTable
-from settings import FRONTEND_SETTINGS, Config
+from settings import FRONTEND_SETTINGS, Config, all_settings, resolve
 
 LIBRARY = "hts-at"
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm: measured, not learned
@@ -28,10 +28,9 @@ LICENCE_IDENTIFIERS = {
     "Creative Commons Attribution 4.0": "cc-by-4.0",
     "Creative Commons Attribution-NonCommercial 3.0": "cc-by-nc-3.0",
 }
-UNKNOWN_LICENCE = (
-    "The data that the weights were trained on carries no licence. Weights: state your own, here and in the header as "
-    "`license`, before you publish them."
-)
+NO_LICENCE = "The store of the data that the weights were trained on names no licence. "
+UNKNOWN_LICENCE = "Under which licence the data is that the weights were trained on is not known here. "
+STATE_YOUR_OWN = "Weights: state your own, here and in the header as `license`, before you publish them."
 
 
 def describe_data(tables: Mapping[Split, ClipTable]) -> dict[str, Any]:
@@ -42,6 +41,33 @@ def describe_data(tables: Mapping[Split, ClipTable]) -> dict[str, Any]:
         "source": attributes.get("source"),
         "licence": attributes.get("licence"),
     }
+
+
+def recorded_data(checkpoints: Sequence[Path], settings: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+    """What describe_data says, of the data that the runs of checkpoints recorded; {} where they tell none or several.
+
+    settings: those of the checkpoints. Source and licence come from the store that they name, where it is still there
+    and holds the clips that were recorded.
+    """
+    recorded = [_recorded_splits(path) for path in checkpoints]
+    if not settings or not recorded[0] or any(each != recorded[0] for each in recorded):
+        return {}
+    facts = {"splits": recorded[0], "source": None, "licence": None}
+    try:
+        then = resolve({name: value for name, value in settings.items() if name in all_settings()})
+        found = describe_data({split: load_table(then, split) for split in recorded[0]})
+    except ValueError:
+        return facts
+    return found if found["splits"] == recorded[0] else facts
+
+
+def _recorded_splits(checkpoint: Path) -> dict[Split, Any]:
+    """Clips and fingerprint of each split, from the provenance.json of a checkpoint's run; {} where there is none."""
+    path = checkpoint.parent.parent / "provenance.json"
+    try:
+        return dict(json.loads(path.read_text())[-1]["data"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def write_run_card(settings: Config, data: SEDDataModule, trainer: pl.Trainer) -> Path:
@@ -87,6 +113,7 @@ def write_card(
     from. data: as describe_data gives it.
     """
     settings = checkpoint_content.get("settings") or {}
+    known = bool(data)
     frontend = checkpoint_content.get("frontend") or settings
     if "random_seed" not in settings:  # a foreign file, of which only the network is known
         settings = {}
@@ -100,7 +127,7 @@ def write_card(
         _frontend(frontend),
         _labels(checkpoint_content.get("labels") or []),
         _use(settings),
-        f"## Licence\n\n{_licence(data.get('licence'))}",
+        f"## Licence\n\n{_licence(data.get('licence'), known=known)}",
         _loading(file),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,8 +178,21 @@ def _introduction(content: Mapping[str, Any], settings: Mapping[str, Any]) -> st
     if content.get("epoch") is not None:
         text += f" Weights after epoch {content['epoch'] + 1}."
     if content.get("sources"):
-        text += f" The weights are the mean of {len(content['sources'])} checkpoints: {', '.join(content['sources'])}."
+        names = ", ".join(_source_name(source) for source in content["sources"])
+        text += f" The weights are the mean of {len(content['sources'])} checkpoints: {names}."
     return f"{title}\n\n{text}"
+
+
+def _source_name(source: str) -> str:
+    """Of a source of an average, `path sha256:...`: run, file and the start of the hash, without the machine's folders.
+
+    Averages of earlier versions have the file's name alone.
+    """
+    path, _, digest = source.rpartition(" sha256:")
+    if not path:
+        return source
+    parts = [part for part in Path(path).parts[-3:] if part != "checkpoints"]
+    return f"{'/'.join(parts[-2:])} ({digest[:8]})"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -232,9 +272,10 @@ def _use(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _licence(licence: Optional[str]) -> str:
+def _licence(licence: Optional[str], *, known: bool) -> str:
+    """known: whether the data is."""
     if not licence:
-        return UNKNOWN_LICENCE
+        return (NO_LICENCE if known else UNKNOWN_LICENCE) + STATE_YOUR_OWN
     return f"The weights come from data with this licence: {licence}. The code is under the MIT licence."
 
 

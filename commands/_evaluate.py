@@ -1,7 +1,7 @@
 """What test, esm_test and weight_average share: score the test clips, print, and write metrics and scores."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
@@ -15,10 +15,12 @@ from commands._ledger import (
     MetricRecord,
     Result,
     append_result,
+    check_ledger,
     file_sha256,
     joint_settings_hash,
+    make_folder,
 )
-from commands._localization import TestPlan, class_mapping, plan_test
+from commands._localization import TestPlan, class_mapping, plan_test, reported_split
 from commands._performance import settle
 from commands._records import (
     device_name,
@@ -30,6 +32,7 @@ from commands._records import (
 )
 from commands._trainer import build_trainer
 from data_generator import SEDDataModule
+from evaluation.mapping import NAMED, ClassMapping
 from evaluation.metrics import Metric, with_interval
 from evaluation.scores import EventList, Scores
 from model import build_model
@@ -38,7 +41,9 @@ from model.htsat import HTSAT_Swin_Transformer
 from prepare.clip_store import ClipTable, open_store, read_events
 from prepare.labels import published_labels
 from sed_model import Evaluation, SEDWrapper
-from settings import Config, requested, resolve
+from settings import FRONTEND_SETTINGS, Config, requested, resolve
+
+DEFAULT_TEST_FILE = "test"  # of config.py
 
 
 def checkpoint_labels(checkpoint: Checkpoint, settings: Config) -> list[str]:
@@ -62,18 +67,25 @@ def check_labels(checkpoint: Checkpoint, settings: Config, table: ClipTable) -> 
 
 @dataclass(frozen=True)
 class Member:
-    """A checkpoint to test, with the settings of its network."""
+    """A checkpoint to test, with the settings of its network.
+
+    sha256: of the file as it was when it was read. protocol: held_out, paper, or unknown, of a foreign file.
+    """
 
     checkpoint: Checkpoint
     settings: Config
+    sha256: str
+    protocol: str
 
     @classmethod
     def read(cls, path: str, given: dict[str, Any]) -> "Member":
         """Raises ValueError where the file cannot be used or does not fit what is given."""
         checkpoint = read_checkpoint(path)
+        sha256 = file_sha256(path)
         decided = decided_settings(checkpoint, requested("frontend_from", given))
         settings, _ = settle(resolve(given, checkpoint=decided), training=False)
-        return cls(checkpoint, settings)
+        settings = settings.model_copy(update={"heatmap_dir": score_folder(checkpoint, settings, given)})
+        return cls(checkpoint, settings, sha256, known_protocol(checkpoint, settings, given))
 
     def network(self) -> HTSAT_Swin_Transformer:
         """The network with the checkpoint's weights; what was loaded is printed."""
@@ -87,77 +99,148 @@ class Member:
         return network
 
     def labels(self, table: ClipTable) -> list[str]:
-        """The names of the classes: the checkpoint's, the data's, or numbers."""
-        return self.checkpoint.labels or table.labels or [f"class {k}" for k in range(self.settings.classes_num)]
+        """The names of the classes: the checkpoint's, those of the published one, the data's, or numbers."""
+        known = checkpoint_labels(self.checkpoint, self.settings)
+        return table.labels or known if known[0] == "class 0" else known
+
+    def reported(self) -> Config:
+        """The settings with the protocol as it is known, to be printed."""
+        return self.settings.model_copy(update={"protocol": self.protocol})
+
+    def named(self, name: str, given: dict[str, Any]) -> "Member":
+        """With another default of test_file, so that tests of different kinds leave one another's files alone."""
+        if "test_file" in given or self.settings.test_file != DEFAULT_TEST_FILE:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"test_file": name}))
+
+
+def known_protocol(checkpoint: Checkpoint, settings: Config, given: dict[str, Any]) -> str:
+    """The protocol behind a checkpoint: its own, or the given one; else paper for a published HTS-AT, or unknown."""
+    if "protocol" in given or "protocol" in (checkpoint.settings or {}):
+        return str(settings.protocol)
+    return "paper" if checkpoint.kind == "published HTS-AT" else "unknown"
+
+
+def score_folder(checkpoint: Checkpoint, settings: Config, given: dict[str, Any]) -> str:
+    """heatmap_dir; of a file that belongs to no run <workspace>/runs/<its name>/scores, unless a place is given.
+
+    Otherwise it would be the folder of the run that exp_name happens to name.
+    """
+    belongs = "exp_name" in (checkpoint.settings or {})
+    chosen = bool(given.keys() & {"heatmap_dir", "exp_name", "test_file"})
+    if belongs or chosen or Path(settings.heatmap_dir) != settings.run_folder / "scores":
+        return str(settings.heatmap_dir)
+    return str(Path(settings.workspace) / "runs" / checkpoint.path.stem / "scores")
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """`name a against b` for each setting that both have, and have differently."""
+    both = [name for name in names if name in ours and name in theirs]
+    return [f"{name} {ours[name]} against {theirs[name]}" for name in both if ours[name] != theirs[name]]
 
 
 def test_checkpoint(path: str, given: dict[str, Any]) -> None:
     """Print the metrics of a checkpoint and write them, with the scores, into heatmap_dir."""
-    member = Member.read(path, given)
+    test_member(Member.read(path, given))
+
+
+def test_member(member: Member) -> list[Metric]:
+    """Test one checkpoint, as test_checkpoint does; returns the metrics, in the first process only."""
     settings = member.settings
     data = SEDDataModule(settings, (settings.test_split,))
     table = data.tables[settings.test_split]
     check_labels(member.checkpoint, settings, table)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = member.network()
-    print_first_page(f"HTS-AT: test of {path}", settings, data, network)
-    run_test(SEDWrapper(network, settings, member.labels(table)), settings, data, [path])
+    print_first_page(f"HTS-AT: test of {member.checkpoint.path}", member.reported(), data, network)
+    return run_test(SEDWrapper(network, settings, member.labels(table)), data, [member])
 
 
-def run_test(module: Evaluation, settings: Config, data: SEDDataModule, checkpoints: list[str]) -> None:
+def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member]) -> list[Metric]:
     """Score the clips of test_split, print the table of metrics, and write <heatmap_dir>/<test_file>.json and .h5.
 
-    A line goes into the ledger results_path, but with debug and test_shard, which do not score all clips.
+    The first member's settings count. A line goes into the ledger results_path, but with debug and test_shard, which
+    do not score all clips. Returns the metrics, in the first process only. Raises ValueError where the files could not
+    be written, before the test.
     """
-    known = checkpoint_labels(read_checkpoint(checkpoints[0]), settings)
-    plan = plan_test(module, settings, data, checkpoints, known)
+    settings, reported = members[0].settings, members[0].reported()
+    paths = [str(member.checkpoint.path) for member in members]
+    plan = plan_test(module, settings, data, paths, checkpoint_labels(members[0].checkpoint, settings))
+    whole = plan.complete and not settings.debug
+    folder, ledger = Path(settings.heatmap_dir), Path(settings.results_path)
+    if is_first_process():
+        make_folder(folder, "heatmap_dir", folder)
+        if whole:
+            check_ledger(ledger)
     trainer: pl.Trainer = build_trainer(settings, steps_per_epoch=None)
     trainer.test(module, data, verbose=False)
     if not is_first_process():
-        return
+        return []
     table = data.tables[settings.test_split]
     metrics = with_interval(module.test_metrics, module.test_clipwise, module.test_targets, seed=settings.random_seed)
-    folder = Path(settings.heatmap_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {
-        "metrics": [metric.as_dict() for metric in metrics],
-        "dataset_type": settings.dataset_type,
-        "split": settings.test_split,
-        "protocol": settings.protocol,
-        "checkpoints": checkpoints,
-        "tta_shifts": module.shifts,
-        "data_fingerprint": table.fingerprint(),
-        "device": device_name(settings),
-        "git_revision": git_revision(),
-    }
+    summary = summarize(module, reported, table, metrics, paths)
     write_json(folder / f"{plan.name}.json", summary)
     collect_scores(module, settings, table, plan).save(folder / f"{plan.name}.h5")
-    print_metrics(f"HTS-AT: {settings.test_split} clips, {', '.join(checkpoints)}", metrics, settings)
+    print_metrics(f"HTS-AT: {settings.test_split} clips, {', '.join(paths)}", metrics, reported)
     print(f"Metrics: {folder / plan.name}.json\nScores: {folder / plan.name}.h5")
-    if plan.complete and not settings.debug:
-        append_result(Path(settings.results_path), test_result(summary, metrics, settings))
-        print(f"Ledger: {settings.results_path}, which `python main.py results` prints")
+    if settings.fl_local:
+        print(f"Localize: python fl_evaluate.py --heatmap_dir {folder} --test_file {settings.test_file}")
+    if whole:
+        append_result(ledger, test_result(summary, metrics, settings, members))
+        print(f"Ledger: {ledger}, which `python main.py results` prints")
+    return metrics
 
 
-def test_result(summary: dict[str, Any], metrics: Sequence[Metric], settings: Config) -> Result:
+def summarize(
+    module: Evaluation, reported: Config, table: ClipTable, metrics: Sequence[Metric], paths: Sequence[str]
+) -> dict[str, Any]:
+    """What <test_file>.json says: metrics, and on what and how they were measured."""
+    configured = {name: getattr(reported, name) for name in FRONTEND_SETTINGS}
+    return {
+        "metrics": [metric.as_dict() for metric in metrics],
+        "dataset_type": reported.dataset_type,
+        "split": reported_split(reported),
+        "protocol": reported.protocol,
+        "checkpoints": list(paths),
+        "tta_shifts": module.shifts,
+        "class_mapping": mapping_name(module.mapping),
+        "precision": reported.precision,
+        "frontend": configured if reported.frontend_from == "settings" else {},
+        "data_fingerprint": table.fingerprint(),
+        "device": device_name(reported),
+        "git_revision": git_revision(),
+    }
+
+
+def mapping_name(mapping: Optional[ClassMapping]) -> Optional[str]:
+    """The name of a class mapping; of one in a file, whose content may change, with the start of its SHA-256."""
+    if mapping is None or mapping.name in NAMED:
+        return mapping and mapping.name
+    return f"{Path(mapping.name).name} {file_sha256(mapping.name)[:8]}"
+
+
+def test_result(
+    summary: dict[str, Any], metrics: Sequence[Metric], settings: Config, members: Sequence[Member]
+) -> Result:
     """The ledger's line of a test. Training settings and seed are the checkpoints' own, not those of the test.
 
     A foreign file tells no seed: what it was trained with is not known.
     """
-    members = [read_checkpoint(path) for path in summary["checkpoints"]]
-    seeds: list[Optional[int]] = [(member.settings or {}).get("random_seed") for member in members]
-    trained = [member.settings if seed is not None else None for member, seed in zip(members, seeds, strict=True)]
-    kind: Kind = "ensemble" if len(members) > 1 else "weight average" if members[0].sources else "single"
+    seeds: list[Optional[int]] = [(member.checkpoint.settings or {}).get("random_seed") for member in members]
+    trained = [
+        member.checkpoint.settings if seed is not None else None for member, seed in zip(members, seeds, strict=True)
+    ]
+    single: Kind = "weight average" if members[0].checkpoint.sources else "single"
     known = [seed for seed in seeds if seed is not None]
     same = {name: summary[name] for name in summary.keys() - {"metrics", "checkpoints"}}
     return Result(
         **same,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        kind=kind,
+        kind="ensemble" if len(members) > 1 else single,
         esc_fold=settings.esc_fold if settings.dataset_type == "esc-50" else None,
         clips=metrics[0].clips,
         metrics=[MetricRecord(**metric.as_dict()) for metric in metrics],
-        checkpoints=[CheckpointRecord(path=path, sha256=file_sha256(path)) for path in summary["checkpoints"]],
+        checkpoints=[CheckpointRecord(path=str(m.checkpoint.path), sha256=m.sha256) for m in members],
         settings_hash=joint_settings_hash(trained),
         random_seed=None if len(known) < len(seeds) else known[0] if len(known) == 1 else known,
     )

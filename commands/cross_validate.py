@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from commands._ledger import settings_hash
 from commands._records import write_json
 from evaluation.metrics import MAIN_METRIC
 from prepare.clip_store import read_store_table, store_path
@@ -43,7 +44,12 @@ class Outcome:
 
 
 def run(given: dict[str, Any], *, protocols: str) -> None:
-    """Train every fold in a process of its own; folds that are complete already are not trained again."""
+    """Train every fold in a process of its own; folds that are complete already are not trained again.
+
+    What is reported are metrics of every epoch out of the runs' logs, of weights that are mostly not kept: they are no
+    tests of a file, which the ledger records with its hash, so nothing goes into it. `test --resume_checkpoint
+    <run>/checkpoints/last.ckpt` adds a fold's last epoch.
+    """
     chosen = protocols.split(",")
     if not chosen or not set(chosen) <= set(PROTOCOLS):
         raise ValueError(f"--protocols {protocols} is not allowed: give {', '.join(PROTOCOLS)}, or one of them.")
@@ -51,13 +57,13 @@ def run(given: dict[str, Any], *, protocols: str) -> None:
         if name in given:
             raise ValueError(f"cross_validate sets {name} itself, for each fold: leave --{name} out.")
     settings = resolve(given)
-    folds = find_folds(settings)
+    folds, experiment = find_folds(settings), experiment_hash(settings)
     outcomes: list[Outcome] = []
     for protocol in chosen:
-        curves = [train_fold(given, protocol, fold) for fold in folds]
+        curves = [train_fold(given, protocol, fold, experiment) for fold in folds]
         outcomes += judge(protocol, curves)
     print_outcomes(outcomes, settings, folds)
-    path = Path(settings.workspace) / "runs" / f"cross_validation_{settings.dataset_type}.json"
+    path = Path(settings.workspace) / "runs" / f"cross_validation_{settings.dataset_type}_{experiment}.json"
     summary = [{**asdict(o), "mean": o.mean, "deviation": o.deviation} for o in outcomes]
     write_json(path, {"folds": folds, "metric": MAIN_METRIC[settings.task], "outcomes": summary})
     print(f"Written: {path}")
@@ -72,14 +78,20 @@ def find_folds(settings: Config) -> list[int]:
     return folds
 
 
-def run_name(settings: Config, protocol: str, fold: int) -> str:
-    return f"cv_{settings.dataset_type}_{protocol}_fold{fold}"
+def experiment_hash(settings: Config) -> str:
+    """8 hexadecimal digits of all that the results depend on: settings, seed and data.
+
+    They stand in the names of the runs, so that none is taken for the run of another experiment and gone on with.
+    """
+    data = read_store_table(store_path(settings.dataset_path, settings.dataset_type)).fingerprint()
+    more = {"seed": settings.random_seed, "data": data, "shortened": settings.debug}
+    return settings_hash({**settings.model_dump(), **more})[:8]
 
 
-def train_fold(given: dict[str, Any], protocol: str, fold: int) -> Curve:
-    """Train one fold, or go on with it, and return the metrics of its epochs."""
+def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str) -> Curve:
+    """Train one fold, or go on with it, and return the metrics of its epochs. experiment: see experiment_hash."""
     settings = resolve({**given, "esc_fold": fold, "protocol": protocol})
-    name = run_name(settings, protocol, fold)
+    name = f"cv_{settings.dataset_type}_{protocol}_fold{fold}_{experiment}"
     watch_test = protocol == "held_out"  # otherwise the test clips are the validation clips
     more = {"esc_fold": fold, "protocol": protocol, "exp_name": name, "resume": "auto", "watch_test": watch_test}
     words = [word for key, value in {**given, **more}.items() for word in (f"--{key}", str(value))]
@@ -93,7 +105,7 @@ def train_fold(given: dict[str, Any], protocol: str, fold: int) -> Curve:
 
 
 def read_curve(run_folder: Path, columns: tuple[str, str], epochs: int) -> Curve:
-    """Two metrics of each epoch of a run from its logs; of an epoch that was trained again, the later ones."""
+    """Two metrics of the first `epochs` epochs of a run from its logs; of one that was trained again, the later ones."""
     curve: Curve = {}
     versions = sorted((run_folder / "logs").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
     for version in versions:
@@ -103,6 +115,7 @@ def read_curve(run_folder: Path, columns: tuple[str, str], epochs: int) -> Curve
                 for row in csv.DictReader(file):
                     if all(row.get(column) for column in columns):
                         curve[int(row["epoch"])] = float(row[columns[0]]), float(row[columns[1]])
+    curve = {epoch: values for epoch, values in curve.items() if epoch < epochs}
     missing = sorted(set(range(epochs)) - curve.keys())
     if missing:
         raise ValueError(

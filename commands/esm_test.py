@@ -1,5 +1,6 @@
 """python main.py esm_test: evaluate the mean of several checkpoints' scores on the test split."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,54 +8,84 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from commands._evaluate import Member, check_labels, run_test
+from commands._evaluate import Member, check_labels, checkpoint_labels, differing, run_test
 from commands._records import print_first_page
 from commands._trainer import on_gpu
 from data_generator import SEDDataModule
+from model.htsat import HTSAT_Swin_Transformer
 from sed_model import Ensemble_SEDWrapper
 from settings import Config, requested
 
+# What the members must share: what they take, and which clips they were neither trained nor chosen on.
+SHARED_SETTINGS = (
+    "dataset_type", "task", "protocol", "esc_fold", "sample_rate", "clip_samples", "short_clips", "classes_num",
+)  # fmt: skip
+
 
 def run(given: dict[str, Any]) -> None:
-    """Print the metrics of the ensemble of --esm_model_pathes A,B,... and write them into heatmap_dir."""
+    """Print the metrics of the ensemble of --esm_model_pathes A,B,... and write them into heatmap_dir.
+
+    The files are named ensemble_<8 hexadecimal digits of the members, in any order>, unless test_file is given.
+    """
     paths = requested("esm_model_pathes", given)
     if not paths:
         raise ValueError("esm_test needs checkpoints: --esm_model_pathes A.ckpt,B.ckpt")
     members = [Member.read(path, given) for path in paths]
-    settings = members[0].settings
+    for member in members[1:]:
+        check_alike(member, members[0])
+    first = members[0].named(f"ensemble_{joint_sha256(members)[:8]}", given)
+    settings = first.settings
     data = SEDDataModule(settings, (settings.test_split,))
     table = data.tables[settings.test_split]
     for member in members:
         check_labels(member.checkpoint, member.settings, table)
-        check_alike(member, members[0])
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     networks = [member.network() for member in members]
+    check_steps(networks, members)
     together = fit_together(networks, settings) if settings.esm_together is None else settings.esm_together
     print_first_page(
-        f"HTS-AT: test of {len(networks)} networks", settings, data, networks[0],
+        f"HTS-AT: test of {len(networks)} networks", first.reported(), data, networks[0],
         networks="all on the device" if together else "on the device one after another",
     )  # fmt: skip
-    module = Ensemble_SEDWrapper(networks, settings, members[0].labels(table), together=together)
-    run_test(module, settings, data, paths)
+    module = Ensemble_SEDWrapper(networks, settings, first.labels(table), together=together)
+    run_test(module, data, [first, *members[1:]])
+
+
+def joint_sha256(members: Sequence[Member]) -> str:
+    """Of the members' hashes, whatever their order: 64 hexadecimal digits."""
+    return hashlib.sha256(" ".join(sorted(member.sha256 for member in members)).encode()).hexdigest()
 
 
 def check_alike(member: Member, first: Member) -> None:
-    """Raise ValueError where the scores of two checkpoints cannot be averaged."""
-    ours, theirs = member.settings, first.settings
-    if (ours.sample_rate, ours.clip_samples, ours.classes_num) != (
-        theirs.sample_rate, theirs.clip_samples, theirs.classes_num,
-    ):  # fmt: skip
+    """Raise ValueError where the scores of two checkpoints cannot be averaged, or where the mean could not be trusted.
+
+    A member that was trained or chosen on clips that test the other would raise the ensemble's score.
+    """
+    ours, theirs = member.reported().model_dump(), first.reported().model_dump()
+    different = differing(ours, theirs, SHARED_SETTINGS)
+    if different:
         raise ValueError(
-            f"{member.checkpoint.path} takes {ours.clip_samples} samples at {ours.sample_rate} Hz and knows "
-            f"{ours.classes_num} classes, {first.checkpoint.path} takes {theirs.clip_samples} at {theirs.sample_rate} "
-            f"Hz and knows {theirs.classes_num}: they cannot be averaged."
+            f"{member.checkpoint.path} and {first.checkpoint.path} have {', '.join(different)}: their scores cannot "
+            f"be averaged, or one of them may know clips that the other is tested on. Give members that agree; of a "
+            f"file that does not say what it was trained on, give it with --protocol, --esc_fold, ..."
         )
-    known, other = first.checkpoint.labels, member.checkpoint.labels
-    if known and other and known != other:
+    known, other = (checkpoint_labels(each.checkpoint, each.settings) for each in (first, member))
+    if known != other and "class 0" not in (known[0], other[0]):
         raise ValueError(
             f"{member.checkpoint.path} and {first.checkpoint.path} have different labels: their scores cannot be "
             f"averaged."
         )
+
+
+def check_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Member]) -> None:
+    """Raise ValueError where the frame scores of networks have different lengths."""
+    for network, member in zip(networks, members, strict=True):
+        if network.steps != networks[0].steps:
+            raise ValueError(
+                f"{member.checkpoint.path} gives {network.steps} steps for a clip, {members[0].checkpoint.path} "
+                f"{networks[0].steps}: their frame scores cannot be averaged. Give members with as many stages "
+                f"(htsat_depth), the same htsat_stride and the same mel_bins."
+            )
 
 
 def fit_together(networks: Sequence[nn.Module], settings: Config) -> bool:

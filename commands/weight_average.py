@@ -3,57 +3,106 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from commands._card import write_card
-from commands._evaluate import test_checkpoint
+from commands._card import recorded_data, write_card
+from commands._evaluate import Member, differing, test_member
+from commands._ledger import file_sha256
+from commands._localization import reported_split
+from commands._records import is_first_process
 from data_generator import SEDDataModule
+from evaluation.metrics import Metric
 from model import build_model
-from model.checkpoint import PREFIX, load_network, read_checkpoint
+from model.checkpoint import FRONTEND, PREFIX, Checkpoint, load_network, read_checkpoint
 from model.htsat import HTSAT_Swin_Transformer
-from settings import resolve
+from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, resolve
 from utils import int16_to_float32
 
 METRIC_IN_NAME = re.compile(r"-[A-Za-z]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312
+COMPARED_SETTINGS = [name for name in TRAINED_SETTINGS if name != "exp_name"]
 
 
 def run(given: dict[str, Any]) -> None:
-    """Average the checkpoints that wa_folder names into wa_model_path, and test the average where wa_test says so."""
+    """Average the checkpoints that wa_folder names into wa_model_path, and test the average where wa_test says so.
+
+    Of several processes the first one averages; the others are started by its test, and only take part in that. The
+    files of the test have the name of the average, unless test_file is given.
+    """
     settings = resolve(given)
-    paths = find_checkpoints(settings.wa_folder or str(settings.run_folder), settings.wa_top_k)
-    content = average_checkpoints(paths)
-    if settings.wa_reestimate_bn:
-        content["state_dict"].update(estimate_statistics(paths[0], given))
     target = Path(settings.wa_model_path)
+    if is_first_process():
+        paths = find_checkpoints(settings.wa_folder or str(settings.run_folder), settings.wa_top_k, target=target)
+        write_average(paths, target, given, reestimate=settings.wa_reestimate_bn)
+        card = write_average_card(target, paths)
+    if settings.wa_test:
+        member = Member.read(str(target), given).named(target.stem, given)
+        metrics = test_member(member)
+        if metrics and not (settings.debug or settings.test_shard):  # measured on all clips, in the first process
+            card = write_average_card(target, paths, metrics, measured_on(member))
+    if is_first_process():
+        print(f"Model card: {card}")
+
+
+def write_average(paths: Sequence[Path], target: Path, given: dict[str, Any], *, reestimate: bool) -> None:
+    """Write the mean of checkpoints as a checkpoint. reestimate: with statistics of bn0 measured anew.
+
+    Raises ValueError for a target that is no .ckpt, and where the files do not belong together.
+    """
+    if target.suffix == ".safetensors":
+        raise ValueError(
+            f"wa_model_path = {target} is not allowed: an average is a .ckpt file, which keeps what it is the mean of. "
+            f"`python main.py export` makes safetensors of it."
+        )
+    content = average_checkpoints(paths)
+    if reestimate:
+        content["state_dict"].update(estimate_statistics(paths[0], given))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     torch.save(content, partial)
     os.replace(partial, target)
     print(f"{target}: the mean of {len(paths)} checkpoints\n" + "\n".join(f"  {path}" for path in paths))
-    card = write_card(target.with_suffix(".md"), vars(read_checkpoint(target)), file=Path(target.name))
-    print(f"Model card: {card}")
-    if settings.wa_test:
-        test_checkpoint(str(target), given)
 
 
-def find_checkpoints(where: str, top_k: int = 0) -> list[Path]:
+def write_average_card(target: Path, paths: Sequence[Path], metrics: Sequence[Metric] = (), measured: str = "") -> Path:
+    """Write the model card of an average beside it, with the data that the runs of `paths` have recorded."""
+    content = read_checkpoint(target)
+    data = recorded_data(paths, content.settings)
+    file = Path(target.name)
+    return write_card(
+        target.with_suffix(".md"), vars(content), file=file, metrics=metrics, measured=measured, data=data
+    )
+
+
+def measured_on(member: Member) -> str:
+    """A sentence for the card: which clips the metrics come from."""
+    settings = member.settings
+    clips = f"Measured on the {reported_split(settings)} clips of {settings.dataset_type}"
+    chosen = member.protocol == "paper" and reported_split(settings) == "test"
+    return clips + (", on which the averaged checkpoints were chosen as well, as published." if chosen else ".")
+
+
+def find_checkpoints(where: str, top_k: int = 0, *, target: Optional[Path] = None) -> list[Path]:
     """The checkpoints of a run's folder, of a folder, or those that a glob like runs/*/best.ckpt names.
 
-    Of a run, those of single epochs count, not their second names best.ckpt and last.ckpt. top_k: only so many, those
-    with the highest metric in their names; 0: all. Raises ValueError where there are none, or too few.
+    Where there are those of single epochs, their second names best.ckpt and last.ckpt do not count, and no file counts
+    twice. target: a file that is left out, as an earlier average in its place. top_k: only so many, those with the
+    highest metric in their names; 0: all. Raises ValueError where there are none, or too few.
     """
     if glob.has_magic(where):
         found = sorted(Path(name) for name in glob.glob(where))
     else:
         folder = Path(where)
         folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-        found = sorted(folder.glob("epoch_*.ckpt")) or sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
+        found = sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
+    with_epochs = {path.parent for path in found if path.name.startswith("epoch_")}
+    found = [path for path in found if path.stem not in ("best", "last") or path.parent not in with_epochs]
+    found = _without_doubles(found, target)
     if not found:
         raise ValueError(
             f"There are no .ckpt files in {where}: --wa_folder names a run's folder, a folder of checkpoints or a glob."
@@ -69,24 +118,36 @@ def find_checkpoints(where: str, top_k: int = 0) -> list[Path]:
     return sorted(sorted(metrics, key=lambda path: metrics[path])[-top_k:])
 
 
-def average_checkpoints(paths: list[Path]) -> dict[str, Any]:
+def _without_doubles(paths: Sequence[Path], target: Optional[Path]) -> list[Path]:
+    """Each file once, by its first name, and without `target`."""
+    seen = [target] if target is not None and target.is_file() else []
+    kept = []
+    for path in paths:
+        if not any(path.samefile(other) for other in seen):
+            seen.append(path)
+            kept.append(path)
+    return kept
+
+
+def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
     """Mean of float tensors (summed in float64); integer buffers are the first file's.
 
-    Raises ValueError where the files differ in keys, shapes or labels.
+    Returns the content of a checkpoint; its sources say of each file path and SHA-256. Raises ValueError where the
+    files differ in keys, shapes, labels, front-end or in what decides which clips may test them.
     """
     first = read_checkpoint(paths[0])
+    sources = [f"{paths[0]} sha256:{file_sha256(paths[0])}"]
     total = {key: value.double() if value.is_floating_point() else value for key, value in first.state_dict.items()}
     for path in paths[1:]:
         other = read_checkpoint(path)
-        if {k: v.shape for k, v in other.state_dict.items()} != {k: v.shape for k, v in first.state_dict.items()}:
-            raise ValueError(f"{path} and {paths[0]} hold different networks: they cannot be averaged.")
-        if other.labels != first.labels:
-            raise ValueError(f"{path} and {paths[0]} have different labels: they cannot be averaged.")
+        sources.append(f"{path} sha256:{file_sha256(path)}")
+        check_alike(other, first)
         for key, value in other.state_dict.items():
             if value.is_floating_point():
                 total[key] += value.double()
+    prefix = _prefix(first)
     mean = {
-        PREFIX + key: (value / len(paths)).to(first.state_dict[key].dtype) if value.is_floating_point() else value
+        prefix + key: (value / len(paths)).to(first.state_dict[key].dtype) if value.is_floating_point() else value
         for key, value in total.items()
     }
     return {
@@ -94,8 +155,40 @@ def average_checkpoints(paths: list[Path]) -> dict[str, Any]:
         "settings": first.settings,
         "labels": first.labels,
         "frontend": first.frontend,
-        "sources": [path.name for path in paths],
+        "sources": sources,
     }
+
+
+def _prefix(checkpoint: Checkpoint) -> str:
+    """Of the keys in a file: that of this project, but none where it would make a bare state dict a published one."""
+    return PREFIX if checkpoint.settings is not None or checkpoint.kind == "published HTS-AT" else ""
+
+
+def check_alike(other: Checkpoint, first: Checkpoint) -> None:
+    """Raise ValueError, which names what differs, where the weights of two checkpoints cannot be averaged.
+
+    Of other folds or another protocol, one of them knows clips that test the other.
+    """
+    pair = f"{other.path} and {first.path}"
+    ours, theirs = other.settings, first.settings
+    if (ours is None) != (theirs is None):
+        silent, known = (other, first) if ours is None else (first, other)
+        raise ValueError(
+            f"{silent.path} does not say how it was trained, and {known.path} does: whether they may be tested on the "
+            f"same clips cannot be told, so they are not averaged."
+        )
+    different = differing(ours or {}, theirs or {}, COMPARED_SETTINGS)
+    different += differing(other.frontend or {}, first.frontend or {}, FRONTEND_SETTINGS)
+    if different:
+        raise ValueError(f"{pair} have {', '.join(dict.fromkeys(different))}: they cannot be averaged.")
+    if {k: v.shape for k, v in other.state_dict.items()} != {k: v.shape for k, v in first.state_dict.items()}:
+        raise ValueError(f"{pair} hold different networks: they cannot be averaged.")
+    if other.labels != first.labels:
+        raise ValueError(f"{pair} have different labels: they cannot be averaged.")
+    for key, value in other.state_dict.items():
+        # As rounding leaves them, windows and filterbanks that are meant to be the same differ by less.
+        if key.startswith(FRONTEND) and not torch.allclose(value, first.state_dict[key], rtol=1e-3, atol=1e-5):
+            raise ValueError(f"{pair} have different front-ends ({key}): they cannot be averaged.")
 
 
 def estimate_statistics(path: Path, given: dict[str, Any]) -> dict[str, Tensor]:
@@ -111,7 +204,7 @@ def estimate_statistics(path: Path, given: dict[str, Any]) -> dict[str, Tensor]:
     frontend = _Frontend(network)
     update_bn(_waveforms(data), frontend)
     statistics = {k: v for k, v in network.bn0.state_dict().items() if k.startswith("running_")}
-    return {f"{PREFIX}bn0.{name}": value for name, value in statistics.items()}
+    return {f"{_prefix(checkpoint)}bn0.{name}": value for name, value in statistics.items()}
 
 
 def _waveforms(data: SEDDataModule) -> Iterator[Tensor]:
