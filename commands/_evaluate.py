@@ -207,6 +207,7 @@ def summarize(
         "precision": reported.precision,
         "frontend": configured if reported.frontend_from == "settings" else {},
         "data_fingerprint": table.fingerprint(),
+        "unreadable_clips": module.not_scored,
         "device": device_name(reported),
         "git_revision": git_revision(),
     }
@@ -214,9 +215,9 @@ def summarize(
 
 def mapping_name(mapping: Optional[ClassMapping]) -> Optional[str]:
     """The name of a class mapping; of one in a file, whose content may change, with the start of its SHA-256."""
-    if mapping is None or mapping.name in NAMED:
-        return mapping and mapping.name
-    return f"{Path(mapping.name).name} {file_sha256(mapping.name)[:8]}"
+    if mapping is None:
+        return None
+    return mapping.name if mapping.name in NAMED else f"{Path(mapping.name).name} {file_sha256(mapping.name)[:8]}"
 
 
 def test_result(

@@ -81,6 +81,7 @@ class Result(LedgerPart):
     protocol: str
     esc_fold: Optional[int]
     clips: int
+    unreadable_clips: int = 0  # of the split, not among `clips`
     metrics: list[MetricRecord]
     tta_shifts: list[int]
     checkpoints: list[CheckpointRecord]
@@ -178,7 +179,8 @@ def make_folder(folder: Path, setting: str, value: Path) -> None:
 def append_result(path: Path, result: Result) -> None:
     """Add a line in a single write, so that tests that end at the same time do not mix their lines.
 
-    Fields that have their default are left out of it. Raises OSError where the line could not be written whole. It then stays as a broken line, which is read past.
+    Fields that have their default are left out of it. Raises OSError where the line could not be written whole. It then
+    stays as a broken line, which is read past.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = result.model_dump_json(exclude_defaults=True).encode() + b"\n"

@@ -105,7 +105,7 @@ def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str)
 
 
 def read_curve(run_folder: Path, columns: tuple[str, str], epochs: int) -> Curve:
-    """Two metrics of the first `epochs` epochs of a run from its logs; of one that was trained again, the later ones."""
+    """Two metrics of the first `epochs` epochs of a run, from its logs; of one trained again the later ones."""
     curve: Curve = {}
     versions = sorted((run_folder / "logs").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
     for version in versions:
@@ -130,9 +130,9 @@ def judge(protocol: str, curves: Sequence[Curve]) -> list[Outcome]:
     choosing = np.array([[curve[epoch][0] for epoch in epochs] for curve in curves])  # (folds, epochs)
     test = np.array([[curve[epoch][1] for epoch in epochs] for curve in curves])
     rules = {
-        "best epoch of each fold": choosing.argmax(axis=1),
-        "the epoch that is best on average": np.full(len(curves), choosing.mean(axis=0).argmax()),
-        "last epoch": np.full(len(curves), len(epochs) - 1),
+        "best of each fold": choosing.argmax(axis=1),
+        "best on average": np.full(len(curves), choosing.mean(axis=0).argmax()),
+        "last": np.full(len(curves), len(epochs) - 1),
     }
     return [
         Outcome(protocol, rule, test[np.arange(len(curves)), chosen].tolist(), chosen.tolist())
@@ -143,11 +143,12 @@ def judge(protocol: str, curves: Sequence[Curve]) -> list[Outcome]:
 def print_outcomes(outcomes: Sequence[Outcome], settings: Config, folds: Sequence[int]) -> None:
     metric = MAIN_METRIC[settings.task]
     table = Table(title=f"{settings.dataset_type}: {metric} of the test clips over {len(folds)} folds")
-    for column in ("protocol", "rule", "mean", "deviation", *(f"fold {fold}" for fold in folds), "epochs"):
-        table.add_column(column, justify="left" if column in ("protocol", "rule") else "right")
+    shown = " ".join(f"{fold:5d}" for fold in folds)
+    for column in ("protocol", "epoch that counts", "mean", "deviation", f"fold\n{shown}"):
+        table.add_column(column, no_wrap=True)
     for o in outcomes:
-        epochs = ", ".join(str(epoch + 1) for epoch in o.epochs)
-        values = (f"{value:.4f}" for value in o.values)
-        table.add_row(o.protocol, o.rule, f"{o.mean:.4f}", f"{o.deviation:.4f}", *values, epochs)
+        values = " ".join(f"{value:.3f}" for value in o.values)
+        epochs = " ".join(f"{epoch + 1:5d}" for epoch in o.epochs)
+        table.add_row(o.protocol, f"{o.rule}\n  epochs", f"{o.mean:.4f}", f"{o.deviation:.4f}", f"{values}\n{epochs}")
     Console().print(table)
     print("held_out: chosen on the fold after the test fold. paper: chosen on the test clips themselves, as published.")

@@ -99,7 +99,7 @@ def find_checkpoints(where: str, top_k: int = 0, *, target: Optional[Path] = Non
     else:
         folder = Path(where)
         folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-        found = sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
+        found = sorted(folder.glob("epoch_*.ckpt")) or sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
     with_epochs = {path.parent for path in found if path.name.startswith("epoch_")}
     found = [path for path in found if path.stem not in ("best", "last") or path.parent not in with_epochs]
     found = _without_doubles(found, target)

@@ -1,5 +1,6 @@
 """Averages of networks: of their weights, afterwards and while training, and of their scores."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ import pytest
 import torch
 
 import main
-from commands.weight_average import find_checkpoints
+from commands import weight_average
+from commands._evaluate import DEFAULT_TEST_FILE, Member
+from commands._ledger import read_results
+from commands.esm_test import SHARED_SETTINGS
+from commands.weight_average import average_checkpoints, find_checkpoints
+from evaluation.metrics import Metric
+from model import build_model
+from model.checkpoint import read_checkpoint
 from sed_model import Ensemble_SEDWrapper
-from tests.helpers import TINY_FLAGS
+from settings import FRONTEND_SETTINGS, resolve
+from tests.helpers import TINY, TINY_FLAGS
 
 RUN = Path("workspace/runs/average")
 
@@ -44,10 +53,21 @@ def test_what_names_checkpoints(tmp_path: Path) -> None:
     assert [path.name for path in find_checkpoints(str(folder))] == names
     assert [path.name for path in find_checkpoints(str(folder), 2)] == names[1:]
     assert [path.name for path in find_checkpoints(f"{tmp_path}/*/checkpoints/*t.ckpt")] == ["best.ckpt", "last.ckpt"]
+    assert [path.name for path in find_checkpoints(f"{tmp_path}/*/checkpoints/*.ckpt")] == names
     with pytest.raises(ValueError, match=r"has 3 checkpoints with a metric in their name, wa_top_k = 4"):
         find_checkpoints(str(folder), 4)
     with pytest.raises(ValueError, match="There are no"):
         find_checkpoints(f"{tmp_path}/*.ckpt")
+
+
+def test_no_file_counts_twice_and_the_target_does_not_count(tmp_path: Path) -> None:
+    for name in ("best.ckpt", "last.ckpt", "average.ckpt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "same.ckpt").hardlink_to(tmp_path / "best.ckpt")
+    found = find_checkpoints(str(tmp_path), target=tmp_path / ".." / tmp_path.name / "average.ckpt")
+    assert [path.name for path in found] == ["best.ckpt", "last.ckpt"]
+    with pytest.raises(ValueError, match="There are no"):
+        find_checkpoints(f"{tmp_path}/av*.ckpt", target=tmp_path / "average.ckpt")
 
 
 def test_average_of_a_run_is_tested_at_once(
@@ -57,22 +77,128 @@ def test_average_of_a_run_is_tested_at_once(
     words = ["--exp_name", "average", "--wa_top_k", "2", "--wa_test", "True", "--wa_reestimate_bn", "True"]
     assert main.main(["weight_average", *words, "--accelerator", "cpu"]) == 0
     assert "the mean of 2 checkpoints" in capsys.readouterr().out
-    assert json.loads((RUN / "scores" / "test.json").read_text())["checkpoints"] == [str(RUN / "weight_average.ckpt")]
+    summary = json.loads((RUN / "scores" / "weight_average.json").read_text())
+    assert summary["checkpoints"] == [str(RUN / "weight_average.ckpt")]
+    assert not (RUN / "scores" / "test.json").exists()  # which is for tests of the run's own checkpoints
     content = torch.load(RUN / "weight_average.ckpt", weights_only=True)
     chosen = find_checkpoints(str(RUN), 2)
-    assert content["sources"] == [path.name for path in chosen]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in chosen]
+    assert content["sources"] == [f"{path} sha256:{digest}" for path, digest in zip(chosen, hashes, strict=True)]
     key = "sed_model.tscam_conv.weight"
     mean = torch.stack([weights(path)[key] for path in chosen]).double().mean(dim=0).float()
     assert torch.equal(content["state_dict"][key], mean)
-    assert str(RUN / "weight_average.ckpt") not in (RUN / "weight_average.md").read_text()  # paths from its own folder
+    card = (RUN / "weight_average.md").read_text()
+    assert str(RUN / "weight_average.ckpt") not in card  # paths from its own folder
+    recorded = json.loads((RUN / "provenance.json").read_text())[0]["data"]["train"]
+    for said in (
+        f"average/{chosen[0].name} ({hashes[0][:8]})",
+        f"| mAP | {summary['metrics'][0]['value']:.4f} |",
+        "Measured on the test clips of demo.",
+        f"| train | {recorded['clips']} clips, fingerprint {recorded['fingerprint']} |",
+        'license: "cc0-1.0"',
+    ):
+        assert said in card, said
+
+
+def test_only_the_first_process_averages(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    target = tmp_path / "mean.ckpt"
+    words = ["weight_average", "--wa_folder", str(RUN), "--wa_model_path", str(target), "--accelerator", "cpu"]
+    assert main.main(words) == 0
+    assert list(tmp_path.iterdir()) == []
+    content = torch.load(find_checkpoints(str(RUN))[0], weights_only=True)
+    torch.save(content, target)
+    before = target.read_bytes()
+    tested: list[Path] = []
+
+    def test_member(member: Member) -> list[Metric]:
+        tested.append(member.checkpoint.path)
+        return []
+
+    monkeypatch.setattr(weight_average, "test_member", test_member)
+    assert main.main([*words, "--wa_test", "True"]) == 0
+    assert tested == [target]
+    assert target.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]
+    assert capsys.readouterr().out == ""
+
+
+def changed(path: Path, name: str, **settings: Any) -> str:
+    """A copy of a checkpoint with other settings, or with none at all."""
+    content = torch.load(path, weights_only=True)
+    content["settings"] = {**content["settings"], **settings} if settings else None
+    content["frontend"] = None if not settings else {k: content["settings"][k] for k in FRONTEND_SETTINGS}
+    torch.save(content, name)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"esc_fold": 2}, "esc_fold 2 against 1"),
+        ({"protocol": "paper"}, "protocol paper against held_out"),
+        ({"task": "single_label"}, "task single_label against multilabel"),
+        ({"short_clips": "repeat"}, "short_clips repeat against pad"),
+        ({"clip_samples": 160000}, "clip_samples 160000 against 320000"),
+        ({"dataset_type": "folder"}, "dataset_type folder against demo"),
+        ({"fmax": 8000.0}, "fmax 8000.0 against 14000.0"),
+        ({}, "does not say how it was trained"),
+    ],
+)
+def test_what_may_not_be_averaged(
+    settings: dict[str, Any], said: str, trained: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Over folds or protocols, the average would know clips that test it; over front-ends, it would hear neither."""
+    monkeypatch.chdir(trained)
+    first = find_checkpoints(str(RUN))[0]
+    other = changed(first, "other.ckpt", **settings)
+    with pytest.raises(ValueError, match="averaged") as error:
+        average_checkpoints([first, Path(other)])
+    assert said in str(error.value)
+    if settings.keys() <= set(SHARED_SETTINGS) and settings:
+        words = ["esm_test", "--esm_model_pathes", f"{first},{other}", "--accelerator", "cpu"]
+        assert main.main(words) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_front_ends_without_settings_are_compared(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    first = find_checkpoints(str(RUN))[0]
+    bare, other = changed(first, "bare.ckpt"), changed(first, "bare_other.ckpt")
+    assert average_checkpoints([Path(bare), Path(other)])["settings"] is None
+    content = torch.load(other, weights_only=True)
+    content["state_dict"]["sed_model.logmel_extractor.melW"] *= 0.5
+    torch.save(content, other)
+    with pytest.raises(ValueError, match=r"different front-ends \(logmel_extractor.melW\)"):
+        average_checkpoints([Path(bare), Path(other)])
+
+
+def test_average_of_bare_weights_stays_bare(trained: Path, tmp_path: Path) -> None:
+    """With the prefix of Lightning's keys it would pass for a published checkpoint, and for its protocol."""
+    first = find_checkpoints(str(trained / RUN))[0]
+    bare = {key.removeprefix("sed_model."): value for key, value in weights(first).items()}
+    torch.save(bare, tmp_path / "a.ckpt")
+    torch.save(average_checkpoints([tmp_path / "a.ckpt"]), tmp_path / "mean.ckpt")
+    assert read_checkpoint(tmp_path / "mean.ckpt").kind == "state dict"
+
+
+def test_an_average_is_no_safetensors_file(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    assert main.main(["weight_average", "--wa_folder", str(RUN), "--wa_model_path", "a.safetensors"]) == 2
+    assert "wa_model_path = a.safetensors is not allowed" in capsys.readouterr().err
+    assert not Path("a.safetensors").exists()
 
 
 def test_statistics_are_those_of_the_training_clips(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all clips in one batch, the mean of each mel band over clips and time."""
     from commands.weight_average import estimate_statistics
     from data_generator import SEDDataModule
-    from model import build_model
-    from settings import resolve
     from utils import int16_to_float32
 
     monkeypatch.chdir(trained)
@@ -98,10 +224,43 @@ def test_members_one_after_another_give_the_same(trained: Path, monkeypatch: pyt
             np.testing.assert_array_equal(a[name][:], b[name][:])
 
 
-def test_members_apart_are_not_brought_to_the_device_together() -> None:
-    from model import build_model
-    from settings import resolve
+def test_ensembles_leave_other_scores_alone(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their files are named after the members, whose order does not matter."""
+    monkeypatch.chdir(trained)
+    members = [str(path) for path in find_checkpoints(str(RUN))[:2]]
+    words = ["--accelerator", "cpu", "--heatmap_dir", "ensembles"]
+    assert main.main(["test", "--resume_checkpoint", members[0], *words]) == 0
+    assert main.main(["esm_test", "--esm_model_pathes", ",".join(members), *words]) == 0
+    names = sorted(path.name for path in Path("ensembles").iterdir())
+    digests = sorted(hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in members)
+    name = f"ensemble_{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:8]}"
+    assert names == [f"{name}.h5", f"{name}.json", "test.h5", "test.json"]
+    assert main.main(["esm_test", "--esm_model_pathes", ",".join(members[::-1]), *words]) == 0
+    assert sorted(path.name for path in Path("ensembles").iterdir()) == names
+    found, _ = read_results(Path("workspace/results.jsonl"))
+    assert found[-1].tested() == found[-2].tested()
+    assert resolve().test_file == DEFAULT_TEST_FILE
+    capsys.readouterr()
 
+
+def test_members_with_another_number_of_steps(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    first = find_checkpoints(str(RUN))[0]
+    small = {**{k: v for k, v in TINY.items() if k != "batch_size"}, "htsat_depth": "1,1,1", "htsat_num_head": "1,2,4"}
+    settings = resolve({**small, "classes_num": 10})
+    network = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
+    labels = torch.load(first, weights_only=True)["labels"]
+    torch.save({"state_dict": network, "settings": settings.model_dump(), "labels": labels}, "three_stages.ckpt")
+    words = ["--esm_model_pathes", f"{first},three_stages.ckpt", "--accelerator", "cpu"]
+    assert main.main(["esm_test", *words]) == 2
+    assert f"three_stages.ckpt gives 64 steps for a clip, {first} 32" in capsys.readouterr().err
+
+
+def test_members_apart_are_not_brought_to_the_device_together() -> None:
     settings = resolve({"htsat_dim": 16, "htsat_num_head": "1,2,4,8", "accelerator": "cpu"})
     networks = [build_model(settings) for _ in range(2)]
     assert not list(Ensemble_SEDWrapper(networks, settings, [], together=False).parameters())

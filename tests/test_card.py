@@ -1,5 +1,6 @@
 """The model card: what a tiny run writes, its YAML header, licences, and what is said where little is known."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,14 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 import main
-from commands._card import count_parameters, describe_data, licence_identifier, write_card, write_run_card
+from commands._card import (
+    count_parameters,
+    describe_data,
+    licence_identifier,
+    recorded_data,
+    write_card,
+    write_run_card,
+)
 from commands._ledger import NOT_THE_EXPERIMENT
 from data_generator import SEDDataModule
 from evaluation.bootstrap import Interval
@@ -45,7 +53,7 @@ def test_card_says_everything(tmp_path: Path) -> None:
         "source": "us",
         "licence": "CC0 1.0",
     }
-    average = {**content(), "sources": ["epoch_1.ckpt", "epoch_2.ckpt"]}
+    average = {**content(), "sources": [f"/home/me/runs/mine/checkpoints/e_1.ckpt sha256:{'ab' * 32}", "e_2.ckpt"]}
     path = write_card(
         tmp_path / "new" / "README.md", average, file=Path("average.ckpt"), metrics=[metric], measured="On test clips.",
         data=facts,
@@ -61,7 +69,7 @@ def test_card_says_everything(tmp_path: Path) -> None:
         "| mAP | 0.5123 | 0.4000 to 0.6000 | macro average precision | 60 | 3 of 3 | held_out |\n\nOn test clips.",
         "| train | 40 clips, fingerprint 0123456789abcdef |",
         "| source | us |",
-        "the mean of 2 checkpoints: epoch_1.ckpt, epoch_2.ckpt",
+        "the mean of 2 checkpoints: mine/e_1.ckpt (abababab), e_2.ckpt",
         "| `random_seed` | 5 |",
         "| `htsat_depth` | [1, 1, 1, 1] |",
         "| `sample_rate` | 32000 Hz |",
@@ -96,8 +104,43 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     foreign = {"state_dict": known["state_dict"], "settings": {"classes_num": 3}, "frontend": known["frontend"]}
     text = write_card(tmp_path / "README.md", foreign, file=Path("a.ckpt")).read_text()
     assert "license" not in header_of(text)
-    for said in ("state your own", "nothing about how it was trained", "names no classes", "None recorded", "50.0 Hz"):
+    assert "names no licence" not in text  # nothing is known of the data, least of all that it has no licence
+    for said in (
+        "is not known here",
+        "state your own",
+        "nothing about how it was trained",
+        "names no classes",
+        "None recorded",
+        "50.0 Hz",
+    ):
         assert said in text, said
+
+
+def test_data_without_a_licence(tmp_path: Path) -> None:
+    facts = {"splits": {}, "source": "mine", "licence": ""}
+    text = write_card(tmp_path / "README.md", content(), file=Path("a.ckpt"), data=facts).read_text()
+    assert "names no licence. Weights: state your own" in text
+
+
+def test_data_of_a_run_that_has_ended(tmp_path: Path, demo_workspace: Path) -> None:
+    """Splits as they were recorded; source and licence where the store still holds these clips."""
+    settings = resolve({**TINY, "dataset_path": str(demo_workspace / "workspace/data/demo")})
+    paths = [tmp_path / run / "checkpoints" / "best.ckpt" for run in ("a", "b")]
+    described = describe_data(SEDDataModule(settings, ("train", "validation")).tables)
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.parents[1].joinpath("provenance.json").write_text(json.dumps([{}, {"data": described["splits"]}]))
+    assert recorded_data(paths, settings.model_dump()) == described
+    assert described["licence"]
+    elsewhere = {**settings.model_dump(), "dataset_path": str(tmp_path)}
+    assert recorded_data(paths, elsewhere) == {"splits": described["splits"], "source": None, "licence": None}
+    assert recorded_data(paths, None) == {}
+    assert recorded_data([tmp_path / "loose.ckpt"], settings.model_dump()) == {}
+    other = {**described["splits"], "train": {"clips": 1, "fingerprint": "0"}}
+    paths[1].parents[1].joinpath("provenance.json").write_text(json.dumps([{"data": other}]))
+    assert recorded_data(paths, settings.model_dump()) == {}  # of several data sets none is named
+    found = recorded_data(paths[1:], settings.model_dump())
+    assert found == {"splits": other, "source": None, "licence": None}  # the store has changed since
 
 
 def test_step_of_other_networks(tmp_path: Path) -> None:

@@ -5,13 +5,18 @@ import hashlib
 import json
 import multiprocessing
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import main
+from commands import _evaluate
+from commands._evaluate import Member, mapping_name, summarize
 from commands._ledger import (
     Result,
     append_result,
@@ -22,9 +27,17 @@ from commands._ledger import (
     read_results,
     settings_hash,
 )
+from evaluation.mapping import ClassMapping
+from evaluation.metrics import Metric
 from model import build_model
+from model.checkpoint import Checkpoint
+from prepare.clip_store import ClipTable
 from settings import resolve
 from tests.helpers import TINY
+
+METRIC = Metric("mAP", 0.5, "macro average precision", 3, 10, 10)
+NOTHING = np.zeros(0, dtype=np.int64)
+TABLE = ClipTable([Path("demo.h5")], np.zeros(0, "S1"), np.zeros((0, 10), bool), NOTHING, NOTHING, NOTHING, NOTHING)
 
 
 def result(value: float | None = 0.5, **changes: Any) -> Result:
@@ -111,7 +124,8 @@ def test_settings_hash_is_that_of_the_experiment() -> None:
     same: dict[str, Any] = {
         "random_seed": 7, "esc_fold": 3, "exp_name": "other", "workspace": "/elsewhere", "devices": 4, "num_workers": 9,
         "accelerator": "gpu", "tta_shifts": [0, 100], "test_split": "train", "results_path": "x",
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": True, "performance": "manual", "compile": "default", "esm_together": True,
+        "wa_top_k": 3, "wa_test": True, "wa_reestimate_bn": True,
     }  # fmt: skip
     assert settings_hash({**base, **same}) == settings_hash(base)
     assert settings_hash(dict(reversed(base.items()))) == settings_hash(base)
@@ -138,8 +152,55 @@ def test_the_newest_of_the_same_weights_counts() -> None:
     weights = {"checkpoints": [record.model_dump() for record in first.checkpoints]}
     again = result(0.3, **weights)
     assert newest([first, second, again]) == [second, again]
-    for how in ({"split": "validation"}, {"protocol": "paper"}, {"tta_shifts": [0, 1]}, {"data_fingerprint": "e"}):
+    for how in (
+        {"split": "validation"}, {"protocol": "paper"}, {"tta_shifts": [0, 1]}, {"data_fingerprint": "e"},
+        {"class_mapping": "reviewed"}, {"precision": "bf16-mixed"}, {"frontend": {"fmax": 8000}},
+    ):  # fmt: skip
         assert newest([first, result(0.3, **weights, **how)]) == [first, result(0.3, **weights, **how)]
+
+
+def test_members_of_an_ensemble_have_no_order() -> None:
+    records = [{"path": name, "sha256": name} for name in ("a", "b")]
+    one = result(0.1, kind="ensemble", random_seed=[1, 2], checkpoints=records)
+    turned = result(0.2, kind="ensemble", random_seed=[2, 1], checkpoints=records[::-1])
+    assert newest([one, turned]) == [turned]
+    assert over_seeds([one, turned]) == []
+    ((_, (spread,)),) = over_seeds([one, result(0.2, kind="ensemble", random_seed=[3, 4]), turned])
+    assert spread.n == 2
+
+
+def test_only_what_is_unusual_is_in_the_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    unusual: dict[str, Any] = {"class_mapping": "m.json 01234567", "precision": "16-mixed", "frontend": {"fmax": 8000}}
+    path = write(tmp_path / "results.jsonl", result(0.25), result(0.25, **unusual))
+    plain, other = (json.loads(line) for line in path.read_text().splitlines())
+    assert not unusual.keys() & plain.keys()
+    assert {name: other[name] for name in unusual} == unusual
+    table = tmp_path / "results.tsv"
+    assert main.main(["results", "--results_path", str(path), "--tsv", str(table)]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ("m.json 01234567", "16-mixed", "configured front-end"):
+        assert words in said
+    with table.open() as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t"))
+    assert [rows[2][name] for name in unusual] == ["m.json 01234567", "16-mixed", "fmax 8000"]
+    assert [rows[0][name] for name in unusual] == ["", "32", ""]
+
+
+def test_a_ledger_that_cannot_be_written_is_told_first(
+    tested: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    places = {
+        "--results_path": [(tmp_path, "is a folder"), (tmp_path / "file" / "results.jsonl", "cannot be written")],
+        "--heatmap_dir": [(tmp_path / "file", "cannot be written")],
+    }
+    flags = ["test", *tested["flags"], "--resume_checkpoint", str(tested["folder"] / "a.ckpt"), "--heatmap_dir"]
+    for name, cases in places.items():
+        for place, said in cases:
+            scores = tmp_path / "scores"
+            assert main.main([*flags, str(scores), name, str(place)]) == 2
+            assert f"{name[2:]} = {place} {said}" in capsys.readouterr().err
+            assert not (scores / "test.json").exists()
 
 
 def test_mean_and_deviation_over_seeds() -> None:
@@ -224,7 +285,12 @@ def tested(demo_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> di
             "epoch": 0,
         }
         torch.save({**described, "sources": sources} if sources else described, folder / f"{name}.ckpt")
-    return {"folder": folder, "flags": [word for name, value in flags.items() for word in (f"--{name}", value)]}
+    data = flags["dataset_path"]
+    return {
+        "folder": folder,
+        "data": data,
+        "flags": [word for name, value in flags.items() for word in (f"--{name}", value)],
+    }
 
 
 def test_each_test_adds_a_line(tested: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
@@ -261,14 +327,74 @@ def test_each_test_adds_a_line(tested: dict[str, Any], capsys: pytest.CaptureFix
     assert f"mAP {statistics.fmean(both):.4f} +- {statistics.stdev(both):.4f}" in said
 
 
-def test_foreign_weights_have_no_seed(tested: dict[str, Any], tmp_path: Path) -> None:
+def test_foreign_weights_have_no_seed(tested: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Nor a protocol, unless it is given; and their scores do not go into the run that exp_name happens to name."""
     content = torch.load(tested["folder"] / "a.ckpt", weights_only=True)
-    bare = tmp_path / "bare.ckpt"
-    torch.save(content["state_dict"], bare)
+    bare, published = tmp_path / "bare.ckpt", tmp_path / "published.ckpt"
+    torch.save({key.removeprefix("sed_model."): value for key, value in content["state_dict"].items()}, bare)
+    torch.save({"state_dict": content["state_dict"]}, published)
     ledger = tmp_path / "ledger.jsonl"
     network = [word for name, value in TINY.items() for word in (f"--{name}", value) if name != "accelerator"]
-    flags = [*tested["flags"], *network, "--resume_checkpoint", str(bare), "--results_path", str(ledger)]
-    assert main.main(["test", *flags]) == 0
-    ((found,), _) = read_results(ledger)
-    assert (found.settings_hash, found.random_seed, found.kind) == (None, None, "single")
-    assert found.checkpoints[0].sha256 == file_sha256(bare)
+    flags = [*tested["flags"], *network, "--results_path", str(ledger), "--workspace", str(tmp_path)]
+    flags += ["--dataset_path", tested["data"]]
+    capsys.readouterr()
+    given = ["--protocol", "held_out"]
+    for path, more, protocol in ((bare, [], "unknown"), (bare, given, "held_out"), (published, [], "paper")):
+        assert main.main(["test", *flags, "--resume_checkpoint", str(path), *more]) == 0
+        assert capsys.readouterr().out.count(protocol) >= 3, protocol  # on the first page and beside each metric
+        found = read_results(ledger)[0][-1]
+        assert (found.settings_hash, found.random_seed, found.kind) == (None, None, "single")
+        assert found.protocol == protocol
+        assert found.checkpoints[0].sha256 == file_sha256(path)
+        summary = json.loads((tmp_path / "runs" / path.stem / "scores" / "test.json").read_text())
+        assert summary["protocol"] == protocol
+    assert not (tmp_path / "runs" / "htsat_demo").exists()
+    assert main.main(["test", *flags, "--resume_checkpoint", str(bare), "--exp_name", "mine"]) == 0
+    assert (tmp_path / "runs" / "mine" / "scores" / "test.json").exists()
+    both = f"{bare},{tested['folder'] / 'a.ckpt'}"
+    assert main.main(["esm_test", *flags, "--esm_model_pathes", both]) == 2
+    assert "protocol held_out against unknown" in capsys.readouterr().err
+
+
+def test_the_hash_is_that_of_the_weights_that_were_loaded(tested: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "mine.ckpt"
+    path.write_bytes((tested["folder"] / "a.ckpt").read_bytes())
+    given = {"accelerator": "cpu", "workspace": str(tmp_path), "dataset_path": tested["data"]}
+    member = Member.read(str(path), {**given, "results_path": str(tmp_path / "ledger.jsonl")})
+    before = file_sha256(path)
+    (tmp_path / "later.ckpt").touch()
+    (tmp_path / "later.ckpt").replace(path)  # as a training that goes on replaces last.ckpt
+    module: Any = SimpleNamespace(not_scored=0, shifts=[0], mapping=None)
+    summary = summarize(module, member.reported(), TABLE, [METRIC], [str(path)])
+    line = _evaluate.test_result(summary, [METRIC], member.settings, [member])
+    assert line.checkpoints[0].sha256 == before != file_sha256(path)
+    assert line.random_seed == 1
+
+
+def test_a_test_says_which_clips_it_scored(tested: dict[str, Any]) -> None:
+    """Under the protocol paper the validation clips are the test clips; and a configured front-end is in the line."""
+    flags = {"accelerator": "cpu", "test_split": "validation", "frontend_from": "settings"}
+    member = Member.read(str(tested["folder"] / "a.ckpt"), flags)
+    module: Any = SimpleNamespace(not_scored=0, shifts=[0], mapping=ClassMapping("published", (), ()))
+    found = summarize(module, member.reported(), TABLE, [METRIC], [])
+    assert (found["split"], found["class_mapping"], found["precision"]) == ("validation", "published", "32")
+    assert found["frontend"]["fmax"] == 14000
+    paper = member.settings.model_copy(update={"protocol": "paper", "frontend_from": "auto"})
+    found = summarize(module, paper, TABLE, [METRIC], [])
+    assert (found["split"], found["frontend"]) == ("test", {})
+
+
+def test_a_mapping_from_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    for text in (b"{}", b"{ }"):
+        path.write_bytes(text)
+        assert mapping_name(ClassMapping(str(path), (), ())) == f"m.json {hashlib.sha256(text).hexdigest()[:8]}"
+
+
+def test_classes_of_a_published_checkpoint_have_their_names(tmp_path: Path) -> None:
+    settings = resolve({**TINY, "classes_num": 527, "dataset_type": "audioset"})
+    checkpoint = Checkpoint(tmp_path / "published.ckpt", {}, kind="published HTS-AT")
+    unnamed = replace(TABLE, labels=[])
+    assert Member(checkpoint, settings, "", "paper").labels(unnamed)[:2] == ["Speech", "Male speech, man speaking"]
+    few = Member(checkpoint, settings.model_copy(update={"classes_num": 2}), "", "paper")
+    assert (few.labels(replace(TABLE, labels=["a", "b"])), few.labels(unnamed)) == (["a", "b"], ["class 0", "class 1"])
