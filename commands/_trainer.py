@@ -219,6 +219,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
+        partial.unlink(missing_ok=True)  # it might be another name of a file that is needed
         torch.save(checkpoint, partial)
         os.replace(partial, target)
 
@@ -243,6 +244,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name, replacing what had it; where the file system has no hard links, copy."""
     import shutil
 
+    if target.exists() and target.samefile(source):  # renaming one name of a file to another leaves both
+        return
     partial = target.with_name(target.name + ".partial")
     partial.unlink(missing_ok=True)
     try:

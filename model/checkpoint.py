@@ -150,6 +150,7 @@ def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
     if _is_safetensors(path):
         raise ValueError(f"{path} is a safetensors file: {name} can be kept in a .ckpt file only.")
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # it might be another name of the file that is being read
     torch.save({**_read_torch(path), name: value}, partial)
     os.replace(partial, path)
 

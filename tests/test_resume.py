@@ -1,5 +1,6 @@
 """Going on with a run: after a kill anywhere, in another folder, and what must not have changed."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 import main
+from commands._trainer import link_or_copy
 from commands.train import find_resumed
 from model import build_model
+from model.checkpoint import store_in_checkpoint
 from settings import Config, resolve
 from tests.helpers import ROOT, TINY, TINY_FLAGS
 
@@ -188,3 +191,17 @@ def test_a_step_in_parts_is_not_cut(demo_workspace: Path, monkeypatch: pytest.Mo
     unbroken = last_checkpoint(demo_workspace, "parts_unbroken")["state_dict"]
     for key, value in last_checkpoint(demo_workspace, "parts_stopped")["state_dict"].items():
         assert torch.equal(value, unbroken[key]), key
+
+
+def test_a_second_name_is_given_twice(tmp_path: Path) -> None:
+    """The best checkpoint stays the best one: no third name is left, which the next writer would write through."""
+    source, target = tmp_path / "epoch_000.ckpt", tmp_path / "best.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(3)}}, source)
+    for _ in range(2):
+        link_or_copy(source, target)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "epoch_000.ckpt"]
+    os.link(source, tmp_path / "best.ckpt.partial")  # as an earlier version left it
+    before = source.read_bytes()
+    store_in_checkpoint(target, "postprocessing", {"thresholds": [0.5]})
+    assert source.read_bytes() == before
+    assert torch.load(target, weights_only=True)["postprocessing"] == {"thresholds": [0.5]}
