@@ -64,6 +64,7 @@ def write_average(paths: Sequence[Path], target: Path, given: dict[str, Any], *,
         content["state_dict"].update(estimate_statistics(paths[0], given))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
     torch.save(content, partial)
     os.replace(partial, target)
     print(f"{target}: the mean of {len(paths)} checkpoints\n" + "\n".join(f"  {path}" for path in paths))
