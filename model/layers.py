@@ -143,7 +143,8 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window))
-        self._kept: Optional[tuple[Any, Tensor]] = None  # the term of evaluation, and what it was made from
+        # The term of evaluation, and what it was made from: the table too, so that its address is not given away.
+        self._kept: Optional[tuple[Any, Tensor, Tensor]] = None
 
     def train(self, mode: bool = True) -> "WindowAttention":
         self._kept = None
@@ -159,7 +160,7 @@ class WindowAttention(nn.Module):
             return self._make_term(mask)
         source = (table.data_ptr(), 0 if table.is_inference() else table._version, table.device, table.dtype)
         if self._kept is None or self._kept[0] != source:
-            self._kept = source, self._make_term(mask)
+            self._kept = source, self._make_term(mask), table.detach()
         return self._kept[1]
 
     def _make_term(self, mask: Optional[Tensor]) -> Tensor:

@@ -178,6 +178,7 @@ def test_graph_of_other_networks(changes: dict[str, Any]) -> None:
 def test_what_differs_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where no data set is prepared
     checkpoint = save_tiny(tmp_path / "tiny.ckpt")
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.safetensors").write_text("an earlier one")
