@@ -14,7 +14,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
+from benchmarks.data_stores import seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -57,16 +57,6 @@ class Result:
     our_seconds: float
     ratio: float
     target: float
-
-
-def seconds(work: Callable[[], Any], calls: int = 1) -> float:
-    """How long a call takes: the median of some calls."""
-    taken = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
 
 
 def loop_over_frames(maps: np.ndarray, mapping: ClassMapping, thresholds: tuple[float, ...]) -> list[tuple[Any, ...]]:
