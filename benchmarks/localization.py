@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
-from benchmarks.data_stores import seconds
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.data_stores import seconds
 from evaluation.mapping import ClassMapping, load_mapping
 from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
 from prepare.labels import audioset_mids, published_labels
