@@ -1,11 +1,13 @@
-"""Swin transformer layers (Liu et al. 2021), as HTS-AT uses them: windows of tokens on a square map.
+"""Swin transformer layers (Liu et al. 2021), as HTS-AT uses them: windows of tokens on a map.
+
+A map's `size` is its height and width in tokens; one number stands for a square.
 
 Between blocks the tokens of a map, (B, L, C), stand in the order of windows: those of a window one after another. All
 but attention looks at each token alone, so only the change between shifted and unshifted windows moves tokens, by one
 gather, where the published code rolls, cuts and joins the map in every block.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from einops import rearrange
@@ -16,6 +18,13 @@ from torch.utils.checkpoint import checkpoint
 # The attn_mask of published checkpoints holds -100 between tokens that are no neighbours. exp(-100) is a subnormal
 # number, which CPUs are slow with; 100 times as much gives an exact 0 and the same outputs.
 MASK_SCALE = 100.0
+
+Size = Union[int, tuple[int, int]]
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Both sides of a map, or both strides; one number stands for two equal ones."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class DropPath(nn.Module):
@@ -46,23 +55,29 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(B, 1, S, S) image -> (B, L, C) tokens, row by row: one convolution, then LayerNorm."""
+    """(B, 1, S, S) image -> (B, L, C) tokens, row by row: one convolution, then LayerNorm.
 
-    def __init__(self, patch_size: int, stride: int, channels: int) -> None:
+    L is S / stride along each axis: patches larger than their stride overlap, and the padding keeps their number.
+    """
+
+    def __init__(self, patch_size: int, stride: Size, channels: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(1, channels, patch_size, stride, padding=(patch_size - stride) // 2)
+        down, right = height_and_width(stride)
+        padding = ((patch_size - down) // 2, (patch_size - right) // 2)
+        self.proj = nn.Conv2d(1, channels, patch_size, (down, right), padding=padding)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.norm(self.proj(image).flatten(2).transpose(1, 2))
 
 
-def window_order(size: int, window: int, shift: int) -> Tensor:
+def window_order(size: Size, window: int, shift: int) -> Tensor:
     """(L,) long: the place, row by row, of each token when the tokens stand in the order of windows.
 
-    The map has size x size tokens and is rolled by -shift along both axes before it is cut.
+    The map is rolled by -shift along both axes before it is cut.
     """
-    places = torch.arange(size * size).view(size, size).roll((-shift, -shift), dims=(0, 1))
+    height, width = height_and_width(size)
+    places = torch.arange(height * width).view(height, width).roll((-shift, -shift), dims=(0, 1))
     return rearrange(places, "(h i) (w j) -> (h w i j)", i=window, j=window)
 
 
@@ -102,12 +117,13 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x.unflatten(1, (-1, 4)).flatten(2)))
 
 
-def merging_order(size: int, order: Tensor) -> Tensor:
+def merging_order(size: Size, order: Tensor) -> Tensor:
     """(L,) long: the place, row by row, of the tokens that merge, four by four, into a map in the order `order`.
 
-    Of the size x size tokens, four neighbours stand down first, then to the right, as the published weights have it.
+    Of the map's tokens, four neighbours stand down first, then to the right, as the published weights have it.
     """
-    places = rearrange(torch.arange(size * size), "(h i w j) -> (h w) (j i)", h=size // 2, i=2, j=2)
+    height, width = height_and_width(size)
+    places = rearrange(torch.arange(height * width), "(h i w j) -> (h w) (j i)", h=height // 2, i=2, j=2)
     return places[order].flatten()
 
 
@@ -120,12 +136,13 @@ def relative_position_index(window: int) -> Tensor:
     return rows * (2 * window - 1) + columns
 
 
-def shifted_window_mask(size: int, window: int, shift: int) -> Tensor:
+def shifted_window_mask(size: Size, window: int, shift: int) -> Tensor:
     """(windows, N, N) float: 0 between tokens that were neighbours before the roll by `shift`, -100 elsewhere."""
-    region = torch.zeros(size)
-    region[-window:] = 1
-    region[-shift:] = 2
-    regions = region[:, None] * 3 + region[None, :]  # nine regions of the rolled map
+    rows, columns = (torch.zeros(side) for side in height_and_width(size))
+    for region in (rows, columns):
+        region[-window:] = 1
+        region[-shift:] = 2
+    regions = rows[:, None] * 3 + columns[None, :]  # nine regions of the rolled map
     tokens = rearrange(regions, "(h i) (w j) -> (h w) (i j)", i=window, j=window)
     return torch.where(tokens[:, :, None] == tokens[:, None, :], 0.0, -100.0)
 
@@ -216,15 +233,22 @@ class SwinBlock(nn.Module):
 
     attn_mask: Optional[Tensor]
 
-    def __init__(self, channels: int, size: int, heads: int, window: int, shift: int, drop_path: float) -> None:
+    def __init__(self, channels: int, size: Size, heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__()
-        self.windows = (size // window) ** 2
+        height, width = height_and_width(size)
+        self.windows = (height // window) * (width // window)
+        self._cut = size, window, shift
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, 4 * channels)
         self.drop_path = DropPath(drop_path)
         self.register_buffer("attn_mask", shifted_window_mask(size, window, shift) if shift else None)
+
+    def reset_mask(self) -> None:
+        """Write attn_mask anew, as it follows from the map: after loading weights that another map may have had."""
+        if self.attn_mask is not None:
+            self.attn_mask.copy_(shifted_window_mask(*self._cut))
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Optional[Tensor]]:
         mixed, weights = self.attn(self.norm1(x), self.windows, self.attn_mask, need_weights)
@@ -235,13 +259,15 @@ class SwinBlock(nn.Module):
 class Stage(nn.Module):
     """Swin blocks of one resolution, then patch merging but in the last stage."""
 
-    def __init__(self, channels: int, size: int, heads: int, window: int, drop_path: list[float], merge: bool) -> None:
-        """channels, size (side of the map in tokens) and heads of this stage; drop_path: the rate of each block."""
+    def __init__(self, channels: int, size: Size, heads: int, window: int, drop_path: list[float], merge: bool) -> None:
+        """channels, size of the map and heads of this stage; drop_path: the rate of each block."""
         super().__init__()
         self.gradient_checkpointing = False
-        shift = window // 2
-        if size <= window:  # the map is one window: nothing to shift
-            window, shift = size, 0
+        shift, shorter = window // 2, min(height_and_width(size))
+        if shorter <= window:
+            # One window covers that side, where a shift would only join the ends of the map. Then nothing is shifted
+            # along the other side either, as in Swin, although it may have several windows.
+            window, shift = shorter, 0
         self.blocks = nn.ModuleList(
             SwinBlock(channels, size, heads, window, shift if number % 2 else 0, rate)
             for number, rate in enumerate(drop_path)
@@ -249,23 +275,25 @@ class Stage(nn.Module):
         self.downsample = PatchMerging(channels) if merge else None
         self._register_gathers(size, [window_order(size, window, shift if k % 2 else 0) for k in range(len(drop_path))])
 
-    def _register_gathers(self, size: int, orders: list[Tensor]) -> None:
+    def _register_gathers(self, size: Size, orders: list[Tensor]) -> None:
         """What to gather before each block, and after the last: None where the tokens stand as they should.
 
         orders: of the tokens in each block.
         """
-        now = torch.arange(size * size)
-        after = merging_order(size, torch.arange(size * size // 4)) if self.downsample is not None else now
+        height, width = height_and_width(size)
+        now = torch.arange(height * width)
+        after = merging_order(size, torch.arange(height * width // 4)) if self.downsample is not None else now
         for number, wanted in enumerate([*orders, after]):
             index = None if torch.equal(now, wanted) else change_of_order(now, wanted)
             self.register_buffer(f"gather{number}", index, persistent=False)
             now = wanted
 
-    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Optional[Tensor]]:
-        """(B, L, C), row by row -> the map, row by row, merged if this stage merges; and the attention a token gets.
+    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        """(B, L, C), row by row -> the map for the next stage, this stage's own, and the attention that a token gets.
 
-        That is (B, L) with need_weights, averaged over blocks, heads and queries, else None; it needs a map of one
-        window.
+        For the next stage the map is merged, if this one merges, and row by row; its own is as before the merging, in
+        `merging_order`, or the same where nothing merges. The attention is (B, L) with need_weights, averaged over
+        blocks, heads and queries, else None; it needs a map of one window.
         """
         received = []
         for number, block in enumerate(self.blocks):
@@ -276,10 +304,10 @@ class Stage(nn.Module):
                 x, weights = block(x, need_weights)
             if weights is not None:
                 received.append(weights.mean(dim=(1, 2)))  # (B, heads, query, key) -> (B, key)
-        x = self._gather(x, len(self.blocks))
+        own = x = self._gather(x, len(self.blocks))
         if self.downsample is not None:
             x = self.downsample(x)
-        return x, torch.stack(received).mean(dim=0) if received else None
+        return x, own, torch.stack(received).mean(dim=0) if received else None
 
     def _gather(self, x: Tensor, number: int) -> Tensor:
         index = self.get_buffer(f"gather{number}")

@@ -1,0 +1,118 @@
+"""Layers over the sequence of steps, between the grid of features and the frame scores.
+
+Every head adds something to the grid that is zero at first: a network that has been trained without one starts as it
+was. Shapes: B clips, C channels, f frequency bins, T steps, D channels of the head.
+"""
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.layers import Mlp
+
+HEAD_CHANNELS = 64  # of one attention head
+DROPOUT = 0.1  # of each residual branch, and between the layers of a GRU, in training
+
+Kind = Literal["gru", "attention", "transformer"]
+
+
+class SequenceHead(nn.Module):
+    """(B, C, f, T) -> the same, with what a sequence model of its mean over frequency adds.
+
+    kind: a bidirectional gru, attention (self-attention with rotary positions), or transformer (the same with an MLP in
+    each layer). layers: how many; dim: D; steps: T. Raises ValueError for a dim that the kind cannot have.
+    """
+
+    def __init__(self, kind: Kind, *, channels: int, layers: int, dim: int, steps: int) -> None:
+        super().__init__()
+        _check_dim(kind, dim)
+        self.project = nn.Linear(channels, dim)
+        if kind == "gru":
+            self.layers: nn.Module = BidirectionalGRU(dim, layers)
+        else:
+            blocks = (AttentionBlock(dim, steps, with_mlp=kind == "transformer") for _ in range(layers))
+            self.layers = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        sequence = self.project(grid.mean(dim=2).transpose(1, 2))  # (B, T, D)
+        added = self.out(self.norm(self.layers(sequence)))
+        return grid + rearrange(added, "b t c -> b c 1 t")
+
+
+class BidirectionalGRU(nn.Module):
+    """(B, T, D) -> (B, T, D): half of the channels read forwards, half backwards."""
+
+    def __init__(self, dim: int, layers: int) -> None:
+        super().__init__()
+        dropout = DROPOUT if layers > 1 else 0.0
+        self.gru = nn.GRU(dim, dim // 2, layers, batch_first=True, dropout=dropout, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x)[0]
+
+
+class AttentionBlock(nn.Module):
+    """(B, T, D) -> (B, T, D): self-attention, and with_mlp an MLP, each after its LayerNorm and with a residual."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, dim: int, steps: int, *, with_mlp: bool) -> None:
+        super().__init__()
+        self.heads = max(1, dim // HEAD_CHANNELS)
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim) if with_mlp else None
+        self.mlp = Mlp(dim, 4 * dim) if with_mlp else None
+        self.dropout = nn.Dropout(DROPOUT)
+        angles = rotary_angles(steps, dim // self.heads)  # not in the state dict: weights serve any number of steps
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self._attend(self.norm1(x)))
+        if self.mlp is not None and self.norm2 is not None:
+            x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
+
+    def _attend(self, x: Tensor) -> Tensor:
+        query, key, value = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads).unbind(0)
+        query, key = (rotate(each, self.cosine, self.sine) for each in (query, key))
+        return self.proj(rearrange(F.scaled_dot_product_attention(query, key, value), "b h t d -> b t (h d)"))
+
+
+def rotary_angles(steps: int, channels: int) -> Tensor:
+    """(steps, channels / 2) float32, in radians: step t turns pair k by t / 10000 ** (2 k / channels).
+
+    Su et al. 2021, RoFormer, arXiv 2104.09864, equation 15.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, channels, 2) / channels)
+    return torch.outer(torch.arange(steps).float(), frequencies)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """(..., T, d) with its pairs of channels turned by the angles (T, d / 2); channel k is paired with k + d / 2.
+
+    A product of two vectors that have been turned depends on their distance in time only.
+    """
+    first, second = x.chunk(2, dim=-1)
+    cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
+def _check_dim(kind: Kind, dim: int) -> None:
+    if dim % 2:
+        raise ValueError(f"sequence_dim {dim} must be even, for sequence_head = {kind}.")
+    if kind != "gru" and dim > HEAD_CHANNELS and dim % HEAD_CHANNELS:
+        raise ValueError(
+            f"sequence_dim {dim} must be a multiple of {HEAD_CHANNELS}, the channels of an attention head, or an even "
+            f"number below it, for sequence_head = {kind}."
+        )
