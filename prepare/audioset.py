@@ -138,7 +138,7 @@ def prepare_audioset(
     report = AudiosetReport(paths[0].parent if split == "unbalanced_train" else paths[0])
     for done in pack_parts(parts, processes):
         report.add(done)
-    _write_details(report, dataset_path / "hdf5s" / "reports" / f"{split}.csv")
+    write_details(report, dataset_path / "hdf5s" / "reports" / f"{split}.csv")
     if report.clips == 0:
         raise ValueError(f"None of the clips could be read.\n{report}")
     return report
@@ -315,7 +315,7 @@ def read_packed(part: Part) -> Optional[AudiosetReport]:
         )
     report = AudiosetReport(part.path, clips=len(packed), kept=1, cut=[(name, taken) for name, taken in cut])
     for name, length in zip(packed, lengths, strict=True):
-        _note_length(report, name, length, part.sample_rate)
+        note_length(report, name, length, part.sample_rate)
     present = set(packed)
     for segment, audio in zip(part.segments, part.audio, strict=True):
         if segment.name not in present and audio is None:
@@ -332,9 +332,8 @@ def pack_part(part: Part, advance: Callable[[int], None] = lambda clips: None) -
     Beside what every store has, `cut` keeps the lines "name, tab, what was taken" of the clips from longer files.
     """
     report = AudiosetReport(part.path)
-    clips = _read_clips(part, report, advance)
-    first = next(clips, None)
-    if first is None:
+    clips = read_clips(part, report, advance)
+    if (first := next(clips, None)) is None:
         return report
     with ClipStoreWriter(
         part.path, clip_samples=CLIP_SECONDS * part.sample_rate, sample_rate=part.sample_rate, labels=LABELS,
@@ -343,7 +342,7 @@ def pack_part(part: Part, advance: Callable[[int], None] = lambda clips: None) -
         for clip in itertools.chain([first], clips):
             writer.add(clip)
             report.clips += 1
-            _note_length(report, clip.name, len(clip.waveform), part.sample_rate)
+            note_length(report, clip.name, len(clip.waveform), part.sample_rate)
         writer.file["cut"] = np.array(["\t".join(row).encode() for row in report.cut], dtype="S")
     return report
 
@@ -360,7 +359,7 @@ def find_start(segment: Segment, stem: str, seconds: float) -> float:
     return segment.start if whole and stem in (segment.ytid, f"Y{segment.ytid}") else 0.0
 
 
-def _read_clips(part: Part, report: AudiosetReport, advance: Callable[[int], None]) -> Iterator[Clip]:
+def read_clips(part: Part, report: AudiosetReport, advance: Callable[[int], None]) -> Iterator[Clip]:
     """The clips of a part that can be read; the others go into the report."""
     for segment, file in zip(part.segments, part.audio, strict=True):
         advance(1)
@@ -382,12 +381,13 @@ def _read_clips(part: Part, report: AudiosetReport, advance: Callable[[int], Non
         yield Clip(segment.name, waveform[first : first + round(wanted * part.sample_rate)], segment.labels)
 
 
-def _note_length(report: AudiosetReport, name: str, samples: int, sample_rate: int) -> None:
+def note_length(report: AudiosetReport, name: str, samples: int, sample_rate: int) -> None:
+    """Note a packed clip of so many samples that is short."""
     if samples < SHORT_SECONDS * sample_rate:
         report.short.append((name, samples / sample_rate))
 
 
-def _write_details(report: AudiosetReport, path: Path) -> None:
+def write_details(report: AudiosetReport, path: Path) -> None:
     """Write every clip that is missing, corrupt, short or cut as a line `clip,state,remark`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

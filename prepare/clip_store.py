@@ -2,8 +2,9 @@
 
 Datasets: audio_name (N,) bytes, waveform (N, samples) int16 = float x 32767 (or waveform_flac (N,), a FLAC file in
 each row, see prepare/compress.py), target (N, K) bool, and, beyond what
-PANNs' AudioSet files have: real_len (N,) int32 samples, fold (N,) int8 or split (N,) bytes, and the table of events
-event_clip (E,) int32, event_class (E,) int16, event_onset (E,) and event_offset (E,) float64 seconds.
+PANNs' AudioSet files have: real_len (N,) int32 samples, fold (N,) int8 or split (N,) bytes, labelling (N,) int8 (what
+is known of a clip: STRONG, WEAK or UNLABELLED), and the table of events event_clip (E,) int32, event_class (E,) int16,
+event_onset (E,) and event_offset (E,) float64 seconds.
 Attributes: sample_rate in Hz, labels (K names), dataset_type, source, licence. A file of PANNs has none of these
 additions and is a valid store.
 """
@@ -24,6 +25,8 @@ import soundfile
 BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, which a processor's cache holds
 UNREADABLE = -1  # index of a clip that could not be read, in evaluation
 SPLITS = ("train", "validation", "test")
+# What is known of a clip: nothing; which classes it has; all its events with their times (perhaps that it has none).
+UNLABELLED, WEAK, STRONG = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Clip:
     fold: int = 0
     split: str = ""
     events: Sequence[Event] = ()
+    labelling: Optional[int] = None  # None: STRONG in a store with events, WEAK in one without
 
 
 class ClipStoreWriter:
@@ -59,6 +63,7 @@ class ClipStoreWriter:
         self.clip_samples, self.labels = clip_samples, list(labels)
         self.attributes: dict[str, Any] = {"sample_rate": sample_rate, "labels": self.labels, **attributes}
         self.rows: list[tuple[str, int, int, str]] = []  # name, real_len, fold, split
+        self.labelling: list[Optional[int]] = []
         self.targets: list[np.ndarray] = []
         self.events: list[tuple[int, int, float, float]] = []
 
@@ -85,6 +90,7 @@ class ClipStoreWriter:
         target[list(clip.labels)] = True
         self.targets.append(target)
         self.rows.append((clip.name, len(waveform), clip.fold, clip.split))
+        self.labelling.append(clip.labelling)
         self.events += [(row, event.label, event.onset, event.offset) for event in clip.events]
 
     def __exit__(
@@ -106,6 +112,8 @@ class ClipStoreWriter:
         self.file["real_len"] = np.array(lengths, dtype=np.int32)
         self.file["fold"] = np.array(folds, dtype=np.int8)
         self.file["split"] = np.array([split.encode() for split in splits], dtype="S10")
+        usual = STRONG if self.events else WEAK
+        self.file["labelling"] = np.array([usual if x is None else x for x in self.labelling], dtype=np.int8)
         clips, labels, onsets, offsets = zip(*self.events, strict=True) if self.events else ((), (), (), ())
         self.file["event_clip"] = np.array(clips, dtype=np.int32)
         self.file["event_class"] = np.array(labels, dtype=np.int16)
@@ -115,10 +123,24 @@ class ClipStoreWriter:
 
 
 @dataclass(frozen=True)
+class EventTable:
+    """All events of a store, sorted by clip: those of row r are starts[r] to starts[r + 1]."""
+
+    starts: np.ndarray  # (rows + 1,) int64
+    label: np.ndarray  # (E,) int64: class
+    onset: np.ndarray  # (E,) float64 seconds
+    offset: np.ndarray  # (E,)
+
+    def of(self, row: int) -> slice:
+        """Where the events of a row stand."""
+        return slice(int(self.starts[row]), int(self.starts[row + 1]))
+
+
+@dataclass(frozen=True)
 class ClipTable:
     """Which clips there are and where they lie: everything about a data set but the sound itself.
 
-    All arrays have one entry a clip, but paths (the files) and the event table. labels may be empty (PANNs' files).
+    All arrays have one entry a clip. labels may be empty (PANNs' files), and so may events, which has one table a path.
     """
 
     paths: list[Path]
@@ -131,13 +153,16 @@ class ClipTable:
     labels: list[str] = field(default_factory=list)
     sample_rate: Optional[int] = None  # None: the files do not say (PANNs' hold 32 kHz)
     attributes: dict[str, str] = field(default_factory=dict)
+    labelling: Optional[np.ndarray] = None  # (N,) int8: STRONG, WEAK or UNLABELLED; None: all WEAK
+    events: list[EventTable] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def select(self, wanted: np.ndarray) -> "ClipTable":
         """The clips that `wanted` picks: an (N,) bool array, or clip numbers in the order they shall have."""
-        columns = ("names", "targets", "path_number", "row", "fold", "split")
+        columns = ["names", "targets", "path_number", "row", "fold", "split"]
+        columns += ["labelling"] if self.labelling is not None else []
         return replace(self, **{name: getattr(self, name)[wanted] for name in columns})
 
     def fingerprint(self) -> str:
@@ -255,7 +280,24 @@ def read_store_table(path: Path) -> ClipTable:
             labels=[str(label) for label in file.attrs.get("labels", [])],
             sample_rate=int(file.attrs["sample_rate"]) if "sample_rate" in file.attrs else None,
             attributes=attributes,
+            labelling=_read_labelling(file, count),
+            events=[_read_event_table(file, count)],
         )
+
+
+def _read_labelling(file: h5py.File, count: int) -> np.ndarray:
+    """(N,) what is known of each clip; where a store does not say it, its having events does."""
+    if "labelling" in file:
+        return file["labelling"][:]
+    return np.full(count, STRONG if len(file.get("event_clip", ())) else WEAK, dtype=np.int8)
+
+
+def _read_event_table(file: h5py.File, count: int) -> EventTable:
+    names = ("event_clip", "event_class", "event_onset", "event_offset")
+    clip, label, onset, offset = (file[name][:] if name in file else np.zeros(0) for name in names)
+    order = np.argsort(clip, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(clip.astype(np.int64), minlength=count))])
+    return EventTable(starts, label[order].astype(np.int64), onset[order], offset[order])
 
 
 def read_index_table(path: Path, root: Path) -> ClipTable:

@@ -1,9 +1,14 @@
-"""DESED: domestic recordings with events of ten classes and their times, for testing localization."""
+"""DESED: domestic recordings and soundscapes in ten classes, with times, with classes alone, or with nothing known."""
 
 import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Optional
 
-from prepare.folder import measure, read_event_rows, read_table, write_entries
+from prepare.clip_store import STRONG, UNLABELLED, WEAK
+from prepare.folder import Entry, find_audio, measure, read_event_rows, read_table, write_entries
 from prepare.report import PrepareReport
 
 SOURCE = (
@@ -12,26 +17,121 @@ SOURCE = (
 )
 LICENCE = "as stated with the download of DESED; the clips are their authors'"
 LABELS: list[str] = json.loads((Path(__file__).parents[1] / "assets" / "desed_labels.json").read_text())
+WEAK_COLUMNS = ("filename", "event_labels")
 
 
-def prepare_desed(raw: Path, store: Path, sample_rate: int, table: Path) -> PrepareReport:
-    """Write the store of a folder of clips and a strong table, all for the split `test`.
+def prepare_desed(
+    raw: Path,
+    store: Path,
+    sample_rate: int,
+    table: Optional[Path] = None,
+    *,
+    strong: Sequence[Path] = (),
+    weak: Optional[Path] = None,
+    unlabelled: Optional[Path] = None,
+    validation: Optional[Path] = None,
+) -> PrepareReport:
+    """Write the store of the clips below `raw` that some tables name, side by side: what is known of each is kept.
 
-    table: TSV with the columns filename, onset, offset, event_label, times in seconds; a clip without events has one
-    line with the last three empty. A file that is not directly in `raw` is looked for in its folders. Clips are kept
-    whole, whatever their length. Files that are missing or cannot be read are skipped and reported. Raises ValueError,
-    with the line, for classes other than DESED's ten, offsets that are not after their onset, and events that end over
-    0.5 s after their clip (less is cut).
+    table: the strong table of the split `test`; validation: that of `validation`; strong: those of `train`; weak: clips
+    of `train` with classes alone; unlabelled: a folder (in `raw`, or anywhere) whose audio belongs to `train` as well.
+    A strong table is a TSV with the columns filename, onset, offset, event_label, times in seconds; a clip without
+    events has one line with the last three empty. A weak one has filename and event_labels, with commas between them.
+    A file that is not directly in `raw` is looked for in its folders; of several with its name the one whose folders
+    are named most like those of the table is taken. A training clip that comes twice is taken once, as what is known
+    best of it. Clips are kept whole, whatever their length. Files that are missing or cannot be read are skipped and
+    reported. Raises ValueError, with the line, for classes other than DESED's ten, offsets that are not after their
+    onset, and events that end over 0.5 s after their clip (less is cut); and for a clip of train in another split.
     """
     if not raw.is_dir():
         raise ValueError(f"There is no folder {raw}: --raw must be the folder of DESED's clips.")
-    entries = read_event_rows(table, *read_table(table))
-    for entry in entries:
-        entry.split = "test"
-        for event in entry.events:
-            if event.label not in LABELS:
-                raise ValueError(f"{event.place}: {event.label!r} is none of DESED's classes: {', '.join(LABELS)}.")
+    strong_sets = [*((path, "train") for path in strong), (validation, "validation"), (table, "test")]
+    tables = [(path, split, read_strong) for path, split in strong_sets if path is not None]
+    if weak is not None:
+        tables.append((weak, "train", read_weak))
+    if not tables:
+        raise ValueError("DESED needs a table: --strong, --weak, --validation or --table; only the rest is unlabelled.")
+    sets = {str(path): _labelled(path, split, read) for path, split, read in tables}
     report = PrepareReport(store)
-    entries = measure(entries, raw, report)
+    sets = {name: measure(entries, raw, report, Path(name)) for name, entries in sets.items()}
+    if unlabelled is not None:
+        folder = unlabelled if unlabelled.is_dir() else raw / unlabelled
+        sets[str(folder)] = measure(_unlabelled(folder), folder, report)
+    entries = merge(sets, raw)
     write_entries(entries, LABELS, sample_rate, report, dataset_type="desed", source=SOURCE, licence=LICENCE)
     return report
+
+
+def read_strong(table: Path) -> list[Entry]:
+    """The clips and events of a strong table. Raises ValueError, with the line, for a class that is not DESED's."""
+    entries = read_event_rows(table, *read_table(table))
+    for entry in entries:
+        entry.labelling = STRONG
+        for event in entry.events:
+            _check_class(event.label, event.place)
+    return entries
+
+
+def read_weak(table: Path) -> list[Entry]:
+    """The clips and classes of a weak table. Raises ValueError for missing columns, and for a line without a class."""
+    columns, rows = read_table(table)
+    lacking = [name for name in WEAK_COLUMNS if name not in columns]
+    if lacking:
+        raise ValueError(
+            f"{table} lacks the columns {', '.join(lacking)} of a weak table; it has {', '.join(columns)}."
+        )
+    entries: dict[str, Entry] = {}
+    for row in rows:
+        name, labels = row.cells["filename"], [label.strip() for label in row.cells["event_labels"].split(",")]
+        if not name:
+            raise ValueError(f"{row.place}: the filename is empty.")
+        for label in labels:
+            _check_class(label, row.place)
+        entries.setdefault(name, Entry(name, labelling=WEAK)).labels.update(labels)
+    return list(entries.values())
+
+
+def merge(sets: dict[str, list[Entry]], raw: Path) -> list[Entry]:
+    """All entries of some tables and folders ({path: entries}), each file once, with names that no two share.
+
+    A file in several sets is taken from the first: those that know most of their clips must come first. Where several
+    files have one name, theirs become their paths from `raw`. Raises ValueError where a file is in two splits, or twice
+    in one table.
+    """
+    taken: dict[Path, tuple[Entry, str]] = {}
+    for place, entries in sets.items():
+        for entry in entries:
+            path = entry.path.resolve()
+            other, before = taken.setdefault(path, (entry, place))
+            if other is not entry and (place == before or other.split != entry.split):
+                raise ValueError(
+                    f"{entry.path} is there twice: as {other.name} in {before} ({other.split}) and as {entry.name} in "
+                    f"{place} ({entry.split}). Take it out of one of them."
+                )
+    merged = [entry for entry, _ in taken.values()]
+    count = Counter(entry.name for entry in merged)
+    for entry in merged:
+        if count[entry.name] > 1:
+            entry.name = Path(os.path.relpath(entry.path, raw)).as_posix()
+    return merged
+
+
+def _labelled(table: Path, split: str, read: Callable[[Path], list[Entry]]) -> list[Entry]:
+    entries = read(table)
+    for entry in entries:
+        entry.split = split
+    return entries
+
+
+def _unlabelled(folder: Path) -> list[Entry]:
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}: --unlabelled must be one, as it lies or below --raw.")
+    names = [path.relative_to(folder).as_posix() for path in find_audio(folder)]
+    if not names:
+        raise ValueError(f"{folder} has no audio files: --unlabelled must be the folder of the unlabelled clips.")
+    return [Entry(name, split="train", labelling=UNLABELLED) for name in names]
+
+
+def _check_class(label: str, place: str) -> None:
+    if label not in LABELS:
+        raise ValueError(f"{place}: {label!r} is none of DESED's classes: {', '.join(LABELS)}.")

@@ -52,6 +52,7 @@ class Entry:
     fold: int = 0
     path: Path = Path()
     seconds: float = 0.0
+    labelling: Optional[int] = None  # what is known of it; None: times where the store has any, else classes
 
 
 def prepare_folder(raw: Path, store: Path, sample_rate: int, table: Optional[Path], seed: int) -> PrepareReport:
@@ -188,17 +189,17 @@ def audio_seconds(path: Path) -> float:
     return info.frames / info.samplerate
 
 
-def measure(entries: Sequence[Entry], raw: Path, report: PrepareReport) -> list[Entry]:
+def measure(entries: Sequence[Entry], raw: Path, report: PrepareReport, table: Optional[Path] = None) -> list[Entry]:
     """The entries whose file is there, with path and duration; the others are reported as skipped.
 
-    Events that end up to 0.5 s after their clip are shortened. Raises ValueError where one ends later, and where no
-    file is left.
+    table: see AudioFinder.find. Events that end up to 0.5 s after their clip are shortened. Raises ValueError where one
+    ends later, and where no file is left.
     """
     finder = AudioFinder(raw)
     found = []
     for entry in entries:
         try:
-            entry.path = finder.find(entry.name)
+            entry.path = finder.find(entry.name, table)
             entry.seconds = audio_seconds(entry.path)
         except ValueError as error:
             report.skipped.append((entry.name, str(error)))
@@ -223,17 +224,27 @@ class AudioFinder:
             paths[path.name].append(path)
         return paths
 
-    def find(self, name: str) -> Path:
-        """Path of the file. Raises ValueError where there is none, or several deeper ones."""
+    def find(self, name: str, table: Optional[Path] = None) -> Path:
+        """Path of the file. Raises ValueError where there is none, or several deeper ones.
+
+        table: of several, the one whose folders have most names in common with the folders and the name of this table.
+        """
         if (self.raw / name).is_file():
             return self.raw / name
         wanted = PurePosixPath(name)
         deeper = [path for path in self._by_name.get(wanted.name, []) if path.as_posix().endswith(f"/{wanted}")]
+        if len(deeper) > 1 and table is not None:
+            deeper = self._nearest(deeper, table)
         if len(deeper) > 1:
             raise ValueError(f"Several files have this name: {deeper[0]} and {deeper[1]}.")
         if not deeper:
             raise ValueError(f"There is no file {self.raw / name}, nor one of that name in its folders.")
         return deeper[0]
+
+    def _nearest(self, paths: Sequence[Path], table: Path) -> list[Path]:
+        names = set(table.resolve().with_suffix("").parts)
+        common = [len(names & set(path.parent.relative_to(self.raw).parts)) for path in paths]
+        return [path for path, count in zip(paths, common, strict=True) if count == max(common)]
 
 
 def write_entries(
@@ -255,7 +266,7 @@ def write_entries(
                 waveform = read_int16(entry.path, sample_rate)
                 if abs(len(waveform) / sample_rate - entry.seconds) > END_TOLERANCE:
                     raise ValueError(f"It ends after {len(waveform) / sample_rate:.2f} s of {entry.seconds:.2f} s.")
-                writer.add(Clip(entry.name, waveform, targets, entry.fold, entry.split, events))
+                writer.add(Clip(entry.name, waveform, targets, entry.fold, entry.split, events, entry.labelling))
             except ValueError as error:
                 report.skipped.append((entry.name, str(error)))
                 continue

@@ -1,0 +1,277 @@
+"""AudioSet Strong: the 10 s clips of AudioSet whose events have times, in the classes of the training table."""
+
+import csv
+import hashlib
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from rich.console import Console
+from rich.progress import Progress
+
+from prepare.audio import SUFFIXES
+from prepare.audioset import (
+    CLASS_OF_MID,
+    CLIP_SECONDS,
+    AudiosetReport,
+    Part,
+    Segment,
+    find_audio,
+    index_audio,
+    note_length,
+    read_clips,
+    write_details,
+)
+from prepare.audioset import LABELS as AUDIOSET_LABELS
+from prepare.clip_store import STRONG, Clip, ClipStoreWriter, Event
+
+SOURCE = (
+    "S. Hershey et al.: The Benefit of Temporally-Strong Labels in Audio Event Classification, ICASSP 2021 (labels); "
+    "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
+)
+LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
+COLUMNS = ("segment_id", "start_time_seconds", "end_time_seconds", "label")
+SEGMENT_ID = re.compile(r"(?P<ytid>.+)_(?P<start>\d+)")  # an id may itself hold _ and -; the start is in milliseconds
+VALIDATION_SHARE = 0.05  # of the training segments
+
+
+@dataclass(frozen=True, slots=True)
+class TimedMid:
+    """An event as the table has it: AudioSet's id of its class, and seconds from the segment's start."""
+
+    mid: str
+    onset: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class StrongSegment:
+    """A segment of 10 s of a video, with its events."""
+
+    segment: Segment
+    events: list[TimedMid]
+
+
+@dataclass
+class StrongReport(AudiosetReport):
+    """What became of the segments of both tables."""
+
+    per_split: Counter[str] = field(default_factory=Counter)  # clips
+    events: int = 0
+    empty_events: int = 0  # without duration, or beyond the end of their clip
+    unknown: Counter[str] = field(default_factory=Counter)  # evaluation events of each class that training lacks
+
+    def __str__(self) -> str:
+        splits = ", ".join(f"{split} {count}" for split, count in self.per_split.items())
+        lines = [
+            super().__str__(),
+            f"{self.events} events; clips: {splits} (validation: {VALIDATION_SHARE:.0%} of the training table's)",
+        ]
+        if self.unknown:
+            lines.append(
+                f"{self.unknown.total()} events of {len(self.unknown)} classes that only the evaluation table has were "
+                f"left out: {', '.join(sorted(self.unknown))}"
+            )
+        if self.empty_events:
+            lines.append(f"{self.empty_events} events without duration, or after the end of their clip, were left out")
+        return "\n".join(lines)
+
+
+def prepare_audioset_strong(
+    raw: Path,
+    store: Path,
+    sample_rate: int,
+    strong: Path,
+    table: Optional[Path] = None,
+    *,
+    class_names: Optional[Path] = None,
+    seed: int,
+) -> StrongReport:
+    """Write the store of the segments of the official tables whose audio is below `raw`, clip after clip.
+
+    strong: audioset_train_strong.tsv, for training, of which 5 % of the segments that are there serve validation,
+    chosen by the seed; table: audioset_eval_strong.tsv, for testing. class_names: mid_to_display_name.tsv (mid, tab,
+    name), which gives the order of the classes as well; without it they are sorted by mid, and named as in AudioSet's
+    527 classes where they are among them, else by mid. The classes are those of `strong`; events of others in `table`
+    are left out and counted. Audio is found, and cut from longer files, as prepare.audioset does it. Events end with
+    their clip, at 10 s at the latest. A table of the clips that are missing, corrupt, short or cut lies beside the
+    store. Raises ValueError where a table or folder is missing or wrong, and where no audio is found.
+    """
+    segments = {"train": read_strong(strong), "test": read_strong(table) if table else []}
+    both = {one.segment.ytid for one in segments["train"]} & {one.segment.ytid for one in segments["test"]}
+    if both:
+        raise ValueError(f"{strong} and {table} both list {min(both)}: a clip must not be trained and tested.")
+    mids, labels = name_classes({event.mid for one in segments["train"] for event in one.events}, class_names)
+    audio = index_audio(raw)
+    found = {
+        split: [(one, path) for one in rows if (path := find_audio(one.segment, audio)) is not None]
+        for split, rows in segments.items()
+    }
+    there = {one.segment.name for rows in found.values() for one, _ in rows}
+    names = [one.segment.name for rows in segments.values() for one in rows]
+    report = StrongReport(store, missing=[name for name in names if name not in there])
+    if not found["train"]:
+        raise ValueError(
+            f"None of the {len(segments['train'])} clips of {strong} is in {raw}, which has {len(audio)} audio files "
+            f"({', '.join(SUFFIXES)}). A clip is named <YTID> or Y<YTID>, with or without _<start>, as in "
+            f"Y{segments['train'][0].segment.ytid}.wav."
+        )
+    held_out = choose_validation([one for one, _ in found["train"]], seed)
+    splits = {
+        "train": [row for row in found["train"] if row[0].segment.ytid not in held_out],
+        "validation": [row for row in found["train"] if row[0].segment.ytid in held_out],
+        "test": found["test"],
+    }
+    numbers = {mid: number for number, mid in enumerate(mids)}
+    with ClipStoreWriter(
+        store, clip_samples=CLIP_SECONDS * sample_rate, sample_rate=sample_rate, labels=labels,
+        dataset_type="audioset-strong", source=SOURCE, licence=LICENCE,
+    ) as writer:  # fmt: skip
+        _write(writer, splits, numbers, report)
+        if report.clips == 0:
+            raise ValueError(f"None of the clips could be read.\n{report}")
+    write_details(report, store.with_name(f"{store.stem}_report.csv"))
+    return report
+
+
+def read_strong(path: Path) -> list[StrongSegment]:
+    """The segments of a strong table and their events, in its order.
+
+    A line is segment_id (the video's id, `_`, the start in ms), start_time_seconds and end_time_seconds (from the
+    segment's start) and label (a mid), with tabs between. Raises ValueError, with the line, where one is not, and where
+    a video has two segments.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no {path}: give audioset_train_strong.tsv or audioset_eval_strong.tsv.")
+    events: dict[str, list[TimedMid]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            header = next(reader, [])
+            if tuple(header) != COLUMNS:
+                raise ValueError(f"{path} must begin with {', '.join(COLUMNS)}, with tabs between; it has {header}.")
+            for row in reader:
+                name, event = _parse_event(row, f"{path}, line {reader.line_num}")
+                events.setdefault(name, []).append(event)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a TSV in UTF-8: {error}") from None
+    if not events:
+        raise ValueError(f"{path} lists no events.")
+    segments: dict[str, StrongSegment] = {}
+    for name, mine in events.items():
+        segment = _parse_segment(name)
+        if segment.ytid in segments:
+            raise ValueError(f"{path}: {name} is the second segment of its video; there must be one at most.")
+        segments[segment.ytid] = StrongSegment(segment, mine)
+    return list(segments.values())
+
+
+def _parse_event(row: list[str], place: str) -> tuple[str, TimedMid]:
+    if len(row) != len(COLUMNS):
+        raise ValueError(f"{place}: {len(row)} columns; there must be {len(COLUMNS)}: {', '.join(COLUMNS)}.")
+    name, start, end, mid = (cell.strip() for cell in row)
+    if not SEGMENT_ID.fullmatch(name):
+        raise ValueError(f"{place}: {name!r} is no segment_id, as b0RFKhbpFJA_30000: id, _ and the start in ms.")
+    try:
+        onset, offset = float(start), float(end)
+    except ValueError:
+        onset = offset = -1.0
+    if not 0 <= onset <= offset < float("inf") or not mid:
+        raise ValueError(
+            f"{place}: an event from {start!r} to {end!r} s of {mid!r}; rising seconds and a mid are needed."
+        )
+    return name, TimedMid(sys.intern(mid), onset, offset)  # one text for each class, not one a line
+
+
+def _parse_segment(name: str) -> Segment:
+    match = SEGMENT_ID.fullmatch(name)
+    assert match, "the table's lines were checked"
+    start = int(match["start"]) / 1000
+    return Segment(match["ytid"], start, start + CLIP_SECONDS, ())
+
+
+def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str], list[str]]:
+    """The classes in their order, and their names, no two alike; see prepare_audioset_strong for class_names.
+
+    Raises ValueError where class_names lacks one of the classes, or is no such table.
+    """
+    names = {mid: AUDIOSET_LABELS[number] for mid, number in CLASS_OF_MID.items()}
+    order = sorted(mids)
+    if class_names is not None:
+        given = _read_names(class_names)
+        lacking = sorted(mids - set(given))
+        if lacking:
+            raise ValueError(f"{class_names} lacks {len(lacking)} of {len(mids)} classes: {', '.join(lacking[:5])}.")
+        order, names = [mid for mid in given if mid in mids], given
+    shown = [names.get(mid, mid) for mid in order]
+    count = Counter(shown)
+    return order, [f"{name} ({mid})" if count[name] > 1 else name for mid, name in zip(order, shown, strict=True)]
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise ValueError(f"There is no {path}: --class_names must be mid_to_display_name.tsv.")
+    names: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        mid, _, name = line.partition("\t")
+        if not mid.strip() or not name.strip() or mid.strip() in names:
+            raise ValueError(f"{path}, line {number}: {line!r}; a mid, a tab and a name are needed, each mid once.")
+        names[mid.strip()] = name.strip()
+    return names
+
+
+def choose_validation(segments: Sequence[StrongSegment], seed: int) -> set[str]:
+    """Ids of the videos that serve validation: of the segments with one rarest class 5 % each, at least one in all.
+
+    They are ordered by a hash of seed and id, so that a few segments more or fewer change little.
+    """
+    clips = Counter(mid for one in segments for mid in {event.mid for event in one.events})
+    groups: dict[str, list[tuple[bytes, str]]] = defaultdict(list)
+    for one in segments:
+        rarest = min({event.mid for event in one.events}, key=lambda mid: (clips[mid], mid))
+        key = hashlib.sha256(f"{seed} {one.segment.ytid}".encode()).digest()
+        groups[rarest].append((key, one.segment.ytid))
+    chosen = {ytid for group in groups.values() for _, ytid in sorted(group)[: round(VALIDATION_SHARE * len(group))]}
+    if not chosen and len(segments) > 1:
+        chosen = {min(pair for group in groups.values() for pair in group)[1]}
+    return chosen
+
+
+def _write(
+    writer: ClipStoreWriter,
+    splits: dict[str, list[tuple[StrongSegment, str]]],
+    numbers: dict[str, int],
+    report: StrongReport,
+) -> None:
+    """Read the clips one by one and write them with the events whose class has a number."""
+    console, rate = Console(stderr=True), writer.attributes["sample_rate"]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("clips", total=sum(map(len, splits.values())))
+        for split, rows in splits.items():
+            part = Part(report.path, rate, [one.segment for one, _ in rows], [path for _, path in rows])
+            by_name = {one.segment.name: one for one, _ in rows}
+            for clip in read_clips(part, report, lambda clips: bar.advance(task, clips)):
+                events = _events(by_name[clip.name].events, len(clip.waveform) / rate, numbers, report)
+                labels = sorted({event.label for event in events})
+                writer.add(Clip(clip.name, clip.waveform, labels, split=split, events=events, labelling=STRONG))
+                note_length(report, clip.name, len(clip.waveform), rate)
+                report.clips += 1
+                report.per_split[split] += 1
+                report.events += len(events)
+
+
+def _events(events: list[TimedMid], seconds: float, numbers: dict[str, int], report: StrongReport) -> list[Event]:
+    """The events as the store has them, none after the clip's end; those that are left out are counted."""
+    kept = []
+    for event in events:
+        if event.mid not in numbers:
+            report.unknown[event.mid] += 1
+        elif event.onset >= min(event.offset, seconds):
+            report.empty_events += 1
+        else:
+            kept.append(Event(numbers[event.mid], event.onset, min(event.offset, seconds)))
+    return kept

@@ -1,0 +1,262 @@
+"""A bank of sounds to mix soundscapes of: clips of one class each, none of which serves two splits."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+from prepare.audio import mono_waveform, read_audio
+from prepare.clip_store import SPLITS, Waveforms, open_store, read_store_table
+from prepare.demo import GAP_SECONDS, SHARES
+from prepare.folder import read_class_folders
+from prepare.report import PrepareReport
+
+FRAME_SECONDS = 0.01
+QUIET_DB = 30.0  # a frame of 10 ms that lies so far below the loudest one of its clip does not sound
+SILENT_RMS = 1e-4  # a clip whose loudest frame lies below this (-80 dBFS) is silent
+VALIDATION_SHARE = 0.2  # of the training folds, where no fold is left for validation
+ESC_NAME = re.compile(r"\d+-(\d+)-[A-Z]-\d+\.\w+")  # fold, Freesound's number of the recording, take, class
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """The clips of a bank as they lie on the disk. read: number of a clip -> (samples,) float32 at the rate asked for.
+
+    Raises ValueError or OSError where a clip cannot be read.
+    """
+
+    names: list[str]
+    targets: np.ndarray  # (N, K) bool
+    fold: np.ndarray  # (N,) int, 0 without folds
+    split: np.ndarray  # (N,) str, "" without splits
+    labels: list[str]
+    source: str
+    licence: str
+    read: Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """A clip of one class that soundscapes of one split may use."""
+
+    number: int  # its place in the bank's Sounds
+    name: str
+    label: int  # in the bank's labels
+    split: str
+    sounding: np.ndarray  # (frames of 10 ms,) bool: those at most 30 dB below the loudest
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What soundscapes are mixed of. labels: the classes that have clips, in the order of the store."""
+
+    labels: list[str]
+    foregrounds: list[Foreground]
+    sounds: Sounds
+
+    @cached_property
+    def by_class(self) -> dict[str, dict[int, list[Foreground]]]:
+        """Split -> class -> the clips that it may use; classes without any are not there."""
+        grouped: dict[str, dict[int, list[Foreground]]] = {split: {} for split in SPLITS}
+        for foreground in self.foregrounds:
+            grouped[foreground.split].setdefault(foreground.label, []).append(foreground)
+        return grouped
+
+
+@contextmanager
+def open_sounds(path: Path, sample_rate: int, report: PrepareReport) -> Iterator[Sounds]:
+    """The clips of a clip store, or of a folder with one folder of audio a class, at `sample_rate`.
+
+    Files beside the class folders are reported as skipped. Raises ValueError where there is neither, or no clip.
+    """
+    if path.is_dir():
+        yield _folder_sounds(path, sample_rate, report)
+        return
+    table = read_store_table(path)
+    labels = table.labels or [f"class {number}" for number in range(table.targets.shape[1])]
+    if len(table) == 0:
+        raise ValueError(f"{path} has no clips: it cannot be the bank of soundscapes.")
+    with open_store(path) as file:
+        waveforms = Waveforms(file)
+        yield Sounds(
+            names=[name.decode() for name in table.names],
+            targets=table.targets,
+            fold=table.fold,
+            split=np.array([split.decode() for split in table.split]),
+            labels=labels,
+            source=table.attributes.get("source") or path.name,
+            licence=table.attributes.get("licence", "that of the bank's clips"),
+            read=lambda number: mono_waveform(waveforms.read(number), table.sample_rate or sample_rate, sample_rate),
+        )
+
+
+def _folder_sounds(folder: Path, sample_rate: int, report: PrepareReport) -> Sounds:
+    entries = read_class_folders(folder, report)
+    labels = sorted(set().union(*(entry.labels for entry in entries)))
+    return Sounds(
+        names=[entry.name for entry in entries],
+        targets=np.array([[label in entry.labels for label in labels] for entry in entries]),
+        fold=np.zeros(len(entries), dtype=int),
+        split=np.full(len(entries), ""),
+        labels=labels,
+        source=folder.resolve().name,
+        licence="that of the bank's clips",
+        read=lambda number: read_audio(folder / entries[number].name, sample_rate),
+    )
+
+
+def build_bank(
+    sounds: Sounds, sample_rate: int, report: PrepareReport, *, folds: Optional[str], esc_fold: int, seed: int
+) -> Bank:
+    """Look at every clip and share them out: by their splits, else by folds, else by source, 70/15/15 % of each class.
+
+    folds: those for train/validation/test, as `1,2/3/4`; with none in the middle, `1,2,3//4`, a fifth of the sources of
+    each class of the training folds serves validation. None: esc_fold for testing, the next one for validation, the
+    others for training, as a training on the bank itself does. Clips of one source (ESC-50 names it) stay together.
+    Clips that have not exactly one class, are silent or cannot be read are reported as skipped. Raises ValueError for
+    folds that there are not or that are given twice, and where a split has no clip.
+    """
+    usable, sounding = [], {}
+    for number, name in enumerate(sounds.names):
+        try:
+            if sounds.targets[number].sum() != 1:
+                raise ValueError("It has not exactly one class.")
+            sounding[number] = sounding_frames(sounds.read(number), sample_rate)
+            if not sounding[number].any():
+                raise ValueError("It is silent.")
+        except (ValueError, OSError) as error:
+            report.skipped.append((name, str(error)))
+            continue
+        usable.append(number)
+    if not usable:
+        raise ValueError(f"The bank has no clip that sounds and has exactly one class.\n{report}")
+    splits = _splits(sounds, np.array(usable), folds, esc_fold, seed)
+    classes = [k for k in range(len(sounds.labels)) if sounds.targets[usable, k].any()]
+    foregrounds = [
+        Foreground(number, sounds.names[number], classes.index(int(sounds.targets[number].argmax())), split, loud)
+        for number, split, loud in zip(usable, splits.tolist(), (sounding[number] for number in usable), strict=True)
+        if split
+    ]
+    for split in SPLITS:
+        if not any(found.split == split for found in foregrounds):
+            raise ValueError(f"The bank has no clip for {split}: each split of the soundscapes needs clips of its own.")
+    return Bank([sounds.labels[k] for k in classes], foregrounds, sounds)
+
+
+def sounding_frames(sound: np.ndarray, sample_rate: int) -> np.ndarray:
+    """(samples,) -> (frames of 10 ms,) bool: at most 30 dB below the loudest frame; none where the clip is silent."""
+    hop = round(FRAME_SECONDS * sample_rate)
+    padded = np.pad(sound.astype(np.float64), (0, -len(sound) % hop))
+    power = np.mean(padded.reshape(-1, hop) ** 2, axis=1)
+    return (power >= power.max() * 10 ** (-QUIET_DB / 10)) & (power.max() >= SILENT_RMS**2)
+
+
+def choose_stretch(sounding: np.ndarray, shortest: float, longest: float, rng: np.random.Generator) -> tuple[int, int]:
+    """First and last frame (exclusive) of a random part of a clip that begins and ends sounding.
+
+    sounding: (frames,) bool with at least one True. Quiet parts of over 0.5 s are never inside: there a part ends. Its
+    length is drawn from shortest to longest (seconds), and may miss that where the clip sounds for less, or where a
+    quiet part of up to 0.5 s would be its end.
+    """
+    frames = np.flatnonzero(sounding)
+    parts = np.split(frames, np.flatnonzero(np.diff(frames) > GAP_SECONDS / FRAME_SECONDS) + 1)
+    lengths = np.array([part[-1] + 1 - part[0] for part in parts])
+    least = min(shortest / FRAME_SECONDS, lengths.max())
+    weight = np.where(lengths >= least, lengths, 0)
+    part = parts[rng.choice(len(parts), p=weight / weight.sum())]
+    length = max(rng.uniform(shortest, longest) / FRAME_SECONDS, 1.0)
+    first = rng.choice(part[part <= max(part[0], part[-1] + 1 - length)])
+    ends = part[part >= first] + 1
+    within = ends[ends <= first + length]
+    enough = ends[ends >= first + least]
+    last = within[-1] if within[-1] >= first + least or len(enough) == 0 else enough[0]
+    return int(first), int(last)
+
+
+def _splits(sounds: Sounds, usable: np.ndarray, folds: Optional[str], esc_fold: int, seed: int) -> np.ndarray:
+    """(N,) split of each usable clip, "" for those that no split uses."""
+    given, fold = sounds.split[usable], sounds.fold[usable]
+    sources = [_source(sounds.names[number]) for number in usable]
+    labels = sounds.targets[usable].argmax(axis=1)
+    if (given != "").any() or not fold.any():
+        if folds is not None:
+            raise ValueError(f"--bank_folds {folds} is not allowed: the clips of this bank have no folds.")
+        return given if (given != "").any() else share_out(sources, labels, SHARES, seed)
+    chosen = _default_folds(fold, esc_fold) if folds is None else _parse_folds(folds, fold)
+    splits = np.full(len(usable), "", dtype="U10")
+    for split, numbers in zip(SPLITS, chosen, strict=True):
+        splits[np.isin(fold, numbers)] = split
+    if not chosen[1]:
+        mine = np.flatnonzero(splits == "train")
+        shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
+        splits[mine] = share_out([sources[clip] for clip in mine], labels[mine], shares, seed)
+    return splits
+
+
+def _source(name: str) -> str:
+    """The recording that a clip was cut from, where ESC-50's names tell it; else the clip itself."""
+    match = ESC_NAME.fullmatch(Path(name).name)
+    return f"recording {match[1]}" if match else name
+
+
+def _default_folds(fold: np.ndarray, esc_fold: int) -> tuple[list[int], list[int], list[int]]:
+    """As data_generator shares out the folds of a data set."""
+    present = np.unique(fold).tolist()
+    if len(present) < 3 or esc_fold not in present:
+        raise ValueError(
+            f"The bank has the folds {present}: esc_fold = {esc_fold} must be among three or more, or --bank_folds "
+            f"must say which are for train/validation/test, as 1,2/3/4, or 1//2 to validate on clips of the training "
+            f"folds that are kept apart."
+        )
+    following = present[(present.index(esc_fold) + 1) % len(present)]
+    return [one for one in present if one not in (esc_fold, following)], [following], [esc_fold]
+
+
+def _parse_folds(text: str, fold: np.ndarray) -> list[list[int]]:
+    """`1,2/3/4` -> the folds of train, validation (perhaps none) and test."""
+    present = np.unique(fold).tolist()
+    try:
+        chosen = [[int(word) for word in part.split(",") if word.strip()] for part in text.split("/")]
+    except ValueError:
+        chosen = []
+    flat = [one for part in chosen for one in part]
+    if len(chosen) != 3 or not (chosen[0] and chosen[2]) or len(set(flat)) != len(flat) or set(flat) - set(present):
+        raise ValueError(
+            f"--bank_folds {text!r} is not allowed: give the folds for train/validation/test, as 1,2/3/4, each once, "
+            f"out of {', '.join(map(str, present))}. With none in the middle (1,2,3//4) clips of the training folds "
+            f"are kept apart for validation."
+        )
+    return chosen
+
+
+def share_out(sources: Sequence[str], labels: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
+    """(N,) split of each clip: of every class about `shares` of its clips, with all clips of one source in one split.
+
+    sources: (N,) names; labels: (N,) classes. A class with as many sources as there are splits, or more, is in all of
+    them; one with fewer fills the splits in their order.
+    """
+    rng = np.random.default_rng(seed)
+    place: dict[str, str] = {}
+    for label in np.unique(labels):
+        sizes = Counter(sources[clip] for clip in np.flatnonzero(labels == label).tolist())
+        names = sorted(set(sizes) - set(place))
+        free = sorted((names[i] for i in rng.permutation(len(names))), key=lambda name: -sizes[name])
+        have = Counter(dict.fromkeys(shares, 0))
+        for name in sizes.keys() & place.keys():  # a recording with sounds of two classes
+            have[place[name]] += sizes[name]
+        for name in free:  # the largest first, each to the split that lacks most
+            split = max(shares, key=lambda one: shares[one] * sizes.total() - have[one])
+            place[name] = split
+            have[split] += sizes[name]
+        for empty in [split for split in shares if not have[split]]:
+            used = Counter(place[name] for name in sizes)
+            spare = [name for name in free if used[place[name]] > 1]
+            if spare:
+                place[spare[-1]] = empty
+    return np.array([place[source] for source in sources], dtype="U10")
