@@ -1,24 +1,93 @@
-"""What training does to a batch of clips and their targets, on the device, before the network (spec: Variants)."""
+"""What training does to a batch of clips and their targets, on the device, before the network (spec: Variants).
+
+What is random is drawn on the CPU: a run is reproducible from its seed on any device, and none has to wait.
+"""
 
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from frame_targets import Events
+from utils import do_mixup, int16_to_float32
+
 
 def shift_in_time(waveform: Tensor, shift_max: int) -> Tensor:
     """Roll each clip of (B, samples) by a random number of samples below shift_max."""
-    shifts = torch.randint(shift_max, (len(waveform),)).tolist()
-    return torch.stack([clip.roll(shift) for clip, shift in zip(waveform, shifts, strict=True)])
+    return shift_in_time_with(waveform, torch.randint(shift_max, (len(waveform),)))
+
+
+def shift_in_time_with(waveform: Tensor, shifts: Tensor) -> Tensor:
+    """Roll each clip of (B, samples), int16 or float, by its own of (B,) numbers of samples, later if positive."""
+    return _stretches(waveform, -shifts, waveform.shape[1])
+
+
+def shift_events(events: Events, shifts: Tensor, seconds: float) -> Events:
+    """The events of clips that were rolled by (B,) seconds, with clips of `seconds`: 2 E events.
+
+    An event that goes beyond the end is also at the beginning. The second half of the list is for those parts: where
+    there is none, its event has no duration. (Picking out the others would make the CPU wait for the device.)
+    """
+    onset, offset = events.onset.clamp(0, seconds), events.offset.clamp(0, seconds)
+    moved = (onset + shifts.to(onset)[events.clip]).remainder(seconds)
+    end = moved + (offset - onset)
+    return Events(
+        clip=events.clip.repeat(2),
+        label=events.label.repeat(2),
+        onset=torch.cat([moved, torch.zeros_like(moved)]),
+        offset=torch.cat([end.clamp(max=seconds), (end - seconds).clamp(min=0)]),
+    )
 
 
 def crop(waveform: Tensor, length: int) -> Tensor:
     """A random stretch of `length` samples of each clip: (B, samples) -> (B, length); shorter clips stay whole."""
-    samples = waveform.shape[1]
+    return _crop(waveform, length)[0]
+
+
+def crop_with_events(waveform: Tensor, events: Events, length: int, rate: int) -> tuple[Tensor, Events, Tensor]:
+    """`crop` of clips at `rate` samples per second, their events from the crop's beginning, and where that was.
+
+    Returns (B, length), the events cut at the crop's ends (what lies outside has no duration), and (B,) the seconds at
+    which the crops begin: a teacher's steps follow by resample_steps with shift = -beginnings and the crop's length.
+    """
+    cropped, starts = _crop(waveform, length)
+    begin = (starts / rate).to(events.onset)
+    seconds, at = cropped.shape[1] / rate, begin[events.clip]
+    onset, offset = (events.onset - at).clamp(0, seconds), (events.offset - at).clamp(0, seconds)
+    return cropped, Events(events.clip, events.label, onset, offset), begin
+
+
+def _crop(waveform: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The crops, and the (B,) samples at which they begin, on the CPU."""
+    clips, samples = waveform.shape
     if length >= samples:
-        return waveform
-    starts = torch.randint(samples - length + 1, (len(waveform),)).tolist()
-    return torch.stack([clip[at : at + length] for clip, at in zip(waveform, starts, strict=True)])
+        return waveform, torch.zeros(clips, dtype=torch.long)
+    starts = torch.randint(samples - length + 1, (clips,))
+    return _stretches(waveform, starts, length), starts
+
+
+def _stretches(waveform: Tensor, starts: Tensor, length: int) -> Tensor:
+    """(B, samples), (B,) -> (B, length): of each clip, the samples from its start on, round the end."""
+    place = starts.to(waveform.device)[:, None] + torch.arange(length, device=waveform.device)
+    return waveform.gather(1, place.remainder_(waveform.shape[1]))
+
+
+def random_gain(waveform: Tensor, range_db: float, generator: Optional[torch.Generator] = None) -> Tensor:
+    """Make each clip of (B, samples), int16 or float, louder or softer by up to range_db decibels: float32.
+
+    The gain is the same all through a clip. The float samples may leave [-1, 1].
+    """
+    decibels = (2 * torch.rand(len(waveform), 1, generator=generator) - 1) * range_db
+    return int16_to_float32(waveform) * (10 ** (decibels / 20)).to(waveform.device)
+
+
+def mix_waveforms(waveform: Tensor, mixup_lambda: Tensor) -> Tensor:
+    """Mixup of the sounds themselves: (B, samples), int16 or float, with the reversed batch -> float32.
+
+    mixup_lambda: (B,) weight of a clip's own samples. The targets follow by do_mixup with the same weights.
+    """
+    return do_mixup(int16_to_float32(waveform), mixup_lambda.to(waveform.device))
 
 
 def enhance_labels(targets: Tensor, ancestors: Tensor, children: Sequence[Sequence[int]]) -> Tensor:
