@@ -1,0 +1,167 @@
+"""python main.py teach: write a teacher's frame logits of the clips of a data set, for other networks to learn from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from commands._evaluate import Member, check_labels, checkpoint_labels
+from commands._ledger import make_folder
+from commands._localization import class_mapping
+from commands._records import device_name
+from commands._trainer import build_trainer
+from commands.esm_test import check_alike, fit_together
+from data_generator import SEDDataModule, Split
+from evaluation.mapping import ClassMapping
+from model.htsat import HTSAT_Swin_Transformer
+from prepare.clip_store import SPLITS, UNREADABLE
+from pseudo_labels import TeacherWriter
+from sed_model import Batch, Ensemble_SEDWrapper
+from settings import Config, requested, resolve
+from utils import int16_to_float32
+
+Part = tuple[Config, SEDDataModule]  # a split: the settings that read it, and its clips
+SUREST = 1e-4  # an ensemble's probabilities are kept so far from 0 and 1, where logits are infinite
+
+
+def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -> None:
+    """Write the frame logits of --resume_checkpoint, or of the ensemble --esm_model_pathes A,B,..., into one file.
+
+    teach_split: train, validation, test or all. output: the file, else <workspace>/teachers/<exp_name>.h5, named after
+    the first checkpoint; one that is there already is replaced when the new one is whole. Raises ValueError where there
+    is no checkpoint, where the members of an ensemble do not fit together, and where the file cannot be written. A
+    network of AudioSet's classes teaches data of others by fl_audioset_mapping.
+    """
+    members = read_members(given)
+    settings = members[0].settings.model_copy(update={"devices": 1})
+    path = Path(output or Path(settings.workspace) / "teachers" / f"{settings.exp_name}.h5")
+    check_output(path)
+    parts = [open_part(split, settings, members) for split in chosen_splits(teach_split, settings)]
+    pl.seed_everything(settings.random_seed, workers=True, verbose=False)
+    networks = [member.network() for member in members]
+    steps = finest_steps(networks, members)
+    labels, mapping = taught_classes(members[0], parts[0])
+    print(f"Teaching with {len(networks)} network(s), {steps} steps a clip, on {device_name(settings)}")
+    source = ", ".join(f"{member.checkpoint.path.name} sha256:{member.sha256}" for member in members)
+    seconds = settings.clip_samples / settings.sample_rate
+    with TeacherWriter(path, labels=labels, steps=steps, clip_seconds=seconds, source=source) as writer:
+        together = fit_together(networks, settings) if settings.esm_together is None else settings.esm_together
+        module = Teacher(networks, settings, labels, writer, steps=steps, together=together or len(networks) == 1)
+        module.mapping = mapping
+        for part, data in parts:
+            build_trainer(part, steps_per_epoch=None).test(module, data, verbose=False)
+    print(
+        f"{path}: {writer.clips} clips ({teach_split}), {len(labels)} classes x {steps} steps of "
+        f"{seconds / steps:.4g} s, {path.stat().st_size / 2**20:.1f} MiB\n"
+        f"Learn from it: python main.py train --dataset_type {settings.dataset_type} --loss_type frame_bce "
+        f"--teacher_path {path}"
+    )
+    if module.unread:
+        print(f"{module.unread} clips could not be read and are left out: `python main.py check` tells which.")
+
+
+def read_members(given: dict[str, Any]) -> list[Member]:
+    """The teachers. Raises ValueError where none is named, or where they could not be tested as one ensemble."""
+    single, several = requested("resume_checkpoint", given), requested("esm_model_pathes", given)
+    if bool(single) == bool(several):
+        raise ValueError(
+            f"teach needs a checkpoint, --resume_checkpoint PATH, or those of an ensemble, --esm_model_pathes "
+            f"A.ckpt,B.ckpt,...{'; both are given' if single else ''}. After a training, "
+            f"{resolve().run_folder / 'checkpoints' / 'best.ckpt'} is one."
+        )
+    members = [Member.read(path, given) for path in several or [single]]
+    for member in members[1:]:
+        check_alike(member, members[0])
+    return members
+
+
+def check_output(path: Path) -> None:
+    """Raise ValueError, before anything is scored, where the file could not be written."""
+    make_folder(path.parent, "--output", path)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: give the name of a file in it.")
+
+
+def chosen_splits(teach_split: str, settings: Config) -> list[str]:
+    """The splits to go through; for all, those of protocol paper are two: it validates on the test clips."""
+    if teach_split != "all":
+        return [teach_split]
+    return [split for split in SPLITS if split != "validation" or settings.protocol == "held_out"]
+
+
+def open_part(split: str, settings: Config, members: Sequence[Member]) -> Part:
+    """The clips of a split, as a test reads them: each once, in order, and none in place of another.
+
+    Raises ValueError where the data is missing, or has other classes than a member.
+    """
+    # Only the sound is wanted: clips without times as well, of which training with frame targets may refuse some.
+    part = settings.model_copy(update={"test_split": split, "loss_type": "clip_bce"})
+    chosen: Split = part.test_split
+    data = SEDDataModule(part, (chosen,))
+    for member in members:
+        check_labels(member.checkpoint, member.settings, data.tables[chosen])
+    return part, data
+
+
+def taught_classes(member: Member, part: Part) -> tuple[list[str], Optional[ClassMapping]]:
+    """The classes that are written: the network's own, or those of the data with the mapping that leads to them."""
+    settings, data = part
+    table = data.tables[settings.test_split]
+    mapping = class_mapping(checkpoint_labels(member.checkpoint, member.settings), settings, table)
+    return (member.labels(table), None) if mapping is None else (list(mapping.labels), mapping)
+
+
+def finest_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Member]) -> int:
+    """Steps of the member with the most. Raises ValueError where another's do not divide them."""
+    steps = max(network.steps for network in networks)
+    for network, member in zip(networks, members, strict=True):
+        if steps % network.steps:
+            raise ValueError(
+                f"{member.checkpoint.path} gives {network.steps} steps for a clip, which do not divide the {steps} of "
+                f"the finest member: their frame scores cannot be averaged."
+            )
+    return steps
+
+
+class Teacher(Ensemble_SEDWrapper):
+    """Networks whose frame logits of each tested clip go into a file, at `steps` steps a clip."""
+
+    def __init__(
+        self,
+        networks: Sequence[HTSAT_Swin_Transformer],
+        settings: Config,
+        labels: Sequence[str],
+        writer: TeacherWriter,
+        *,
+        steps: int,
+        together: bool,
+    ) -> None:
+        super().__init__(networks, settings, labels, together=together)
+        self.writer, self.steps, self.unread = writer, steps, 0
+
+    def frame_logits(self, waveform: Tensor) -> Tensor:
+        """(B, samples) -> (B, K, steps): one network's own logits, or those of the mean of several's probabilities.
+
+        The mean is that of esm_test. Where a network weights its frame scores with its attention, its logits are taken
+        from the weighted scores too. A coarser member's steps are repeated.
+        """
+        if len(self.networks) == 1 and not self.networks[0].attn_heatmap:
+            return self.networks[0](waveform)["framewise_logits"].float().transpose(1, 2)
+        frames = [self._member_scores(network, waveform)[1].float() for network in self.networks]
+        fine = [scores.repeat_interleave(self.steps // scores.shape[1], dim=1) for scores in frames]
+        return torch.stack(fine).mean(dim=0).clamp(SUREST, 1 - SUREST).logit().transpose(1, 2)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self.frame_logits(int16_to_float32(batch["waveform"])).cpu().numpy()
+        if self.mapping is not None:  # it takes the largest of some scores, and so of their logits
+            logits = self.mapping.apply(logits.transpose(0, 2, 1)).transpose(0, 2, 1)
+        read = (batch["index"] != UNREADABLE).cpu().numpy()
+        self.unread += int((~read).sum())
+        names = [name for name, was_read in zip(batch["audio_name"], read, strict=True) if was_read]
+        self.writer.add(names, logits[read])
+
+    def on_test_epoch_end(self) -> None:
+        """Nothing is measured."""
