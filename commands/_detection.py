@@ -101,6 +101,7 @@ def print_metrics(title: str, metrics: Sequence[DetectionMetric], labels: Sequen
 def _class_table(metrics: Sequence[DetectionMetric], labels: Sequence[str]) -> Table:
     table = Table(title="Classes", title_justify="left", caption_justify="left")
     table.add_column("class")
+    metrics = [m for m in metrics if m.per_class]
     for m in metrics:
         table.add_column(f"{m.name}\n{re.split('[,;]', m.criterion)[0]}", justify="right")
     for label in labels:

@@ -168,7 +168,9 @@ def _class_rows(evaluated: Evaluated) -> list[dict[str, Any]]:
             (post.minimum_duration[k] > 0, f"at least {post.minimum_duration[k]:g} s"),
             (post.maximum_gap[k] > 0, f"gaps to {post.maximum_gap[k]:g} s"),
         ]
-        cells = [(m.per_class[label], m.counts.get(label), m.intervals.get(label)) for m in evaluated.metrics]
+        cells = [
+            (m.per_class[label], m.counts.get(label), m.intervals.get(label)) for m in evaluated.metrics if m.per_class
+        ]
         rows.append({
             "label": label, "events": counts[k], "threshold": f"{post.thresholds[k]:.7g}", "cells": cells,
             "extras": ", ".join(text for used, text in extras if used),

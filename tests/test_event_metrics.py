@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from evaluation.detection import System, measure
 from evaluation.event_metrics import (
     ClipCounts,
     CountStatistic,
@@ -318,6 +319,20 @@ def test_psds_of_scores_is_sed_scores_evals(scenario: object) -> None:
     assert result.statistic is not None
     once = result.statistic(np.ones((30, 1), dtype=np.float32))[:, 0]
     np.testing.assert_allclose(once, [value, *result.per_class.values()], atol=1e-3)
+
+
+def test_macro_mean_is_psds1_without_its_deviation() -> None:
+    from sed_scores_eval import intersection_based
+
+    truth, tables = random_scores(1)
+    measured = {each.metric.name: each.metric for each in measure(truth, System(truth.table, tables=tables))}
+    known = {name: table.drop(columns="silent") for name, table in tables.items()}
+    wanted, *_ = intersection_based.psds(
+        known, truth.by_clip(), truth.seconds, max_efpr=100.0, dtc_threshold=0.7, gtc_threshold=0.7, alpha_st=0.0
+    )
+    assert measured["PSDS1, macro mean"].macro == pytest.approx(wanted, abs=1e-9)
+    assert measured["PSDS1, macro mean"].macro > measured["PSDS1"].macro
+    assert "alpha_ST = 0" in measured["PSDS1, macro mean"].criterion
 
 
 @pytest.mark.parametrize("scenario", [PSDS1, PSDS2], ids=["PSDS1", "PSDS2"])
