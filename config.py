@@ -8,7 +8,9 @@ After an edit in a notebook, restart or reload: a running session keeps the valu
 from typing import Literal, Optional
 
 # --- what and where -------------------------------------------------------------------------------------------------
-dataset_type: Literal["demo", "audioset", "esc-50", "scv2", "desed", "folder"] = "demo"  # which data set
+dataset_type: Literal[  # which data set
+    "demo", "audioset", "audioset-strong", "esc-50", "scv2", "desed", "folder", "soundscapes"
+] = "demo"
 task: Literal["multilabel", "single_label"] = (  # several classes a clip (mAP), or exactly one (accuracy)
     "single_label" if dataset_type in ("esc-50", "scv2") else "multilabel"
 )
@@ -39,14 +41,15 @@ layer_decay: float = 1.0  # fine-tuning: each layer learns slower than the one a
 linear_probe: bool = False  # fine-tuning: only a linear layer on the averaged tokens, of clips as they are
 freeze_backbone: bool = linear_probe  # fine-tuning: train only the classifier
 gradient_clip: float = 1.0  # largest norm of the gradient, 0 for no limit
-loss_type: Literal["clip_bce", "clip_ce", "asl_loss"] = (  # clip_ce for one class a clip
+loss_type: Literal["clip_bce", "clip_ce", "asl_loss", "frame_bce", "weak_strong_bce"] = (  # frame_...: learn from times
     "clip_ce" if task == "single_label" and dataset_type != "scv2" else "clip_bce"
 )
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
 mixup_alpha: float = (  # mixup of features with weights from Beta(a, a), 0: none
     0.0 if dataset_type == "demo" or linear_probe else 0.5
 )
-mixup_targets: bool = False  # mix the targets as well (the paper leaves them as they are)
+mixup_targets: bool = loss_type in ("frame_bce", "weak_strong_bce")  # mix the targets too (the paper leaves them)
+mixup_waveforms: bool = False  # mix the sounds themselves, in place of their features
 spec_augment: bool = not linear_probe  # SpecAugment: 2 time masks of up to 64 frames, 2 band masks of up to 8
 weight_averaging: Literal["none", "ema", "last_epochs"] = "none"  # average the weights while training
 ema_decay: float = 0.999  # weight_averaging = ema: share of the old average that a step keeps
@@ -55,6 +58,21 @@ checkpoint_every_steps: int = (  # write last.ckpt in the middle of an epoch as 
     1000 if dataset_type == "audioset" else 0
 )
 save_top_k: int = 10 if dataset_type == "audioset" else 3  # checkpoints to keep, best first, beside the last one
+
+# --- training from event times and teachers ---------------------------------------------------------------------------
+weak_weight: float = 0.5  # weak_strong_bce: weight of the clips' loss, beside 1 for the frames'
+fractional_targets: bool = True  # frame targets: the share of a step that events cover; no: 1 from a half on
+balanced_by: Literal["clips", "frames"] = "clips"  # balanced_data: classes equally often, or by seconds of their events
+labelling_shares: list[float] = []  # share of strong, weak and unlabelled clips in each batch; empty: as they come
+gain_range: float = 0.0  # louder or softer by up to so many dB
+frequency_warp: float = 0.0  # stretch the mel axis by up to this share
+filter_augment: float = 0.0  # filter by random curves of up to so many dB
+mix_style: float = 0.0  # probability of mixing the frequency statistics of two clips (MixStyle)
+teacher_path: Optional[str] = None  # file of a teacher's frame logits, as teach writes it, to learn from as well
+distillation_weight: float = 0.9  # share of the teacher's loss, the labels have the rest
+mean_teacher: float = 0.0  # largest weight of the consistency with the moving average of the weights; 0: none
+mean_teacher_decay: float = 0.999  # mean_teacher: share of the old average that a step keeps
+mean_teacher_rampup: int = 10  # mean_teacher: epochs in which its weight rises
 
 # --- machine --------------------------------------------------------------------------------------------------------
 accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # where to run
@@ -92,18 +110,23 @@ shift_max: int = clip_samples // 2  # largest such shift in samples
 crop_size: Optional[int] = None  # training: a random stretch of so many samples; None: the whole clip
 
 # --- network --------------------------------------------------------------------------------------------------------
-classes_num: int = {"demo": 10, "esc-50": 50, "scv2": 35}.get(dataset_type, 527)  # classes
+classes_num: int = {"demo": 10, "esc-50": 50, "scv2": 35, "audioset-strong": 447}.get(dataset_type, 527)  # classes
 enable_tscam: bool = not linear_probe  # token-semantic convolution; without it a linear layer on the averaged tokens
 enable_repeat_mode: bool = False  # a quarter of the spectrogram four times, instead of the fold in time
 htsat_attn_heatmap: bool = False  # weight the frame scores with the last stage's attention
 htsat_spec_size: int = 256  # height and width of the folded spectrogram
 htsat_patch_size: int = 4  # side of a patch
 htsat_stride: int = 4  # stride of the patches
+htsat_time_stride: int = htsat_stride  # stride of the patches in time; half of htsat_stride: steps half as long
 htsat_window_size: int = 8  # side of an attention window in tokens
 htsat_dim: int = 96  # channels of the first stage, doubled by each further one
 htsat_depth: list[int] = [2, 2, 6, 2]  # blocks of each stage
 htsat_num_head: list[int] = [4, 8, 16, 32]  # attention heads of each stage
+htsat_readout_stage: int = len(htsat_depth)  # stage whose steps the frame scores have: the last, or a finer one before
 htsat_drop_path: float = 0.1  # stochastic depth of the last block, rising linearly from 0 at the first
+sequence_head: Literal["none", "gru", "attention", "transformer"] = "none"  # layers over the steps of the frame scores
+sequence_layers: int = 2  # sequence_head: how many
+sequence_dim: int = 256  # sequence_head: channels
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
 tta_shifts: list[int] = (  # test: average the scores over circular shifts by so many samples

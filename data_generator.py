@@ -1,28 +1,30 @@
-"""The clip store read as a torch Dataset, and the LightningDataModule that brings it to training."""
+"""Which clips a split has, and the LightningDataModule that brings them to training."""
 
-import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader
 
+from clip_dataset import ClipDataset, FrameClipDataset
 from evaluation.mapping import mapping_labels
 from prepare.clip_store import (
     SPLITS,
-    UNREADABLE,
+    STRONG,
+    WEAK,
     ClipTable,
-    Waveforms,
     open_store,
     read_index_table,
     read_store_table,
     store_path,
 )
-from samplers import BalancedSampler, EpochSampler, ShardSampler
-from settings import Config
+from pseudo_labels import TeacherLogits
+from samplers import BalancedSampler, EpochSampler, FrameBalancedSampler, LabellingSampler, ShardSampler
+from settings import FRAME_LOSSES, Config
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, Any]
@@ -107,141 +109,43 @@ def _split_table(settings: Config, split: Split, store: Path) -> ClipTable:
     return table.select(~np.isin(table.fold, held_out))
 
 
-MOST_TRIES = 10  # other clips of its class, and then any others, that are tried in place of one that cannot be read
+def labelling(table: ClipTable) -> np.ndarray:
+    """(N,) what is known of each clip: STRONG, WEAK or UNLABELLED."""
+    return np.full(len(table), WEAK, dtype=np.int8) if table.labelling is None else table.labelling
 
 
-class ClipDataset(Dataset):
-    """Clips of a table as training examples, read in batches.
-
-    An item: audio_name, waveform (clip_samples,) int16, target (K,) float32, real_len and index (its place in the
-    table). A clip that is shorter than clip_samples is padded with zeros or repeated (`fit`); a longer one is cut.
-    Files are opened when first read, by each process for itself. A clip that cannot be read is replaced by another
-    one, of its class if possible; without `replace`, for evaluation, it is silent and has the index UNREADABLE.
-    """
-
-    def __init__(
-        self, table: ClipTable, *, clip_samples: int, fit: Literal["pad", "repeat"], replace: bool = True
-    ) -> None:
-        self.table, self.clip_samples, self.fit, self.replace = table, clip_samples, fit, replace
-        self._open: dict[int, Waveforms] = {}
-        self._process = os.getpid()
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
-
-    def __getitem__(self, index: int) -> Batch:
-        batch = self.__getitems__([index])
-        return {name: value if name == "unreadable" else value[0] for name, value in batch.items()}
-
-    def __getitems__(self, indexes: Sequence[int]) -> Batch:
-        """A whole batch: the items of `__getitem__`, stacked; audio_name is a list, unreadable a count.
-
-        Of a clip that is replaced, all of the item is the other clip's.
-        """
-        batch = _BatchMemory(len(indexes), self.clip_samples)
-        chosen = np.array(indexes)
-        lengths, unreadable = [], 0
-        silent: list[int] = []
-        for place, index in enumerate(indexes):
-            for candidate in self._candidates(index):
-                try:
-                    lengths.append(self._read_into(batch.row(place), candidate))
-                except (OSError, ValueError):
-                    unreadable += 1
-                    continue
-                batch.keep(place)
-                chosen[place] = candidate
-                break
-            else:
-                if self.replace:
-                    raise ValueError(
-                        f"{self.table.names[index].decode()} cannot be read, and neither could any other clip that was "
-                        f"tried: `python main.py check` tells which stores are damaged."
-                    )
-                batch.row(place)[:] = 0
-                batch.keep(place)
-                lengths.append(0)
-                silent.append(place)
-        places = torch.from_numpy(chosen.copy())
-        places[silent] = UNREADABLE
-        return {
-            "audio_name": [name.decode() for name in self.table.names[chosen]],
-            "waveform": batch.waveforms,
-            "target": torch.from_numpy(self.table.targets[chosen].astype(np.float32)),
-            "real_len": torch.tensor(lengths),
-            "index": places,
-            "unreadable": unreadable,
-        }
-
-    def _candidates(self, index: int) -> Iterator[int]:
-        """A clip, then others of its class, then any, in an order that depends on the clip alone."""
-        yield index
-        if self.replace:
-            rng = np.random.default_rng(index)
-            same = np.asarray(self.table.targets[:, self.table.targets[index]].any(axis=1))
-            same[index] = False
-            yield from rng.permutation(np.flatnonzero(same))[:MOST_TRIES].tolist()
-            yield from rng.integers(len(self), size=MOST_TRIES).tolist()
-
-    def _read_into(self, waveform: np.ndarray, index: int) -> int:
-        """Fill one row of the batch; returns the clip's own length in samples, at most clip_samples."""
-        length = self._file(int(self.table.path_number[index])).read_into(int(self.table.row[index]), waveform)
-        if length == 0:
-            raise ValueError("The clip is empty.")
-        if length < self.clip_samples:
-            repeated = self.fit == "repeat"
-            waveform[length:] = np.resize(waveform[:length], self.clip_samples)[length:] if repeated else 0
-        return length
-
-    def _file(self, number: int) -> Waveforms:
-        if self._process != os.getpid():  # a forked worker: handles of the parent are not its own
-            self._open, self._process = {}, os.getpid()
-        if number not in self._open:
-            self._open[number] = Waveforms(open_store(self.table.paths[number]))
-        return self._open[number]
-
-
-class _BatchMemory:
-    """(clips, samples) int16 that is filled row by row: `row` is written to, then `keep` puts it in its place.
-
-    In a worker the batch lies in memory that the training process shares, as torch's default_collate does it. It is
-    filled there as a file is written: through its mapped pages each new page would cost a fault and be zeroed first,
-    which takes longer than reading the clips.
-    """
-
-    def __init__(self, clips: int, samples: int) -> None:
-        self._file: Optional[int] = None
-        if get_worker_info() is None:
-            # NumPy asks for huge pages, torch does not.
-            self.waveforms = torch.from_numpy(np.empty((clips, samples), dtype=np.int16))
-        else:
-            storage = torch.UntypedStorage._new_shared(2 * clips * samples)
-            if torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
-                self._file, self._row = storage._share_fd_cpu_()[0], np.empty(samples, dtype=np.int16)
-            self.waveforms = torch.empty(0, dtype=torch.int16).set_(storage).reshape(clips, samples)
-        self._rows = self.waveforms.numpy()
-
-    def row(self, place: int) -> np.ndarray:
-        """(samples,) int16 to write a clip into; its content before is undefined."""
-        return self._rows[place] if self._file is None else self._row
-
-    def keep(self, place: int) -> None:
-        """Put what was written into `row(place)` in its place. Raises ValueError where shared memory is full."""
-        if self._file is None:
-            return
-        remaining, offset = self._row.data.cast("B"), place * self._row.nbytes
-        try:
-            while remaining:
-                written = os.pwrite(self._file, remaining, offset)
-                remaining, offset = remaining[written:], offset + written
-        except OSError as error:
+def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:
+    """Raise ValueError where a loss on frames has nothing to learn from, or no event times to choose an epoch by."""
+    least = STRONG if settings.loss_type == "frame_bce" else WEAK
+    for split, table in tables.items():
+        if split != "test" and labelling(table).max() < (least if split == "train" else STRONG):
             raise ValueError(
-                f"A worker has no shared memory for a batch ({error}): enlarge /dev/shm (in a container --shm-size), "
-                f"or lower num_workers or batch_size."
-            ) from None
+                f"loss_type = {settings.loss_type} needs clips with event times for {split}, and {table.paths[0]} has "
+                f"none: prepare it with a table of events, or use clip_bce."
+            )
+    others = int((labelling(tables["train"]) != STRONG).sum())
+    if others and settings.loss_type == "frame_bce" and not (settings.teacher_path or settings.mean_teacher):
+        warnings.warn(
+            f"{others} of {len(tables['train'])} training clips have no event times, and frame_bce learns nothing from "
+            f"them: weak_strong_bce takes their classes.",
+            stacklevel=2,
+        )
+
+
+def event_seconds(table: ClipTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all events of a table's clips: the clip's place in the table, the class, and how long it is in seconds."""
+    found = []
+    for number, events in enumerate(table.events):
+        clips = np.flatnonzero(table.path_number == number)
+        counts = (events.starts[1:] - events.starts[:-1])[table.row[clips]]
+        place = np.repeat(clips, counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        event = np.repeat(events.starts[table.row[clips]], counts) + within
+        found.append((place, events.label[event], events.offset[event] - events.onset[event]))
+    if not found:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0)
+    place, label, seconds = (np.concatenate(column) for column in zip(*found, strict=True))
+    return place, label, seconds
 
 
 class TrainLoader(DataLoader):
@@ -299,15 +203,25 @@ class SEDDataModule(pl.LightningDataModule):
         super().__init__()
         self.settings = settings
         self.tables = {split: load_table(settings, split) for split in splits}
+        self.teacher = None
+        if settings.loss_type in FRAME_LOSSES and "train" in splits:
+            check_times(settings, self.tables)
+            if settings.teacher_path:
+                table = self.tables["train"]
+                self.teacher = TeacherLogits(Path(settings.teacher_path), table.labels)
+                self.teacher.check_covers([name.decode() for name in table.names])
 
     def dataset(self, split: Split) -> ClipDataset:
         settings = self.settings
-        return ClipDataset(
-            self.tables[split],
-            clip_samples=settings.clip_samples,
-            fit=settings.short_clips,
-            replace=split == "train" and settings.test_split != "train",
-        )
+        options: dict[str, Any] = {
+            "clip_samples": settings.clip_samples,
+            "fit": settings.short_clips,
+            "replace": split == "train" and settings.test_split != "train",
+        }
+        if settings.loss_type not in FRAME_LOSSES:
+            return ClipDataset(self.tables[split], **options)
+        teacher = self.teacher if split == "train" else None
+        return FrameClipDataset(self.tables[split], sample_rate=settings.sample_rate, teacher=teacher, **options)
 
     def steps_per_epoch(self, devices: int) -> int:
         """Training steps in an epoch on so many devices, of which each has an equal share of the clips."""
@@ -318,10 +232,16 @@ class SEDDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         table, seed = self.tables["train"], self.settings.random_seed
         rank, world = self._place()
-        if self.settings.balanced_data:
-            sampler: EpochSampler = BalancedSampler(table.targets, seed=seed, rank=rank, world=world)
+        share: dict[str, int] = {"seed": seed, "rank": rank, "world": world}
+        if self.settings.labelling_shares:
+            part = self.settings.batch_size // self.settings.accumulate_batches
+            sampler: EpochSampler = LabellingSampler(labelling(table), self.settings.labelling_shares, part, **share)
+        elif self.settings.balanced_data and self.settings.balanced_by == "frames":
+            sampler = FrameBalancedSampler(event_seconds(table), len(table), **share)
+        elif self.settings.balanced_data:
+            sampler = BalancedSampler(table.targets, **share)
         else:
-            sampler = EpochSampler(len(table), seed=seed, rank=rank, world=world)
+            sampler = EpochSampler(len(table), **share)
         return TrainLoader(sampler=sampler, **self._loader_options("train"))
 
     def val_dataloader(self) -> list[DataLoader]:

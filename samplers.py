@@ -1,11 +1,11 @@
 """Which clips an epoch takes, and in what order: the same on every process, and after a resume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from prepare.clip_store import class_index
+from prepare.clip_store import STRONG, UNLABELLED, WEAK, class_index
 
 BLOCK_DRAWS = 2**15  # draws that BalancedSampler makes at once
 
@@ -64,6 +64,77 @@ class BalancedSampler(EpochSampler):
             order = (keys.ravel()[:count] & np.uint64(2**32 - 1)).astype(np.int64)
             which = (rng.random(count) * self.counts[order]).astype(np.int64)
             drawn[start : start + count] = self.clips[self.starts[order] + which]
+        return drawn
+
+
+class FrameBalancedSampler(EpochSampler):
+    """Draws in which the classes sound equally long: a clip is drawn, with replacement, in proportion to its weight.
+
+    Its weight is the sum over its events of their share of all the seconds that their class has. The clips without
+    events have together the weight of a class. An epoch has as many draws as there are clips.
+    """
+
+    def __init__(
+        self,
+        events: tuple[np.ndarray, np.ndarray, np.ndarray],
+        length: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """events: (E,) clip, (E,) class, (E,) seconds; length: how many clips. ValueError where there are no events."""
+        super().__init__(length, seed=seed, rank=rank, world=world)
+        clip, label, seconds = events
+        if not len(clip):
+            raise ValueError("No clip has events: balanced_by = frames cannot draw from them; set it to clips.")
+        total = np.bincount(label, weights=seconds)
+        weight = np.bincount(clip, weights=seconds / total[label], minlength=length)
+        silent = weight == 0
+        weight[silent] = 1 / max(silent.sum(), 1)
+        self.upto = np.cumsum(weight)
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        place = np.searchsorted(self.upto, rng.random(self.length) * self.upto[-1], side="right")
+        return np.minimum(place, self.length - 1)
+
+
+class LabellingSampler(EpochSampler):
+    """Batches in which strong, weak and unlabelled clips have given shares, as the DCASE baselines have them.
+
+    Each kind is gone through in a random order, and again when it is used up. An epoch has as many draws as there are
+    clips. Each process has the same shares.
+    """
+
+    def __init__(
+        self,
+        labelling: np.ndarray,
+        shares: Sequence[float],
+        batch: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """labelling: (N,) STRONG, WEAK or UNLABELLED; shares: of strong, weak, unlabelled clips, their sum is 1; batch:
+        clips of a batch, all processes together. Raises ValueError where a kind is asked for that there is none of.
+        """
+        super().__init__(len(labelling), seed=seed, rank=rank, world=world)
+        self.kinds = [np.flatnonzero(labelling == kind) for kind in (STRONG, WEAK, UNLABELLED)]
+        counts = np.diff([0, *np.rint(np.cumsum(shares) * (batch // world)).astype(int)])  # of one process
+        for name, clips, count in zip(("strong", "weak", "unlabelled"), self.kinds, counts, strict=True):
+            if count and not len(clips):
+                raise ValueError(f"labelling_shares = {list(shares)}, but there are no {name} training clips.")
+        self.pattern = np.repeat(np.arange(3), counts * world)  # (batch,) kinds; the draws are dealt out in turn
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        order = np.resize(self.pattern, self.length)
+        drawn = np.empty(self.length, dtype=np.int64)
+        for kind, clips in enumerate(self.kinds):
+            places = np.flatnonzero(order == kind)
+            rounds = -(-len(places) // len(clips)) if len(clips) else 0
+            if rounds:
+                drawn[places] = np.concatenate([rng.permutation(clips) for _ in range(rounds)])[: len(places)]
         return drawn
 
 

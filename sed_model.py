@@ -138,6 +138,7 @@ class SEDWrapper(Evaluation):
         self.loss_func = LOSSES[settings.loss_type]
         self.watched: list[tuple[Tensor, ...]] = []  # of the test clips, with watch_test
         self.unreadable = 0  # clips of this epoch, in this process
+        self.batch_in_epoch = 0
         self.ontology = read_ontology(Path(settings.class_map_path)) if settings.enable_label_enhance else None
         if settings.freeze_backbone:
             # ImageNet's weights bring no bn0: it has to learn what sounds are like.
@@ -154,6 +155,20 @@ class SEDWrapper(Evaluation):
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.batch_in_epoch = batch_idx
+        loss = self.training_loss(batch)
+        self.unreadable += batch["unreadable"]
+        if self.global_step % CHECK_LOSS_EVERY == 0 and not torch.isfinite(loss):  # it makes the CPU wait for a GPU
+            raise ValueError(
+                f"The loss is {loss.item()} in epoch {self.current_epoch}, step {self.global_step}, with the clips "
+                f"{', '.join(batch['audio_name'][:4])}, ...: lower learning_rate, or use precision 32."
+            )
+        size = len(batch["waveform"])
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
+        return loss
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch of ClipDataset, on the device, with the augmentations of the settings."""
         waveform, targets = int16_to_float32(batch["waveform"]), batch["target"]  # int16 travels to the device
         waveform, targets = self._augment(waveform, targets)
         mixup_lambda = None
@@ -163,17 +178,8 @@ class SEDWrapper(Evaluation):
                 targets = do_mixup(targets, mixup_lambda)
         if targets.ndim == 3:  # by frame: (B, steps, K)
             logits = self(waveform, mixup_lambda)["framewise_logits"].flatten(0, 1)
-            loss = self.loss_func(logits, targets.flatten(0, 1))
-        else:
-            loss = self.loss_func(self(waveform, mixup_lambda)["clipwise_logits"], targets)
-        self.unreadable += batch["unreadable"]
-        if self.global_step % CHECK_LOSS_EVERY == 0 and not torch.isfinite(loss):  # it makes the CPU wait for a GPU
-            raise ValueError(
-                f"The loss is {loss.item()} in epoch {self.current_epoch}, step {self.global_step}, with the clips "
-                f"{', '.join(batch['audio_name'][:4])}, ...: lower learning_rate, or use precision 32."
-            )
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(waveform))
-        return loss
+            return self.loss_func(logits, targets.flatten(0, 1))
+        return self.loss_func(self(waveform, mixup_lambda)["clipwise_logits"], targets)
 
     def _augment(self, waveform: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The augmentations that the settings ask for: (B, samples) and (B, K), or (B, steps, K) with token labels."""

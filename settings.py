@@ -25,7 +25,8 @@ FRONTEND_SETTINGS = ("sample_rate", "window_size", "hop_size", "mel_bins", "fmin
 NETWORK_SETTINGS = (
     *FRONTEND_SETTINGS, "classes_num", "loss_type", "enable_tscam",
     "enable_repeat_mode", "htsat_attn_heatmap", "htsat_spec_size", "htsat_patch_size", "htsat_stride",
-    "htsat_window_size", "htsat_dim", "htsat_depth", "htsat_num_head", "htsat_drop_path",
+    "htsat_window_size", "htsat_dim", "htsat_depth", "htsat_num_head", "htsat_drop_path", "htsat_time_stride",
+    "htsat_readout_stage", "sequence_head", "sequence_layers", "sequence_dim",
 )  # fmt: skip
 TRAINED_SETTINGS = (
     *NETWORK_SETTINGS,
@@ -38,16 +39,23 @@ TRAINED_SETTINGS = (
     "clip_samples",
 )
 
+FRAME_LOSSES = ("frame_bce", "weak_strong_bce")  # those that learn from event times
+ONLY_FRAMES = (  # what no other loss has a use for
+    "teacher_path", "mean_teacher", "labelling_shares", "gain_range", "frequency_warp", "filter_augment", "mix_style",
+    "mixup_waveforms",
+)  # fmt: skip
+
 POSITIVE = (
     "batch_size", "learning_rate", "max_epoch", "sample_rate", "clip_samples", "window_size", "hop_size", "mel_bins",
     "fmax", "classes_num", "htsat_spec_size", "htsat_patch_size", "htsat_stride", "htsat_window_size", "htsat_dim",
     "shift_max", "crop_size", "esc_fold", "save_top_k", "layer_decay", "average_last_epochs",
-    "accumulate_batches",
+    "accumulate_batches", "htsat_time_stride", "htsat_readout_stage", "sequence_layers", "sequence_dim",
+    "mean_teacher_rampup",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "weight_decay", "gradient_clip", "mixup_alpha", "devices", "num_workers", "fmin", "htsat_drop_path", "random_seed",
-    "checkpoint_every_steps",
-    "wa_top_k",
+    "checkpoint_every_steps", "wa_top_k", "weak_weight", "gain_range", "frequency_warp", "filter_augment", "mix_style",
+    "mean_teacher", "distillation_weight",
 )  # fmt: skip
 
 
@@ -268,8 +276,37 @@ def _check_together(config: Config) -> None:
         raise ValueError(f"window_overlap = {config.window_overlap} is not allowed: it must be 0 or more, and below 1.")
     if not config.tta_shifts:
         raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
+    _check_frame_training(config)
     if config.loss_type == "clip_ce" and config.task == "multilabel":
         raise ValueError(
             "loss_type = clip_ce expects one class a clip, but task = multilabel allows several: use clip_bce or "
             "asl_loss, or set task = single_label."
         )
+
+
+def _check_frame_training(config: Config) -> None:
+    """Settings that only a training on event times has a use for. Raises ValueError where they cannot be."""
+    frames = config.loss_type in FRAME_LOSSES
+    asked = [name for name in ONLY_FRAMES if getattr(config, name)]
+    asked += ["balanced_by = frames"] if config.balanced_by == "frames" else []
+    if asked and not frames:
+        raise ValueError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")
+    if frames and config.task == "single_label":
+        raise ValueError(f"loss_type = {config.loss_type} learns several classes a clip: set task = multilabel.")
+    if frames and (config.enable_token_label or config.enable_label_enhance or config.enable_repeat_mode):
+        raise ValueError(
+            f"enable_token_label, enable_label_enhance and enable_repeat_mode do not go with loss_type = "
+            f"{config.loss_type}."
+        )
+    if config.distillation_weight > 1 or config.mix_style > 1 or config.frequency_warp >= 1:
+        raise ValueError("distillation_weight and mix_style may be at most 1, and frequency_warp must lie below 1.")
+    if not 0 <= config.mean_teacher_decay < 1:
+        raise ValueError(f"mean_teacher_decay = {config.mean_teacher_decay} is not allowed: it must be below 1.")
+    shares = config.labelling_shares
+    if shares and (len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+        raise ValueError(
+            f"labelling_shares = {shares} is not allowed: give the shares of strong, weak and unlabelled clips, as in "
+            f"0.25,0.25,0.5."
+        )
+    if shares and config.balanced_data:
+        raise ValueError("labelling_shares and balanced_data both say which clips a batch has: set one of them.")

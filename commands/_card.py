@@ -11,9 +11,9 @@ import pytorch_lightning as pl
 
 from commands._ledger import NOT_THE_EXPERIMENT
 from commands._records import git_revision
-from commands._trainer import checkpoint_folder
+from commands._trainer import checkpoint_folder, chosen_by
 from data_generator import SEDDataModule, Split, load_table
-from evaluation.metrics import MAIN_METRIC, Metric
+from evaluation.metrics import Metric
 from model.checkpoint import COMPUTED, FRONTEND, PREFIX, read_checkpoint
 from prepare.clip_store import ClipTable
 from settings import FRONTEND_SETTINGS, Config, all_settings, resolve
@@ -79,9 +79,7 @@ def write_run_card(settings: Config, data: SEDDataModule, trainer: pl.Trainer) -
     metrics = []
     if score is not None:
         classes = int(table.targets.any(axis=0).sum())
-        metrics = [
-            Metric(MAIN_METRIC[settings.task], float(score), "best epoch", len(table), classes, table.targets.shape[1])
-        ]
+        metrics = [Metric(chosen_by(settings), float(score), "best epoch", len(table), classes, table.targets.shape[1])]
     measured = {
         "held_out": "Measured on the validation clips, on which the best epoch was chosen; `python main.py test` "
         "measures on held-out clips.",

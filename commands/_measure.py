@@ -21,9 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from commands._performance import compile_network
 from commands._trainer import build_trainer, device_count, on_gpu
 from data_generator import Batch, TrainLoader
+from frame_targets import Events
+from frame_training import build_wrapper
 from model import build_model
+from prepare.clip_store import STRONG
 from sed_model import SEDWrapper
-from settings import Config
+from settings import FRAME_LOSSES, Config
 from utils import int16_to_float32
 
 WARM_UP = 3  # steps before the first that counts: they compile, choose algorithms and fill the memory that is kept
@@ -75,14 +78,18 @@ def synthetic_batch(settings: Config, clips: int) -> Batch:
     target[torch.arange(clips), torch.arange(clips) % settings.classes_num] = 1
     if on_gpu(settings):
         waveform, target = waveform.pin_memory(), target.pin_memory()
-    names = [f"synthetic {number}" for number in range(clips)]
-    return {
-        "audio_name": names,
+    batch: Batch = {
+        "audio_name": [f"synthetic {number}" for number in range(clips)],
         "waveform": waveform,
         "target": target,
         "index": torch.arange(clips),
         "unreadable": 0,
     }
+    if settings.loss_type in FRAME_LOSSES:  # each class sounds for a second
+        label, onset = torch.arange(clips) % settings.classes_num, torch.ones(clips)
+        batch["events"] = Events(torch.arange(clips), label, onset, onset + 1)
+        batch["labelling"] = torch.full((clips,), STRONG, dtype=torch.int8)
+    return batch
 
 
 class Repeated:
@@ -193,7 +200,7 @@ def measured_module(settings: Config) -> SEDWrapper:
     torch._dynamo.reset()
     network = build_model(settings)
     compile_network(network, None if settings.compile == "off" else settings.compile)
-    return SEDWrapper(network, settings, [f"class {k}" for k in range(settings.classes_num)])
+    return build_wrapper(network, settings, [f"class {k}" for k in range(settings.classes_num)])
 
 
 def fit(settings: Config, batches: Batches, callback: pl.Callback) -> None:

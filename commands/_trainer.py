@@ -24,7 +24,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from settings import Config
+from evaluation.metrics import FRAME_METRIC, MAIN_METRIC
+from settings import FRAME_LOSSES, Config
 
 DEBUG_BATCHES = 3  # of each split, with the setting debug
 
@@ -82,7 +83,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
     training = steps_per_epoch is not None
     # Lightning's own use of a function that torch has renamed.
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", module="pytorch_lightning")
-    if settings.freeze_backbone:
+    if settings.freeze_backbone or settings.mean_teacher:
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     devices = device_count(settings)
     gpu = on_gpu(settings)
@@ -127,8 +128,13 @@ def checkpoint_folder(settings: Config) -> Path:
     return settings.run_folder / "checkpoints"
 
 
+def chosen_by(settings: Config) -> str:
+    """The validation metric that checkpoints are chosen by."""
+    return FRAME_METRIC if settings.loss_type in FRAME_LOSSES else MAIN_METRIC[settings.task]
+
+
 def _callbacks(settings: Config) -> list[Callback]:
-    metric = "mAP" if settings.task == "multilabel" else "acc"
+    metric = chosen_by(settings)
     folder = checkpoint_folder(settings)
     best = RunCheckpoint(
         dirpath=str(folder),

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from commands._ledger import settings_hash
 from commands._records import write_json
-from evaluation.metrics import MAIN_METRIC
+from commands._trainer import chosen_by
 from prepare.clip_store import read_store_table, store_path
 from settings import Config, resolve
 
@@ -65,7 +65,7 @@ def run(given: dict[str, Any], *, protocols: str) -> None:
     print_outcomes(outcomes, settings, folds)
     path = Path(settings.workspace) / "runs" / f"cross_validation_{settings.dataset_type}_{experiment}.json"
     summary = [{**asdict(o), "mean": o.mean, "deviation": o.deviation} for o in outcomes]
-    write_json(path, {"folds": folds, "metric": MAIN_METRIC[settings.task], "outcomes": summary})
+    write_json(path, {"folds": folds, "metric": chosen_by(settings), "outcomes": summary})
     print(f"Written: {path}")
 
 
@@ -99,7 +99,7 @@ def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str)
     done = subprocess.run([sys.executable, str(MAIN), "train", *words])
     if done.returncode:
         raise ValueError(f"Training {name} ended with exit status {done.returncode}: what it printed above says why.")
-    metric = MAIN_METRIC[settings.task]
+    metric = chosen_by(settings)
     columns = (metric, f"test_{metric}" if watch_test else metric)
     return read_curve(Path(settings.workspace) / "runs" / name, columns, settings.max_epoch)
 
@@ -141,7 +141,7 @@ def judge(protocol: str, curves: Sequence[Curve]) -> list[Outcome]:
 
 
 def print_outcomes(outcomes: Sequence[Outcome], settings: Config, folds: Sequence[int]) -> None:
-    metric = MAIN_METRIC[settings.task]
+    metric = chosen_by(settings)
     table = Table(title=f"{settings.dataset_type}: {metric} of the test clips over {len(folds)} folds")
     shown = " ".join(f"{fold:5d}" for fold in folds)
     for column in ("protocol", "epoch that counts", "mean", "deviation", f"fold\n{shown}"):

@@ -31,6 +31,7 @@ from commands._records import BYTES_PER_TRAINED_PARAMETER, device_name
 from commands._trainer import device_count, on_gpu
 from commands.train import find_resumed
 from data_generator import SEDDataModule, Split
+from frame_training import build_wrapper
 from model import build_model
 from sed_model import SEDWrapper, learning_rate_scale
 from settings import Config, resolve
@@ -82,7 +83,7 @@ def make_plan(settings: Config, plan: Plan, measure_steps: int) -> str:
     plan.rows.append(("performance", str(performance)))
     done = plan.attempt(lambda: complete_epochs(settings)) or 0
     data = plan.attempt(lambda: training_data(settings, devices))
-    module = plan.attempt(lambda: SEDWrapper(build_model(settings), settings, []))
+    module = plan.attempt(lambda: build_wrapper(build_model(settings), settings, []))
     if module is None:
         return device_name(settings)
     weights = sum(p.numel() for p in module.parameters())

@@ -11,16 +11,18 @@ from commands._performance import compile_network, settle
 from commands._records import is_first_process, print_first_page, save_provenance
 from commands._trainer import build_trainer, checkpoint_folder, process_count
 from data_generator import SEDDataModule, Split
+from frame_training import build_wrapper
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
 from prepare.labels import published_labels
-from sed_model import SEDWrapper
 from settings import NETWORK_SETTINGS, Config, resolve
 
 # What must not change when a run is gone on with: its network, what of it learns, and from which clips.
 RUN_SETTINGS = (
     *NETWORK_SETTINGS, "dataset_type", "esc_fold", "protocol", "clip_samples", "random_seed", "balanced_data",
     "class_filter", "freeze_backbone", "layer_decay", "weight_averaging", "ema_decay", "average_last_epochs",
+    "balanced_by", "labelling_shares", "teacher_path", "distillation_weight", "mean_teacher", "mean_teacher_decay",
+    "mean_teacher_rampup", "weak_weight",
 )  # fmt: skip
 
 
@@ -57,7 +59,7 @@ def run(given: dict[str, Any]) -> None:
         more["resumed_from"] = f"{resumed.path}, after epoch {done}{middle}"
     compile_network(network, performance.compile_mode)
     more["performance"] = str(performance)
-    wrapper = SEDWrapper(network, settings, labels)
+    wrapper = build_wrapper(network, settings, labels)
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
     trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(process_count(settings)))

@@ -24,7 +24,7 @@ from model.htsat import HTSAT_Swin_Transformer
 from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, resolve
 from utils import int16_to_float32
 
-METRIC_IN_NAME = re.compile(r"-[A-Za-z]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312
+METRIC_IN_NAME = re.compile(r"-[A-Za-z_]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312
 COMPARED_SETTINGS = [name for name in TRAINED_SETTINGS if name != "exp_name"]
 
 

@@ -64,6 +64,16 @@ def clip_metrics(task: Literal["multilabel", "single_label"], scores: np.ndarray
     return tagging_metrics(scores, targets) if task == "multilabel" else classification_metrics(scores, targets)
 
 
+def frame_metric(scores: np.ndarray, targets: np.ndarray) -> Metric:
+    """frame_mAP of (N, steps, K) scores against bool targets: macro mean over the classes that are on in some step."""
+    classes = scores.shape[2]
+    flat, truth = scores.reshape(-1, classes), targets.reshape(-1, classes)
+    positive = np.flatnonzero(truth.any(axis=0))
+    found = [average_precision_score(truth[:, k], flat[:, k]) for k in positive]
+    value = float(np.mean(found)) if found else float("nan")
+    return Metric(FRAME_METRIC, value, "macro average precision of steps", len(scores), len(found), classes)
+
+
 def with_interval(metrics: Sequence[Metric], scores: np.ndarray, targets: np.ndarray, *, seed: int) -> list[Metric]:
     """The metrics of (N, K) scores and (N, K) targets, mAP and accuracy with their 95 % bootstrap interval over clips.
 
@@ -86,3 +96,4 @@ def with_interval(metrics: Sequence[Metric], scores: np.ndarray, targets: np.nda
 
 
 MAIN_METRIC = {"multilabel": "mAP", "single_label": "acc"}
+FRAME_METRIC = "frame_mAP"  # what trainings on event times are chosen by

@@ -9,11 +9,13 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the top; a room may import from the floors below it, and from itself
     {"main", "fl_evaluate", "create_indexes", "hear"},
     {"commands"},
-    {"streaming"},
+    {"streaming", "frame_training"},
     {"inference", "sed_model", "data_generator"},
-    {"samplers"},
+    {"clip_dataset"},
+    {"samplers", "pseudo_labels"},
     {"model", "prepare", "evaluation"},
-    {"settings", "utils", "augment", "windows"},
+    {"settings", "augment", "augment_features", "windows", "mean_teacher"},
+    {"utils", "frame_targets"},
     {"config"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -52,7 +52,7 @@ def test_text_of_flags_becomes_values() -> None:
     ("given", "said"),
     [
         ({"max_epochs": 5}, "Did you mean max_epoch"),
-        ({"dataset_type": "esc50"}, "'audioset', 'esc-50'"),
+        ({"dataset_type": "esc50"}, "'audioset', 'audioset-strong', 'esc-50'"),
         ({"max_epoch": "many"}, "max_epoch = 'many' is not allowed"),
         ({"max_epoch": 0}, "must be greater than 0"),
         ({"mixup_alpha": -1}, "must be 0 or greater"),
