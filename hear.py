@@ -22,7 +22,8 @@ class HearModel(nn.Module):
 
     def __init__(self, tagger: Tagger) -> None:
         super().__init__()
-        assert isinstance(tagger.network, HTSAT_Swin_Transformer)
+        if not isinstance(tagger.network, HTSAT_Swin_Transformer):
+            raise ValueError("An exported network gives no embeddings of frames: load the checkpoint itself.")
         self.network, self.tagger = tagger.network, tagger
         self.sample_rate: int = tagger.settings.sample_rate
         self.scene_embedding_size: int = tagger.network.num_features

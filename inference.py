@@ -1,5 +1,6 @@
 """From a checkpoint and audio of any length to clip scores, frame scores and embeddings. The only inference path."""
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,6 +109,8 @@ class Recording:
     def add(self, window: Window, clipwise: np.ndarray, frames: np.ndarray, embedding: np.ndarray) -> None:
         """The scores of the next window: (K,), (steps, K) and, beside them, (steps, C) if wanted; (C,)."""
         self.waiting -= 1
+        if self.error is not None:
+            return
         self.steps = len(frames)
         self.frames.add(frames, window.start, window.recording)
         clipwise, embedding = clipwise.astype(np.float64), embedding.astype(np.float64)
@@ -125,6 +128,7 @@ class Recording:
         if self.error is not None:
             return self.error
         frames, classes = self.frames.result(), len(self.clipwise)
+        self.frames = OverlapAverage(self.settings.clip_samples)  # of a long recording the scores need not stay twice
         rate, window = self.settings.sample_rate, self.settings.clip_samples
         count = 1 if self.settings.clip_pooling == "max" else self.windows
         return Tagged(
@@ -203,7 +207,11 @@ class Tagger:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"This machine shows no GPU for device {device}: use cpu or auto.")
         if isinstance(self.network, nn.Module):
-            self.network.to(device)
+            try:
+                self.network.to(device)
+            except RuntimeError as error:  # an unknown name, a number that no GPU has, a GPU without room
+                reason = str(error).partition("\n")[0]
+                raise ValueError(f"The device {device} cannot be used ({reason}): use cpu or auto.") from None
         return self
 
     @property
@@ -218,9 +226,16 @@ class Tagger:
         """Thresholds and filters that turn frame scores into events: calibrated with the checkpoint, or 0.5 alone."""
         from evaluation.postprocess import PostProcessing
 
-        if self.calibrated is None:
-            return PostProcessing(tuple(self.labels))
-        return PostProcessing.from_dict(self.calibrated).for_labels(self.labels)
+        default = PostProcessing(tuple(self.labels))
+        stored = default if self.calibrated is None else PostProcessing.from_dict(self.calibrated)
+        if set(self.labels) <= set(stored.labels):
+            return stored.for_labels(self.labels)
+        warnings.warn(
+            f"The post-processing of the checkpoint ({stored.source}) is for other classes than the network's, "
+            f"{', '.join(stored.labels[:3])}, ...: it does not count here, the threshold is 0.5.",
+            stacklevel=2,
+        )
+        return default
 
     def tag_file(self, path: str | Path, *, frame_embeddings: bool = False) -> Tagged:
         """Tag an audio file of any length, rate and number of channels. Raises ValueError where it is unreadable."""
@@ -270,6 +285,8 @@ class Tagger:
             recording = Recording(self.settings)
             open_ones.append((name, recording))
             for window in self._windows(blocks, recording):
+                if recording.error is not None:
+                    break
                 batch.append((recording, window))
                 recording.waiting += 1
                 if len(batch) == size:
@@ -307,15 +324,31 @@ class Tagger:
         with self._arithmetic(), kept_frames(self.network if frame_embeddings else None) as kept:
             clipwise, framewise, embedding = self.network.probabilities(waveform)
         if kept:
-            framewise = torch.cat([framewise, torch.stack(kept).mean(dim=0)], dim=2)
+            tokens = torch.stack(kept).mean(dim=0)  # the scores may have finer steps
+            framewise = torch.cat(
+                [framewise, tokens.repeat_interleave(framewise.shape[1] // tokens.shape[1], dim=1)], dim=2
+            )
         columns = [part.float().cpu().numpy() for part in (clipwise, framewise, embedding)]
         if not all(np.isfinite(column).all() for column in columns):
-            raise ValueError(f"The network's scores are not finite in precision {self.precision}: use precision 32.")
+            if len(batch) > 1:  # whose are they? Each by itself: 8-bit networks scale the windows of a batch together
+                for one in batch:
+                    self._listen([one], frame_embeddings, progress)
+                return
+            recording, window = batch[0]
+            recording.error = self._not_finite(window)
         for (recording, window), *scores in zip(batch, *columns, strict=True):
             heard = recording.samples
             recording.add(window, *scores)
             if progress is not None:
                 progress((recording.samples - heard) / self.settings.sample_rate)
+
+    def _not_finite(self, window: Window) -> ValueError:
+        """The error of a recording that the network has no numbers for."""
+        return ValueError(
+            f"The network's scores are not finite in precision {self.precision}, for samples of up to "
+            f"{np.abs(window.samples).max():g} (full scale is 1)"
+            + (": use precision 32." if self.precision in HALF else ": they are too loud to be sound.")
+        )
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:

@@ -13,10 +13,45 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
     "prepare": (
         "make the clip store of a data set",
         [
-            ("--raw", {"help": "folder of the downloaded data set", "metavar": "FOLDER"}),
-            ("--clips", {"help": "demo: how many clips to synthesize", "type": int, "default": 400}),
+            ("--raw", {"help": "folder of the downloaded data set; soundscapes: bank, a store or folder of clips"}),
+            ("--clips", {"help": "demo, soundscapes: how many clips to make", "type": int, "default": 400}),
             ("--segments", {"help": "audioset: CSV of the segments", "metavar": "FILE"}),
-            ("--table", {"help": "desed, folder: CSV or TSV of labels or events", "metavar": "FILE"}),
+            (
+                "--table",
+                {
+                    "help": "folder: CSV or TSV of labels or events; desed, audioset-strong: TSV of events to test on",
+                    "metavar": "FILE",
+                },
+            ),
+            (
+                "--strong",
+                {"help": "desed, audioset-strong: TSV of the events to train on (desed: A,B)", "metavar": "FILE"},
+            ),
+            ("--weak", {"help": "desed: TSV of training clips with classes alone", "metavar": "FILE"}),
+            ("--unlabelled", {"help": "desed: training audio of which nothing is known", "metavar": "FOLDER"}),
+            ("--validation", {"help": "desed: TSV of the events to validate on", "metavar": "FILE"}),
+            ("--class_names", {"help": "audioset-strong: mid_to_display_name.tsv: names and order", "metavar": "FILE"}),
+            (
+                "--bank_folds",
+                {
+                    "help": "soundscapes: folds of the bank for train/validation/test, as 1,2/3/4; with none in the "
+                    "middle, 1,2,3//4, a fifth of the training folds' clips is kept apart to validate on "
+                    "[as esc_fold says]",
+                    "metavar": "FOLDS",
+                },
+            ),
+            ("--backgrounds", {"help": "soundscapes: audio to mix events into [coloured noise]", "metavar": "FOLDER"}),
+            ("--polyphony", {"help": "soundscapes: how many events at once, at most", "type": int, "default": 3}),
+            ("--snr", {"help": "soundscapes: dB of an event above the background, lowest,highest", "default": "6,24"}),
+            ("--event_seconds", {"help": "soundscapes: shortest,longest event", "default": "0.5,4"}),
+            (
+                "--weak_share",
+                {"help": "soundscapes: share of the training ones without times", "type": float, "default": 0.0},
+            ),
+            (
+                "--unlabelled_share",
+                {"help": "soundscapes: share of the training ones without classes", "type": float, "default": 0.0},
+            ),
             (
                 "--label_order",
                 {"help": "scv2: sorted, or published as in the published checkpoint", "default": "sorted"},
@@ -57,6 +92,20 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
         ],
     ),
     "esm_test": ("evaluate several checkpoints as an ensemble", []),
+    "teach": (
+        "write the frame logits of a checkpoint, or of an ensemble (--esm_model_pathes A,B,...), to learn from",
+        [
+            (
+                "--teach_split",
+                {
+                    "help": "clips to score [train]",
+                    "choices": ["train", "validation", "test", "all"],
+                    "default": "train",
+                },
+            ),
+            ("--output", {"help": "file to write [<workspace>/teachers/<exp_name>.h5]", "metavar": "FILE"}),
+        ],
+    ),
     "weight_average": ("average the weights of several checkpoints", []),
     "save_idc": ("list the clips of each class", []),
     "check": (
@@ -168,6 +217,17 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
 }
 
 
+# What Ctrl-C leaves, where it is more than nothing.
+GOES_ON = {
+    "train": "`python main.py train --resume auto` with the same settings goes on from the last checkpoint.",
+    "cross_validate": "The same command goes on: folds that are complete are not trained again.",
+    "predict": "The same command goes on: recordings that are written in full are not tagged again.",
+    "prepare": "The same command starts anew; only AudioSet's packing goes on after the last whole file.",
+    "compress": "The same command goes on: stores that are compressed stay as they are.",
+}
+STARTS_ANEW = "No file was left half-written; the same command starts anew."
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with the near misses named."""
 
@@ -214,8 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 where some files could not be read (predict); 2 for a mistake in what was given; 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in words if not word.startswith("-")), None)
     try:
-        parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+        parser = build_parser(chosen)
         values = vars(parser.parse_args(words))
         command = values.pop("command")
         given = {k.removeprefix("setting_"): values.pop(k) for k in list(values) if k.startswith("setting_")}
@@ -226,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. `python main.py train --resume auto` with the same settings goes on.", file=sys.stderr)
+        print(f"Interrupted. {GOES_ON.get(chosen or '', STARTS_ANEW)}", file=sys.stderr)
         return 130
 
 

@@ -85,7 +85,8 @@ class Listener:
         self.tracker = EventTracker(chosen, self.step_seconds / chosen.interpolation, release)
         self.buffer, self.filled = np.zeros(2 * self.window, np.float32), 0
         self.samples, self.settled_until = 0, -1  # samples heard; the end of the last full window that was scored
-        self.hops = -int(np.ceil(window_seconds / self.hop_seconds)) + 1  # the first full window has number 0
+        before = int(np.ceil(window_seconds / self.hop_seconds - 1e-9)) - 1  # evaluations of less than a window
+        self.hops = -before  # the first full window has number 0
         self.finished = False
         self.evaluations, self.busy_seconds, self.slowest_seconds = 0, 0.0, 0.0
 

@@ -1,10 +1,14 @@
 """Tagging clips of 10 s on the CPU: the network, compiled and exported, against the published forward pass.
 
     python benchmarks/inference.py [--quick] [--compile] [--keep_memory] [--batch CLIPS] [--json FILE]
+    python benchmarks/inference.py --first_tag [--quick] [--json FILE]     # how long `predict` takes to its first tag
 
 The full network with 527 classes and random weights. All sides take turns, so that a busy machine slows all. A ratio is
 the median of the turns' ratios. The plain side is benchmarks/plain.py, once as it is and once with subnormal numbers
 flushed to zero (in a process of its own: threads that exist already would not follow).
+
+--first_tag starts `python main.py predict` on a file of 10 s, with the full network from a checkpoint, until its first
+line of tags, and `python -c "import torch"`, in turn.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +30,7 @@ from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import soundfile
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +43,8 @@ from model.htsat import HTSAT_Swin_Transformer
 from model.onnx_runtime import load_onnx
 from settings import FRONTEND_SETTINGS, Config, resolve
 
+ROOT = Path(__file__).resolve().parents[1]
+FIRST_TAG_TARGET = 4.0  # seconds over importing torch
 PAUSE = 0.05  # seconds before each measurement, in which the threads of the side before come to rest
 LATENCY, THROUGHPUT = "latency of one clip", "throughput"
 TARGETS = {
@@ -171,6 +179,51 @@ def compare(plain: PlainHTSAT, flushed: FlushedPlain, sides: dict[str, Listen], 
     ]  # fmt: skip
 
 
+def seconds_to_first_line(command: list[str], folder: Path) -> float:
+    """Seconds from the start of a process to its first line on standard output, or to its end where it has none."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        seconds = time.perf_counter() - start
+        process.stdout.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with exit status {process.returncode}.")
+    return seconds
+
+
+def first_tag(turns: int) -> dict[str, Any]:
+    """Median seconds of predict to its first tag, of importing torch, and of the turns' differences.
+
+    One turn more comes first and does not count: it brings the files into the system's cache.
+    """
+    settings, network, _ = make_networks()
+    taken: dict[str, list[float]] = {"predict": [], "import torch": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = {f"sed_model.{key}": value for key, value in network.state_dict().items()}
+        torch.save({"state_dict": weights, "settings": settings.model_dump()}, folder / "full.ckpt")
+        soundfile.write(folder / "a.wav", make_clips(1)[0].numpy(), settings.sample_rate)
+        predict = [
+            str(ROOT / "main.py"),
+            "predict",
+            "a.wav",
+            "--resume_checkpoint",
+            "full.ckpt",
+            "--accelerator",
+            "cpu",
+        ]
+        commands = {"predict": predict, "import torch": ["-c", "import torch"]}
+        for turn in range(turns + 1):
+            for side, words in commands.items():
+                seconds = seconds_to_first_line([sys.executable, *words], folder)
+                taken[side] += [seconds] if turn else []
+    more = [a - b for a, b in zip(taken["predict"], taken["import torch"], strict=True)]
+    return {side: statistics.median(values) for side, values in taken.items()} | {
+        "difference": statistics.median(more), "target": FIRST_TAG_TARGET, "turns": turns,
+    }  # fmt: skip
+
+
 def print_results(results: list[Result], clips: int, batch: int) -> None:
     table = Table(
         title=f"full network, {torch.get_num_threads()} threads; throughput: {clips} clips, {batch} at a time",
@@ -191,6 +244,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few clips and turns: to see whether it runs")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well: one to two minutes more")
     parser.add_argument("--keep_memory", action="store_true", help="keep freed memory, on all sides (glibc's mallopt)")
+    parser.add_argument("--first_tag", action="store_true", help="measure that instead: predict from its start")
     parser.add_argument("--batch", type=int, default=4, metavar="CLIPS", help="throughput: clips at a time [4]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     return parser.parse_args()
@@ -198,6 +252,16 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    if arguments.first_tag:
+        found = first_tag(2 if arguments.quick else 5)
+        print(
+            f"First tag of predict: {found['predict']:.2f} s; import torch: {found['import torch']:.2f} s; difference "
+            f"{found['difference']:.2f} s, target {FIRST_TAG_TARGET:g} s (medians of {found['turns']} turns)"
+        )
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"machine": machine, "first_tag": found}, indent=2) + "\n")
+        return
     if arguments.keep_memory:
         keep_freed_memory()
     clips, turns = (8, 2) if arguments.quick else (64, 5)
@@ -218,7 +282,6 @@ def main() -> None:
     print("MiB: " + ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items()))
     print("Largest difference of a clip's probability: " + ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))
     if arguments.json:
-        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
         content = {"clips": clips, "batch": arguments.batch, "turns": turns, "keep_memory": arguments.keep_memory}
         content |= {"machine": machine, "results": [asdict(r) for r in results], "bytes": sizes}
         arguments.json.write_text(json.dumps(content | {"differences": differences}, indent=2) + "\n")

@@ -127,7 +127,7 @@ def score_folder(checkpoint: Checkpoint, settings: Config, given: dict[str, Any]
     Otherwise it would be the folder of the run that exp_name happens to name.
     """
     belongs = "exp_name" in (checkpoint.settings or {})
-    chosen = bool(given.keys() & {"heatmap_dir", "exp_name", "test_file"})
+    chosen = bool(given.keys() & {"heatmap_dir", "exp_name"})
     if belongs or chosen or Path(settings.heatmap_dir) != settings.run_folder / "scores":
         return str(settings.heatmap_dir)
     return str(Path(settings.workspace) / "runs" / checkpoint.path.stem / "scores")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
+import torch
 
 from commands._ledger import file_sha256
 from data_generator import AUDIOSET_CLASSES, SEDDataModule
@@ -67,7 +68,9 @@ def plan_test(
         "clip_store": str(table.paths[0]),
         **{name: getattr(settings, name) for name in FRONTEND_SETTINGS},
     }
-    post = stored_postprocessing([read_checkpoint(path) for path in checkpoints], module)
+    members = [read_checkpoint(path) for path in checkpoints]
+    attributes["weights"] = weights_id(members)
+    post = stored_postprocessing(members, module)
     if post is not None:
         attributes["postprocessing"] = json.dumps(post.as_dict())
     if count > 1:
@@ -98,6 +101,16 @@ def run_id(checkpoints: Sequence[str], settings: Config, table: ClipTable) -> st
     said = [*(file_sha256(path) for path in checkpoints), table.fingerprint(), settings.test_split]
     said += [settings.fl_audioset_mapping, str(settings.fl_local), str(settings.tta_shifts)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+
+def weights_id(checkpoints: Sequence[Checkpoint]) -> str:
+    """16 hexadecimal digits of the weights alone: what `calibrate` adds to a file leaves them as they are."""
+    digest = hashlib.sha256()
+    for checkpoint in checkpoints:
+        for key, value in sorted(checkpoint.state_dict.items()):
+            digest.update(key.encode())
+            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def stored_postprocessing(checkpoints: Sequence[Checkpoint], module: Evaluation) -> Optional[PostProcessing]:

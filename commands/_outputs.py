@@ -26,13 +26,14 @@ import numpy as np
 
 from inference import Tagged
 from settings import FRONTEND_SETTINGS, Config
-from windows import frame_count
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from evaluation.postprocess import PostProcessing
 
+STANDARD_INPUT = "-"
+FOLDERS = ("audacity", "plot")  # outputs of several files
 HDF5_SUFFIXES = (".h5", ".hdf5")
 
 
@@ -65,6 +66,17 @@ class Wanted:
         if len(set(paths)) < len(paths):
             raise ValueError(f"Two outputs have the same name: {', '.join(paths)}.")
 
+    def make_places(self) -> None:
+        """Make the folders in which all of it lies. Raises ValueError where a file or folder is in the way."""
+        for name, text in self.paths().items():
+            path = Path(text)
+            try:
+                (path if name in FOLDERS else path.parent).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--{name} {path} cannot be written: {error}") from None
+            if name not in FOLDERS and path.is_dir():
+                raise ValueError(f"--{name} {path} is a folder: give the name of a file.")
+
     def paths(self) -> dict[str, str]:
         """Flag: path, of all that is wanted."""
         names = ("jsonl", "csv", "events", "scores", "embeddings", "audacity", "plot")
@@ -86,6 +98,11 @@ class Source:
     path: Path
     name: str
     place: str
+
+    @property
+    def key(self) -> str:
+        """What tells it from others after an interruption: names that are no UTF-8 may look the same in outputs."""
+        return self.name if self.name == STANDARD_INPUT else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -138,20 +155,22 @@ def csv_header(labels: Sequence[str]) -> bytes:
 
 def event_rows(heard: Heard) -> bytes:
     """filename, onset, offset (seconds), event_label, tab-separated, as DCASE's tools read them."""
-    rows = (f"{heard.source.name}\t{a:.4f}\t{b:.4f}\t{c}\n" for a, b, c in heard.event_rows())
-    return "".join(rows).encode()
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")  # it quotes a name that has a tab in it
+    writer.writerows((heard.source.name, f"{a:.4f}", f"{b:.4f}", c) for a, b, c in heard.event_rows())
+    return text.getvalue().encode()
 
 
-def score_block(heard: Heard) -> bytes:
+def score_block(heard: Heard) -> memoryview:
     """Clip scores, then those of the frames: (1 + T, K) float32."""
-    return np.concatenate([heard.tagged.clipwise[None], heard.tagged.framewise]).astype("<f4").tobytes()
+    return np.concatenate([heard.tagged.clipwise[None], heard.tagged.framewise]).astype("<f4", copy=False).data
 
 
-def embedding_block(heard: Heard) -> bytes:
+def embedding_block(heard: Heard) -> memoryview:
     """The clip's embedding, then those of the frames where they are wanted: (1 + T, C) or (1, C) float32."""
     frames = heard.tagged.frame_embeddings
     clip = heard.tagged.embedding[None]
-    return (clip if frames is None else np.concatenate([clip, frames])).astype("<f4").tobytes()
+    return (clip if frames is None else np.concatenate([clip, frames])).astype("<f4", copy=False).data
 
 
 class Outputs:
@@ -171,7 +190,7 @@ class Outputs:
         about = checkpoint.stat()
         identity = [str(checkpoint), about.st_size, about.st_mtime_ns, settings.model_dump(), asdict(wanted)]
         self.identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        self.columns: dict[str, tuple[bytes, Callable[[Heard], bytes]]] = {
+        self.columns: dict[str, tuple[bytes, Callable[[Heard], bytes | memoryview]]] = {
             "jsonl": (b"", jsonl_line),
             "csv": (csv_header(labels), lambda heard: csv_rows(heard, wanted.bins is not None)),
             "events": (b"filename\tonset\toffset\tevent_label\n", event_rows),
@@ -187,13 +206,12 @@ class Outputs:
         paths = self.wanted.paths()
         if not paths:
             return self
+        self.wanted.make_places()
         first = Path(next(iter(paths.values())))
-        first.parent.mkdir(parents=True, exist_ok=True)
         self.journal_path = first.with_name(first.name + ".journal")
         sizes = self._read_journal() if self.journal_path.is_file() else None
         for flag in self.columns.keys() & paths.keys():
             path = self._growing(flag)
-            path.parent.mkdir(parents=True, exist_ok=True)
             if sizes is None:
                 self.files[flag] = path.open("wb")
                 self.files[flag].write(self.columns[flag][0])
@@ -210,8 +228,8 @@ class Outputs:
 
     @property
     def done(self) -> set[str]:
-        """Names of the recordings that an interrupted run has written."""
-        return {entry["name"] for entry in self.entries}
+        """Keys of the recordings that an interrupted run has written."""
+        return {entry["key"] for entry in self.entries}
 
     def add(self, source: Source, tagged: Tagged) -> None:
         """Write one recording into everything that is wanted."""
@@ -221,11 +239,14 @@ class Outputs:
             text = "".join(f"{a:.6f}\t{b:.6f}\t{c}\n" for a, b, c in heard.event_rows())
             write_text(Path(self.wanted.audacity) / f"{source.place}.txt", text)
         if self.wanted.plot is not None:
+            from commands._pictures import draw_recording  # here: it brings matplotlib
+
             assert self.postprocessing is not None
-            draw(Path(self.wanted.plot) / f"{source.place}.png", heard, self.postprocessing, self.settings)
+            picture = Path(self.wanted.plot) / f"{source.place}.png"
+            draw_recording(picture, source.path, tagged, heard.event_rows(), self.postprocessing, self.settings)
         for flag, file in self.files.items():
             file.write(self.columns[flag][1](heard))
-        entry = {"name": source.name, "duration": tagged.duration, "frames": len(tagged.framewise)}
+        entry = {"key": source.key, "name": source.name, "duration": tagged.duration, "frames": len(tagged.framewise)}
         entry["seconds_per_frame"] = tagged.seconds_per_frame
         self.entries.append(entry)
         if self.journal is not None:
@@ -337,32 +358,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a file that takes its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def draw(path: Path, heard: Heard, post: "PostProcessing", settings: Config) -> None:
-    """A figure of a recording of any length: waveform, log-mel spectrogram, frame scores and events."""
-    from commands._pictures import sound_of_file
-    from evaluation.plots import ClipView, clip_figure, save_png
-
-    tagged = heard.tagged
-    number = {label: k for k, label in enumerate(tagged.labels)}
-    scores, seconds_per_frame = post.smooth(
-        tagged.framewise[None], durations=np.array([tagged.duration]), seconds_per_frame=tagged.seconds_per_frame
-    )
-    frames = min(scores.shape[1], frame_count(round(tagged.duration * 1e9), seconds_per_frame * 1e9))
-    view = ClipView(
-        duration=tagged.duration,
-        labels=list(tagged.labels),
-        scores=scores[0, :frames],
-        seconds_per_frame=seconds_per_frame,
-        thresholds=post.thresholds,
-        truth=[],
-        found=[(number[label], onset, offset) for onset, offset, label in heard.event_rows()],
-        sound=sound_of_file(heard.source.path, settings, tagged.duration),
-    )
-    save_png(clip_figure(view), path)
 
 
 def sources_of(files: Sequence[str], suffixes: Sequence[str]) -> Iterator[Source]:

@@ -1,18 +1,52 @@
-"""The sound of a file of any length for a figure: read block by block, averaged to what a figure can show."""
+"""A figure of a file of any length, whose sound is read block by block, averaged to what a figure can show."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from evaluation.plots import ClipSound
+from evaluation.plots import ClipSound, ClipView, clip_figure, save_png
+from evaluation.postprocess import PostProcessing
+from inference import Tagged
 from model.frontend import LogMel, Spectrogram
 from prepare.audio import stream_audio
 from settings import Config
+from windows import frame_count
 
 MOST_COLUMNS = 3000  # of a spectrogram
 HOPS_AT_ONCE = 1024
+
+
+def draw_recording(
+    path: Path,
+    source: Path,
+    tagged: Tagged,
+    events: Sequence[tuple[float, float, str]],
+    post: PostProcessing,
+    settings: Config,
+) -> None:
+    """Write a picture: waveform and log-mel spectrogram of `source`, frame scores, and events (onset, offset, class).
+
+    What is true is not known. Raises ValueError where the source cannot be read.
+    """
+    number = {label: k for k, label in enumerate(tagged.labels)}
+    scores, seconds_per_frame = post.smooth(
+        tagged.framewise[None], durations=np.array([tagged.duration]), seconds_per_frame=tagged.seconds_per_frame
+    )
+    frames = min(scores.shape[1], frame_count(round(tagged.duration * 1e9), seconds_per_frame * 1e9))
+    view = ClipView(
+        duration=tagged.duration,
+        labels=list(tagged.labels),
+        scores=scores[0, :frames],
+        seconds_per_frame=seconds_per_frame,
+        thresholds=post.thresholds,
+        truth=[],
+        found=[(number[label], onset, offset) for onset, offset, label in events],
+        sound=sound_of_file(source, settings, tagged.duration),
+        truth_known=False,
+    )
+    save_png(clip_figure(view), path)
 
 
 def sound_of_file(path: Path, settings: Config, duration: float) -> ClipSound:

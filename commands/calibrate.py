@@ -8,14 +8,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from commands._evaluate import test_checkpoint
-from commands._localization import reported_split
+from commands._evaluate import Member, test_member
+from commands._localization import reported_split, weights_id
 from commands._records import is_first_process
+from data_generator import AUDIOSET_CLASSES
 from evaluation.calibration import Calibrated, Objective, calibrate
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import Scores, load_scores
-from model.checkpoint import read_checkpoint, store_in_checkpoint
-from settings import requested, resolve
+from model.checkpoint import Checkpoint, read_checkpoint, store_in_checkpoint
+from settings import requested
 
 REPORTED = "test"  # the split whose figures are reported: nothing is chosen on it
 
@@ -30,11 +31,12 @@ def run(given: dict[str, Any], calibrate_for: Objective, scores: Optional[str] =
     if path is None:
         raise ValueError("calibrate needs a checkpoint, which keeps what is found: --resume_checkpoint PATH.")
     checkpoint = read_checkpoint(path)
-    file = Path(scores) if scores else _score_validation(path, given, checkpoint.settings)
+    file = Path(scores) if scores else _score_validation(path, given)
     if not is_first_process():
         return
     found = load_scores(file)
     _check_split(found, file)
+    _check_network(found, file, checkpoint)
     fitted = calibrate(found, calibrate_for, _start(found, given, calibrated=checkpoint.postprocessing is not None))
     store_in_checkpoint(path, "postprocessing", fitted.post.as_dict())
     print_calibrated(fitted, calibrate_for, len(found.names))
@@ -52,17 +54,18 @@ def _start(scores: Scores, given: dict[str, Any], *, calibrated: bool) -> PostPr
     )
 
 
-def _score_validation(path: str, given: dict[str, Any], trained: Optional[dict[str, Any]]) -> Path:
+def _score_validation(path: str, given: dict[str, Any]) -> Path:
     """Score the validation clips (or those of --test_split) into <heatmap_dir>/calibration.h5."""
     split = given.get("test_split", "validation")
     chosen = {**given, "test_split": split, "fl_local": True, "test_file": "calibration", "test_shard": []}
-    settings = resolve(chosen, checkpoint=trained)
+    member = Member.read(path, chosen)
+    settings = member.settings
     if reported_split(settings) == REPORTED:
         raise ValueError(
             f"calibrate was asked to choose on the split {split} (protocol {settings.protocol}), which are the clips "
             f"that a test reports: choose on others, with --test_split validation and protocol held_out."
         )
-    test_checkpoint(path, chosen)
+    test_member(member)
     return Path(settings.heatmap_dir) / "calibration.h5"
 
 
@@ -72,6 +75,27 @@ def _check_split(scores: Scores, file: Path) -> None:
         raise ValueError(
             f"{file} holds scores of the test clips (or does not say of which), and those are to be reported: score "
             f"the validation clips, with test --test_split validation --fl_local True, or leave --scores out."
+        )
+
+
+def _check_network(scores: Scores, file: Path, checkpoint: Checkpoint) -> None:
+    """Raise ValueError where a score file is known to come from another network than the checkpoint's.
+
+    A file that records no weights, as earlier versions wrote them, is known by its classes; those of AudioSet's
+    network may have been mapped to others.
+    """
+    recorded, known = scores.attributes.get("weights"), checkpoint.labels
+    if recorded is not None:
+        reason = "" if recorded == weights_id([checkpoint]) else "was written by a test of other weights than those of"
+    elif known is not None and len(known) != AUDIOSET_CLASSES and set(known) != set(scores.labels):
+        other = sorted(set(known) ^ set(scores.labels))[:4]
+        reason = f"has other classes ({', '.join(other)} are in one of them only) than"
+    else:
+        reason = ""
+    if reason:
+        raise ValueError(
+            f"{file} {reason} {checkpoint.path}: leave --scores out, and its validation clips are scored, or score "
+            f"them with test --test_split validation --fl_local True."
         )
 
 

@@ -31,6 +31,7 @@ FILES = {
     "onnx-mel": "model-mel.onnx",
     "onnx-int8": "model-int8.onnx",
 }
+OF_RUNS = ("exp_name", "esc_fold", "protocol")  # settings that say to which run weights belong
 FLOAT_TOLERANCE = 1e-4  # largest difference of a probability
 LEAST_AGREEMENT = 0.95  # int8: share of the clips whose highest class stays the same
 BATCHES = (1, 2, 5)  # clips in a batch, in turn: a file must take any number
@@ -98,11 +99,17 @@ def chosen_formats(text: str) -> list[str]:
 
 
 def describe(member: Member) -> dict[str, Any]:
-    """What a file says about itself: settings (without the paths of this machine), labels, front-end, thresholds."""
-    trained = {name: getattr(member.settings, name) for name in TRAINED_SETTINGS}
-    others = {k: v for k, v in (member.checkpoint.settings or {}).items() if not (isinstance(v, str) and _is_path(v))}
+    """What a file says about itself: settings (without the paths of this machine), labels, front-end, thresholds.
+
+    Of a foreign file, what config.py says of runs is left out: it belongs to none, and its protocol may be unknown.
+    """
+    known = member.checkpoint.settings or {}
+    trained = {name: getattr(member.settings, name) for name in TRAINED_SETTINGS if name not in OF_RUNS}
+    trained |= {name: known[name] for name in OF_RUNS if name in known}
+    if member.protocol != "unknown":
+        trained["protocol"] = member.protocol
     about: dict[str, Any] = {
-        "settings": {**others, **trained},
+        "settings": {**{name: value for name, value in known.items() if not _has_path(value)}, **trained},
         "labels": checkpoint_labels(member.checkpoint, member.settings),
         "frontend": {name: getattr(member.settings, name) for name in FRONTEND_SETTINGS},
     }
@@ -110,8 +117,9 @@ def describe(member: Member) -> dict[str, Any]:
     return about | ({"postprocessing": processing} if processing else {})
 
 
-def _is_path(text: str) -> bool:
-    return "/" in text or "\\" in text
+def _has_path(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(part, str) and ("/" in part or "\\" in part) for part in parts)
 
 
 def clips_to_check(settings: Config, count: int) -> tuple[Tensor, str]:
@@ -159,8 +167,7 @@ def write_files(
     """Write each format under a temporary name; yields format and path."""
     partials = {name: folder / f"{FILES[name]}.partial" for name in formats}
     if "safetensors" in formats:
-        needed = {name: about[name] for name in ("settings", "labels", "frontend")}
-        save_safetensors(partials["safetensors"], network.state_dict(), **needed)
+        save_safetensors(partials["safetensors"], network.state_dict(), **about)
         yield "safetensors", partials["safetensors"]
     if set(formats) == {"safetensors"}:
         return

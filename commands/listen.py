@@ -55,7 +55,7 @@ def run(
             name, source = "microphone", stack.enter_context(open_microphone(microphone))
             rate, blocks = source
         else:
-            name, rate = "standard input", rate or tagger.settings.sample_rate
+            name, rate = "standard input", tagger.settings.sample_rate if rate is None else rate
             blocks = pcm_blocks(sys.stdin.buffer, pcm, channels, round(rate * BLOCK_SECONDS))
         listener = Listener(tagger, sample_rate=rate, postprocessing=event_processing(tagger), **heard_by)
         screen = stack.enter_context(Screen.of(events, name, top_k))
@@ -79,7 +79,7 @@ def load_tagger(given: dict[str, Any], command: str) -> "Tagger":
     from inference import Tagger
 
     tagger = Tagger.from_checkpoint(path, DEVICES[requested("accelerator", given)], given=given)
-    print(tagger.report, file=sys.stderr)
+    print(tagger.report or f"{path}: run by onnxruntime", file=sys.stderr)
     return tagger
 
 

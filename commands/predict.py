@@ -1,5 +1,6 @@
 """python main.py predict: the sounds in audio files of any length, in folders, or on standard input."""
 
+import os
 import shutil
 import sys
 import tempfile
@@ -15,15 +16,16 @@ if TYPE_CHECKING:
     from evaluation.postprocess import PostProcessing
     from inference import Tagged, Tagger
 
+ENDED_BY_READER = 141  # exit status, as shells say it of a program that SIGPIPE ends
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}
 EVENT_SETTINGS = ("fl_threshold", "fl_median_filter", "fl_minimum_duration", "fl_maximum_gap", "fl_interpolation")
-STANDARD_INPUT = "-"
 
 
 def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted: Any) -> int:
     """Tag files, print the top_k classes of each, and write what is wanted (see commands/_outputs.py).
 
-    A file that cannot be read is reported, and the others go on. Returns the exit status: 1 where any file failed.
+    A file that cannot be read is reported, and the others go on. Returns the exit status: 1 where any file failed, 141
+    where nobody reads standard output any more.
     After an interruption, the same command goes on. Raises ValueError for a mistake in what was given.
     """
     path = requested("resume_checkpoint", given)
@@ -54,11 +56,10 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
             if done:
                 print(f"{len(done)} files were done before the interruption.", file=sys.stderr)
             try:
-                failed = tag_sources(tagger, [source for source in sources if source.name not in done], outputs)
-            except KeyboardInterrupt:
-                if chosen.paths():
-                    print("The same command goes on after the last whole file.", file=sys.stderr)
-                raise
+                failed = tag_sources(tagger, [source for source in sources if source.key not in done], outputs)
+            except BrokenPipeError:  # who reads what is printed, such as head, has enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tells of it again at the end
+                return ENDED_BY_READER
             written = outputs.finish()
     if written:
         print(f"Written: {', '.join(written)}", file=sys.stderr)
@@ -91,7 +92,8 @@ def tag_sources(tagger: "Tagger", sources: "list[Source]", outputs: Any) -> int:
         for source, (_, found) in zip(sources, tagging, strict=True):
             bar.next_file()
             if isinstance(found, ValueError):
-                print(f"error: {str(found).replace(str(source.path), source.name)}", file=sys.stderr)
+                reason = str(found).replace(str(source.path), source.name)
+                print(f"error: {reason if source.name in reason else f'{source.name}: {reason}'}", file=sys.stderr)
                 failed += 1
                 continue
             print_tags(source.name, found, wanted.top_k)
@@ -109,7 +111,7 @@ def print_tags(name: str, tagged: "Tagged", count: int) -> None:
 
 def event_processing(tagger: "Tagger") -> "PostProcessing":
     """Thresholds and filters for events: the checkpoint's, or 0.5, with what the settings fl_... say in their place."""
-    if not any(getattr(tagger.settings, name) for name in EVENT_SETTINGS):
+    if all(getattr(tagger.settings, name) in (None, []) for name in EVENT_SETTINGS):
         return tagger.postprocessing
     import json
 
@@ -118,9 +120,7 @@ def event_processing(tagger: "Tagger") -> "PostProcessing":
     from commands._detection import choose_postprocessing
     from evaluation.scores import Scores
 
-    stored: dict[str, Any] = (
-        {} if tagger.calibrated is None else {"postprocessing": json.dumps(dict(tagger.calibrated))}
-    )
+    stored: dict[str, Any] = {"postprocessing": json.dumps(tagger.postprocessing.as_dict())}
     none = np.zeros((0, len(tagger.labels)))
     scores = Scores([], none, none, np.zeros(0), tagger.labels, attributes=stored)
     return choose_postprocessing(scores, tagger.settings)
@@ -131,7 +131,7 @@ def collect(files: list[str], folder: Path, *, by_place: bool) -> "list[Source]"
 
     by_place: whether each writes a file of its own. Raises ValueError where two of those would have one name.
     """
-    from commands._outputs import Source, sources_of
+    from commands._outputs import STANDARD_INPUT, Source, sources_of
     from prepare.audio import SUFFIXES
 
     sources = list(sources_of([name for name in files if name != STANDARD_INPUT], SUFFIXES))

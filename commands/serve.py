@@ -6,6 +6,7 @@ import contextlib
 import io
 import ipaddress
 import json
+import re
 import secrets
 import socket
 import sys
@@ -194,7 +195,7 @@ def check_sender(host: str, origin: str | None, served: str) -> None:
             ipaddress.ip_address(name)
     except ValueError:
         raise RefusedError(403, f"The host {host!r} is not served here: open the address that serve printed.") from None
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and origin.partition("://")[2] != host:
         raise RefusedError(403, f"Requests from {origin} are not answered.")
 
 
@@ -206,7 +207,7 @@ async def receive(request: "Request", path: Path, limits: Limits) -> None:
         raise RefusedError(400, f"Send the bytes of the sound file with Content-Type: {BODY}.")
     too_large = RefusedError(413, f"The file is larger than the {limits.most_megabytes:g} MB that are taken here.")
     announced = request.headers.get("content-length", "0")
-    if not announced.isdigit() or int(announced) > limits.most_bytes:
+    if not re.fullmatch("[0-9]{1,15}", announced) or int(announced) > limits.most_bytes:
         raise too_large
     size = 0
     try:
@@ -233,7 +234,10 @@ def tag_upload(tagger: "Tagger", processing: "PostProcessing", path: Path, limit
         raise RefusedError(415, reason) from None
     if len(waveform) > limits.most_seconds * rate:
         raise RefusedError(422, f"The sound is longer than the {limits.most_seconds:g} s that are taken here.")
-    tagged = tagger.tag(waveform)
+    try:
+        tagged = tagger.tag(waveform)
+    except ValueError as error:
+        raise RefusedError(422, str(error)) from None
     sound = sound_of_file(path, tagger.settings, tagged.duration)
     content = answer(tagged, processing) | {"spectrogram": picture(sound.logmel, sound.band_hz)}
     return json.dumps(content, allow_nan=False).encode()

@@ -40,7 +40,10 @@ class ClipSound:
 
 @dataclass(frozen=True)
 class ClipView:
-    """A clip in a figure. scores: (frames, K), as they are held against the thresholds (K,); duration in seconds."""
+    """A clip in a figure. scores: (frames, K), as they are held against the thresholds (K,); duration in seconds.
+
+    truth_known: False where nobody has said what is true; then it is empty.
+    """
 
     duration: float
     labels: list[str]
@@ -50,6 +53,7 @@ class ClipView:
     truth: EventList
     found: EventList
     sound: Optional[ClipSound] = None
+    truth_known: bool = True
 
     @property
     def shown(self) -> list[int]:
@@ -113,12 +117,12 @@ def clip_figure(view: ClipView) -> Figure:
         axes[-1].set_xlabel("time (s)")
         axes[-1].set_xlim(0, view.duration)
         handles = [
-            Patch(color=TRUE_COLOUR, alpha=0.35, label="true"),
+            *([Patch(color=TRUE_COLOUR, alpha=0.35, label="true")] if view.truth_known else []),
             Patch(color=FOUND_COLOUR, label="detected"),
             *axes[-1].plot([], [], color=SCORE_COLOUR, linewidth=1, label="score"),
             *axes[-1].plot([], [], color=SCORE_COLOUR, linewidth=0.8, linestyle="--", label="threshold"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
         figure.align_ylabels(axes)
     return figure
 

@@ -4,8 +4,9 @@ Datasets: audio_name (N,) bytes, clipwise (N, K) float32, target (N, K) bool, du
 clip_index (N,) int64, the clips' places in the split; with localization framewise (N, steps, K) float32, at the
 network's own steps, and the true events event_clip, event_class (E,), event_onset and event_offset (E,) float64
 seconds. Attributes: labels (K names), seconds_per_frame, dataset_type, split, run_id (of checkpoints and clips),
-split_clips (how many clips the split has), postprocessing (JSON, where a checkpoint or a mapping brings one),
-clip_store (where the audio lies), and the front-end's settings (sample_rate, window_size, ...).
+split_clips (how many clips the split has), weights (a fingerprint of the network's), postprocessing (JSON, where a
+checkpoint or a mapping brings one), clip_store (where the audio lies), and the front-end's settings (sample_rate,
+window_size, ...).
 
 A test that was shared by several jobs (test_shard) leaves <name>.shard1of4.h5, ...: load_scores joins them.
 """
@@ -249,7 +250,9 @@ def import_tables(folder: Path, truth: Scores) -> Scores:
                 f"{name}.tsv has the classes {', '.join(classes)}, the score file {', '.join(truth.labels)}."
             )
         framewise[clip, : len(tables[name])] = tables[name][truth.labels].to_numpy()
-    kept = {name: value for name, value in truth.attributes.items() if name not in ("postprocessing", "run_id")}
+    kept = {
+        name: value for name, value in truth.attributes.items() if name not in ("postprocessing", "run_id", "weights")
+    }
     return replace(truth, framewise=framewise, clipwise=framewise.max(axis=1), seconds_per_frame=step, attributes=kept)
 
 

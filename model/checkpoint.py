@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from model.foreign import PREFIX as PREFIX
 from model.foreign import Kind, heads, identify
+from model.layers import SwinBlock
 from settings import FRONTEND_SETTINGS
 
 CLASSIFIER = ("tscam_conv.", "head.")  # keys whose shape follows the number of classes
-COMPUTED = ("relative_position_index", "attn_mask", "num_batches_tracked")  # buffers that a file may leave out
+ADDED = ("readout.", "sequence_head.")  # parts that published networks do not have
+POSITIONS = ("relative_position_index", "attn_mask")  # buffers that follow from the network's sizes
+COMPUTED = (*POSITIONS, "num_batches_tracked")  # buffers that a file may leave out
 FRONTEND = ("spectrogram_extractor.", "logmel_extractor.")
 LEAST_MATCHED = 0.99  # share of the backbone's parameters below which a file is refused
 HEARD = (*FRONTEND_SETTINGS, "clip_samples")  # the settings that go with a front-end
@@ -63,6 +66,7 @@ class LoadReport:
     missing: list[str]
     unexpected: list[str]
     reshaped: list[str]
+    fresh: list[str]  # of parts that start anew in fine-tuning, as the file has none that fit
     share: float
     classifier: str  # where it comes from, and why
     frontend: str
@@ -70,7 +74,7 @@ class LoadReport:
     def __str__(self) -> str:
         text = f"{self.path} ({self.kind}): {len(self.matched)} keys matched, "
         text += f"{self.share:.1%} of the backbone's parameters"
-        for name in ("missing", "unexpected", "reshaped"):
+        for name in ("missing", "unexpected", "reshaped", "fresh"):
             keys = getattr(self, name)
             if keys:
                 text += f"; {len(keys)} {name} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
@@ -130,9 +134,8 @@ def _read_torch(path: Path) -> Any:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
             f"{path} holds more than tensors and plain values{f' (it wants {wanted[1]})' if wanted else ''}, and "
-            f"loading it could run code: refused. Where you trust its source, save its weights alone: "
-            f'torch.save(torch.load(PATH, weights_only=False)["state_dict"], NEW_PATH), with "model" in place of '
-            f'"state_dict" for a Swin, and use the new file.'
+            f"loading it could run code: refused. Have its weights alone saved where it was made: the tensors of its "
+            f"state_dict (of a Swin, of its model), by torch.save or as safetensors; such a file is taken here."
         ) from None
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -163,7 +166,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """state_dict, and the settings, labels and front-end that save_safetensors put into the metadata."""
+    """state_dict, and what save_safetensors put into the metadata: settings, labels, front-end, post-processing."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -171,7 +174,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             state_dict = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{path} is no checkpoint, or it is cut off: {error}") from None
-    names = [name for name in ("settings", "labels", "frontend") if name in about]
+    names = [name for name in ("settings", "labels", "frontend", "postprocessing") if name in about]
     try:
         return {"state_dict": state_dict, **{name: json.loads(about[name]) for name in names}}
     except json.JSONDecodeError as error:
@@ -185,10 +188,12 @@ def save_safetensors(
     settings: Mapping[str, Any],
     labels: Sequence[str],
     frontend: Mapping[str, Any],
+    postprocessing: Optional[Mapping[str, Any]] = None,
 ) -> None:
     """Write weights (names without prefix) as safetensors, with what describes them as JSON in the metadata."""
     partial = path.with_name(path.name + ".partial")
-    about = {"settings": dict(settings), "labels": list(labels), "frontend": dict(frontend)}
+    about: dict[str, Any] = {"settings": dict(settings), "labels": list(labels), "frontend": dict(frontend)}
+    about |= {} if postprocessing is None else {"postprocessing": dict(postprocessing)}
     metadata = {"format": "pt", **{name: json.dumps(value) for name, value in about.items()}}
     save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, partial, metadata)
     os.replace(partial, path)
@@ -221,10 +226,11 @@ def load_network(
     """Copy a checkpoint's weights into a network.
 
     new_classifier: for fine-tuning, keep the network's own classifier where its shape differs, or where `labels` (of
-    the network) and `file_labels` (the checkpoint's own, unless given) are both known and differ. Otherwise every
-    parameter must come from the file. frontend_from: auto takes the file's front-end, but the network's in
-    fine-tuning. configured: FRONTEND_SETTINGS of the network, to name what differs in the warning that is then given.
-    Raises ValueError when too little matches, and where ImageNet's weights are to be evaluated.
+    the network) and `file_labels` (the checkpoint's own, unless given) are both known and differ; and its own readout
+    and sequence head where the file has none, or others. Otherwise every parameter must come from the file.
+    frontend_from: auto takes the file's front-end, but the network's in fine-tuning. configured: FRONTEND_SETTINGS of
+    the network, to name what differs in the warning that is then given. Raises ValueError when too little matches, and
+    where ImageNet's weights are to be evaluated.
     """
     if checkpoint.kind == "ImageNet Swin" and not new_classifier:
         raise ValueError(
@@ -241,8 +247,10 @@ def load_network(
     kept: tuple[str, ...] = ()  # keys that stay as they are in the network, whatever the file has
     if _keeps_frontend(own, checkpoint, frontend_from, new_classifier, configured):
         kept += FRONTEND
-    from_file, classifier = True, "the file's"
+    from_file, classifier, fresh = True, "the file's", []
     if new_classifier:
+        kept += (added := _unfit_parts(own, given))
+        fresh = [key for key in own if added and key.startswith(added)]
         from_file, classifier = _choose_classifier(own, given, labels, file_labels or checkpoint.labels)
     if not from_file:
         kept += CLASSIFIER
@@ -255,16 +263,30 @@ def load_network(
         path=checkpoint.path,
         kind=checkpoint.kind,
         matched=matched,
-        missing=[key for key in own if key not in given],
+        missing=[key for key in own if key not in given and key not in fresh],
         unexpected=[key for key in given if key not in own],
-        reshaped=[key for key in own if key in given and own[key].shape != given[key].shape],
+        reshaped=[
+            key
+            for key in own
+            if key in given and own[key].shape != given[key].shape and not key.endswith(POSITIONS) and key not in fresh
+        ],
+        fresh=fresh,
         share=_share(own, matched),
         classifier=classifier,
         frontend="the file's" if any(key.startswith(FRONTEND) for key in matched) else "the network's",
     )
     _check(report, own, given, kept)
     network.load_state_dict({**own, **{key: given[key] for key in matched}})
+    for module in network.modules():
+        if isinstance(module, SwinBlock):
+            module.reset_mask()  # the file's map may be another one: its mask need not fit, even where its shape does
     return report
+
+
+def _unfit_parts(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Those of ADDED that the network has, and that a file does not have whole or in the same shapes."""
+    unfit = [key for key in own if key not in given or given[key].shape != own[key].shape]
+    return tuple(part for part in ADDED if any(key.startswith(part) for key in unfit))
 
 
 def _keeps_frontend(
@@ -338,11 +360,11 @@ def _check(report: LoadReport, own: Mapping[str, Tensor], given: Mapping[str, Te
 
 
 def _share(own: Mapping[str, Tensor], matched: Sequence[str]) -> float:
-    """Share of the backbone's elements (no classifier, front-end or computed buffer) that are among `matched`."""
+    """Share of the elements among `matched`, of the backbone: no classifier, added part, front-end, computed buffer."""
     sizes = {
         key: value.numel()
         for key, value in own.items()
-        if not key.startswith((*CLASSIFIER, *FRONTEND)) and not key.endswith(COMPUTED)
+        if not key.startswith((*CLASSIFIER, *ADDED, *FRONTEND)) and not key.endswith(COMPUTED)
     }
     return sum(sizes.get(key, 0) for key in matched) / sum(sizes.values())
 

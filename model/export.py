@@ -200,8 +200,9 @@ def _quiet() -> Iterator[None]:
 def quantize(body: Any) -> Any:
     """The model from the log-mel spectrogram with 8-bit weights, one scale a channel; activations are scaled as met.
 
-    The products of the Swin blocks and the merging are quantized: nine tenths of the work. The stretch in time, patch
-    embedding and classifier stay float32. Weights take 7 of the 8 bits, or CPUs without VNNI instructions overflow.
+    The products of the Swin blocks and the merging are quantized: nine tenths of the work; so are those of the layers
+    over the steps, where there are any. The stretch in time, patch embedding and classifier stay float32. Weights take
+    7 of the 8 bits, or CPUs without VNNI instructions overflow.
     """
     quantization = require("onnxruntime.quantization")
     nodes = list(body.graph.node)

@@ -10,6 +10,7 @@ from torch import Tensor
 Kind = Literal["HTS-AT of this project", "published HTS-AT", "ImageNet Swin", "LAION-CLAP", "state dict"]
 
 PREFIX = "sed_model."  # of the network's keys in a Lightning checkpoint
+TEACHER = "teacher."  # of the mean teacher's keys beside them, which only a run that goes on needs
 AUDIO_BRANCH = re.compile(r"^(?:module\.)?audio_branch\.")  # of the audio network's keys in a CLAP checkpoint
 FUSION = (
     "mel_conv1d",
@@ -46,7 +47,7 @@ def identify(content: Mapping[Any, Any]) -> Weights:
     weights = _tensors(content)
     if any(AUDIO_BRANCH.match(key) for key in weights):
         return _clap(weights)
-    state_dict = {key.removeprefix(PREFIX): value for key, value in weights.items()}
+    state_dict = {k.removeprefix(PREFIX): value for k, value in weights.items() if not k.startswith(TEACHER)}
     if content.get("settings") is not None:
         return Weights("HTS-AT of this project", state_dict, content["settings"])
     if any(key.startswith(PREFIX) for key in weights):

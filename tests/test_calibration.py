@@ -165,6 +165,43 @@ def test_never_on_the_clips_that_are_reported(untrained: Path, capsys: pytest.Ca
     assert read_checkpoint(untrained).postprocessing is None
 
 
+def test_scores_of_another_network_are_refused(
+    untrained: Path, demo_workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their fingerprint tells, which a calibration leaves as it is; of older files the classes."""
+    data = ["--dataset_path", str(demo_workspace / "workspace" / "data" / "demo"), *TINY_FLAGS]
+    words = ["test", "--resume_checkpoint", str(untrained), "--test_split", "validation", "--fl_local", "True"]
+    assert main.main([*words, "--heatmap_dir", "scores", *data]) == 0
+    content = torch.load(untrained, weights_only=True)
+    content["state_dict"]["sed_model.norm.bias"] += 1e-3
+    torch.save(content, "other.ckpt")
+    for objective in ("collar_f1", "intersection_f1"):  # twice: the first one adds to the file
+        flags = ["--calibrate_for", objective, "--scores", "scores/test.h5"]
+        assert main.main(["calibrate", "--resume_checkpoint", str(untrained), *flags]) == 0
+        capsys.readouterr()
+        assert main.main(["calibrate", "--resume_checkpoint", "other.ckpt", *flags]) == 2
+        assert "was written by a test of other weights than those of other.ckpt" in capsys.readouterr().err
+    assert read_checkpoint("other.ckpt").postprocessing is None
+    noisy_scores().save(Path("older.h5"))
+    assert main.main(["calibrate", "--resume_checkpoint", "other.ckpt", "--scores", "older.h5"]) == 2
+    said = capsys.readouterr().err
+    assert "older.h5 has other classes (" in said
+    assert "leave --scores out" in said
+
+
+def test_a_foreign_file_leaves_the_scores_of_runs_alone(untrained: Path, demo_workspace: Path) -> None:
+    """Whatever its score file is called: the default folder is that of the run that config.py names."""
+    content = torch.load(untrained, weights_only=True)
+    torch.save({key.removeprefix("sed_model."): value for key, value in content["state_dict"].items()}, "foreign.pth")
+    words = ["--resume_checkpoint", "foreign.pth", *TINY_FLAGS]
+    words += ["--dataset_path", str(demo_workspace / "workspace" / "data" / "demo")]
+    assert main.main(["test", *words, "--test_file", "mine"]) == 0
+    assert main.main(["calibrate", *words, "--calibrate_for", "collar_f1"]) == 0
+    found = sorted(str(path) for path in Path("workspace/runs").rglob("*.h5"))
+    assert found == [f"workspace/runs/foreign/scores/{name}.h5" for name in ("calibration", "mine")]
+    assert read_checkpoint("foreign.pth").postprocessing is not None
+
+
 def test_under_the_papers_protocol_validation_is_the_test(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = torch.load(untrained, weights_only=True)
     content["settings"]["protocol"] = "paper"

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import soundfile
 import torch
 
 import main
 from commands import export
+from commands._evaluate import Member
+from evaluation.postprocess import PostProcessing
 from inference import Tagger
 from model import build_model
 from model.checkpoint import read_checkpoint
@@ -22,7 +25,7 @@ from prepare.demo import LABELS
 from settings import resolve
 from tests.helpers import TINY
 
-PROCESSING = {"labels": LABELS, "threshold": [0.5] * len(LABELS)}
+PROCESSING = PostProcessing(tuple(LABELS), tuple(0.2 + 0.05 * k for k in range(len(LABELS))), (3,)).as_dict()
 
 
 def tiny_network(**changes: Any) -> HTSAT_Swin_Transformer:
@@ -101,6 +104,7 @@ def test_files_say_what_they_are(exported: Path) -> None:
         assert loaded.postprocessing == PROCESSING
     checkpoint = read_checkpoint(exported / "model.safetensors")
     assert checkpoint.labels == LABELS
+    assert checkpoint.postprocessing == PROCESSING
     assert checkpoint.settings is not None
     assert checkpoint.settings["random_seed"] == 970131
 
@@ -130,6 +134,48 @@ def test_tagger_listens_with_an_exported_network(exported: Path) -> None:
     np.testing.assert_allclose(found.clipwise, wanted.clipwise, atol=1e-5)
     np.testing.assert_allclose(found.framewise, wanted.framewise, atol=1e-5)
     np.testing.assert_allclose(found.embedding, wanted.embedding, atol=1e-4)
+
+
+def test_predict_finds_the_same_events_with_every_file(exported: Path, tmp_path: Path) -> None:
+    """What was calibrated goes with the weights."""
+    soundfile.write(tmp_path / "a.wav", noise(13 * 32000).numpy(), 32000)
+    found = []
+    for path in (exported.parent / "tiny.ckpt", exported / "model.safetensors", exported / "model.onnx"):
+        table = tmp_path / f"{path.name}.tsv"
+        words = ["predict", str(tmp_path / "a.wav"), "--resume_checkpoint", str(path), "--events", str(table)]
+        assert main.main([*words, "--accelerator", "cpu"]) == 0
+        found.append(table.read_text())
+    assert found[0].count("\n") > 2
+    assert found[1] == found[2] == found[0]
+    assert main.main([*words, "--accelerator", "cpu", "--fl_threshold", "0.5", "--fl_median_filter", "1"]) == 0
+    assert table.read_text() != found[0], "what was calibrated makes a difference here"
+
+
+def test_a_foreign_file_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What config.py says of runs is not the file's: its export belongs to no run, and its protocol is not known."""
+    monkeypatch.chdir(tmp_path)
+    weights = tiny_network().state_dict()
+    torch.save(weights, "foreign.pth")
+    torch.save({"state_dict": {f"sed_model.{key}": value for key, value in weights.items()}}, "published.ckpt")
+    tiny = [word for name, value in TINY.items() for word in (f"--{name}", value)]
+    expected: dict[str, dict[str, Any]] = {"foreign.pth": {}, "published.ckpt": {"protocol": "paper"}}
+    for name, known in expected.items():
+        words = ["export", "--resume_checkpoint", name, "--formats", "safetensors", "--clips", "1", "--output", "out"]
+        assert main.main([*words, *tiny]) == 0
+        settings = read_checkpoint("out/model.safetensors").settings
+        assert settings is not None
+        assert {key: settings[key] for key in ("exp_name", "esc_fold", "protocol") if key in settings} == known
+        assert settings["htsat_dim"] == 16
+        member = Member.read("out/model.safetensors", {})
+        assert member.protocol == known.get("protocol", "unknown") or name == "foreign.pth"
+        assert member.settings.heatmap_dir == "workspace/runs/model/scores"
+
+
+def test_lists_of_paths_stay_here(tmp_path: Path) -> None:
+    checkpoint = save_tiny(tmp_path / "tiny.ckpt", esm_model_pathes=[str(tmp_path / "a.ckpt"), "b.ckpt"])
+    about = export.describe(Member.read(str(checkpoint), {}))
+    assert str(tmp_path) not in json.dumps(about)
+    assert about["settings"]["lr_rate"] == resolve().lr_rate
 
 
 @pytest.mark.parametrize(

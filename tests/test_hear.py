@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hear
+from inference import Tagger
 from model import build_model
 from settings import resolve
 
@@ -86,3 +87,10 @@ def test_mistakes(model: hear.HearModel, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HTSAT_CHECKPOINTS", str(tmp_path))
     with pytest.raises(ValueError, match="htsat-audioset"):
         hear.load_model()
+
+
+def test_an_exported_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = Tagger(object(), resolve({"sample_rate": 8000}), ["a"])  # type: ignore[arg-type]
+    monkeypatch.setattr(Tagger, "from_checkpoint", lambda *_, **__: exported)
+    with pytest.raises(ValueError, match="load the checkpoint itself"):
+        hear.load_model("model.onnx")

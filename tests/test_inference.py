@@ -276,6 +276,8 @@ def test_a_published_checkpoint_by_its_name(tmp_path: Path, monkeypatch: pytest.
 def test_devices_and_runtimes() -> None:
     tagger = levels_tagger()
     assert tagger.to("auto").device == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"The device warp9 cannot be used .*: use cpu or auto"):
+        Tagger(torch.nn.Linear(1, 1), tagger.settings, ["up"]).to("warp9")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="exported network gives no embeddings of frames"):
         tagger.tag(noise(1), frame_embeddings=True)
     with pytest.raises(ValueError, match="window_overlap = 1"):
@@ -288,3 +290,50 @@ def test_devices_and_runtimes() -> None:
 
     with pytest.raises(ValueError, match="not finite"):
         levels_tagger(Broken()).tag(noise(1))
+
+
+class Loud(Levels):
+    """Levels that shares its scale among the windows of a batch, as 8-bit networks do: one bad one spoils all."""
+
+    def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        clip, frames, embedding = super().probabilities(waveform)
+        spoil = torch.nan if waveform.abs().max() > 100 else 1
+        return clip * spoil, frames * spoil, embedding * spoil
+
+
+def test_a_recording_without_finite_scores_is_an_error_of_its_own() -> None:
+    """It may be long, and the others share batches with it."""
+    quiet, loud = np.full(RATE, 0.5, np.float32), noise(60)
+    progress: list[float] = []
+    loud[25 * RATE] = 1000
+    network = Loud()
+    tagger = levels_tagger(network)
+    sounds = [iter([quiet]), iter([loud]), iter([quiet]), iter([quiet * 1.5])]
+    found = [heard for _, heard in tagger._tag_all(enumerate(sounds), False, progress.append)]
+    errors = [number for number, heard in enumerate(found) if isinstance(heard, ValueError)]
+    assert errors == [1]
+    assert "samples of up to 1000 (full scale is 1): they are too loud to be sound" in str(found[1])
+    scores = [heard.framewise[0, 0] for heard in found if isinstance(heard, Tagged)]
+    assert scores == pytest.approx([0.5, 0.5, 0.75])
+    assert sum(network.batches) < 20, "what follows the bad window is not tagged"
+    half = Tagger(network, tagger.settings, ["up", "down"], precision="bf16-mixed")
+    with pytest.raises(ValueError, match=r"precision bf16-mixed, .*: use precision 32"):
+        half.tag(loud)
+
+
+def test_embeddings_of_frames_follow_finer_scores(tagger: Tagger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network may score finer steps than its last stage has: each takes the tokens of its time."""
+    sound, network = noise(10), tagger.network
+    plain = tagger.tag(sound, frame_embeddings=True).frame_embeddings
+    probabilities = network.probabilities
+
+    def finer(waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        clip, frames, embedding = probabilities(waveform)
+        return clip, frames.repeat_interleave(2, dim=1), embedding
+
+    monkeypatch.setattr(network, "probabilities", finer)
+    tagged = tagger.tag(sound, frame_embeddings=True)
+    assert plain is not None
+    assert tagged.frame_embeddings is not None
+    assert tagged.framewise.shape == (2 * STEPS, 10)
+    np.testing.assert_array_equal(tagged.frame_embeddings, np.repeat(plain, 2, axis=0))

@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 import main
-from commands import _outputs
+from commands import _outputs, _pictures
 from evaluation.postprocess import PostProcessing
 from inference import Tagged, Tagger
 from model import build_model
@@ -141,6 +141,22 @@ def test_bins(checkpoint: Path, folder: Path) -> None:
     np.testing.assert_allclose([[float(x) for x in row[3:]] for row in rows[1:]], binned, atol=1e-5)
 
 
+def test_a_reader_that_has_enough_ends_it_quietly(
+    checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `predict ... | head -1`: standard output is a pipe that nobody reads. The same command goes on."""
+    words = ["sounds", "--jsonl", "tags.jsonl", "--batch_size", "1"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as patch, os.fdopen(writing, "w") as closed:
+        patch.setattr(sys, "stdout", closed)
+        assert predict(checkpoint, *words) == 141
+    assert "Error" not in capsys.readouterr().err
+    assert not Path("tags.jsonl").exists()
+    assert predict(checkpoint, *words) == 0
+    assert [json.loads(line)["file"] for line in Path("tags.jsonl").read_text().splitlines()] == NAMES
+
+
 def test_a_bad_file_is_reported_and_the_others_go_on(
     checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +223,7 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(_outputs.Outputs, "_note", stop)
     assert predict(checkpoint, *words, *flags("broken/")) == 130
+    assert "The same command goes on: recordings that are written in full" in capsys.readouterr().err
     assert not [name for name in OUTPUTS if name != "audacity" and Path("broken", OUTPUTS[name]).exists()]
     assert Path("broken/out/tags.jsonl.partial").read_bytes().count(b"\n") == files + 1
     monkeypatch.undo()
@@ -228,6 +245,73 @@ def test_a_name_that_is_no_utf8(checkpoint: Path, folder: Path) -> None:
     Path("sounds/a.wav").rename(name)
     assert predict(checkpoint, "sounds", "--jsonl", "tags.jsonl", "--scores", "a.h5", "--audacity", "labels") == 0
     assert "sounds/caf?.wav" in Path("tags.jsonl").read_text()
+
+
+def test_names_that_look_the_same_are_two_files(
+    checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run has written one of them: the other is not taken for it."""
+    for name, byte in (("sounds/a.wav", b"\xe8"), ("sounds/deep/d.WAV", b"\xe9")):
+        Path(name).rename(os.fsdecode(b"sounds/caf" + byte + b".wav"))
+    add = _outputs.Outputs.add
+    seen: list[_outputs.Source] = []
+
+    def stop(outputs: _outputs.Outputs, source: _outputs.Source, tagged: Tagged) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(source)
+        add(outputs, source, tagged)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_outputs.Outputs, "add", stop)
+        assert predict(checkpoint, "sounds", "--jsonl", "tags.jsonl", "--batch_size", "1") == 130
+    assert predict(checkpoint, "sounds", "--jsonl", "tags.jsonl", "--batch_size", "1") == 0
+    lines = [json.loads(line) for line in Path("tags.jsonl").read_text().splitlines()]
+    assert [(line["file"], round(line["duration"], 1)) for line in lines] == [
+        ("sounds/caf?.wav", 2.0), ("sounds/caf?.wav", 3.3), ("sounds/deep/b.flac", 0.2), ("sounds/deep/c.ogg", 1.1),
+    ]  # fmt: skip
+
+
+def test_a_tab_in_a_name_stays_in_its_column(checkpoint: Path, folder: Path) -> None:
+    Path("sounds/a.wav").rename("sounds/a\tb.wav")
+    assert predict(checkpoint, "sounds/a\tb.wav", "--events", "a.tsv") == 0
+    with Path("a.tsv").open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert {row["filename"] for row in rows} == {"sounds/a\tb.wav"}
+    assert {row["event_label"] for row in rows} == {"dog, large", "Flügel"}
+
+
+def test_a_sound_without_finite_scores_is_an_error_of_its_own(
+    checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finite samples, but so large that their power is none: they share a batch with the others."""
+    soundfile.write("sounds/b.wav", np.full(20_000, 1e30, np.float32), 8000, subtype="FLOAT")
+    assert predict(checkpoint, "sounds", "--jsonl", "tags.jsonl") == 1
+    said = capsys.readouterr().err
+    assert "error: sounds/b.wav: The network's scores are not finite" in said
+    assert "up to 1e+30 (full scale is 1): they are too loud to be sound" in said
+    assert [json.loads(line)["file"] for line in Path("tags.jsonl").read_text().splitlines()] == NAMES
+
+
+def test_pictures_promise_no_truth(checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(_pictures, "save_png", lambda figure, path: drawn.append(figure))
+    assert predict(checkpoint, "sounds/a.wav", "--plot", "pictures") == 0
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["detected", "score", "threshold"]
+
+
+def test_thresholds_for_other_classes_do_not_count(checkpoint: Path, folder: Path) -> None:
+    """As calibrated on DESED, through the class mapping, with a network of AudioSet's classes."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["postprocessing"] = PostProcessing(("Speech", "Dog"), thresholds=(0.2, 0.2), source="calibrated").as_dict()
+    torch.save(content, "other.ckpt")
+    with pytest.warns(UserWarning, match=r"\(calibrated\) is for other classes than the network's, Speech, Dog"):
+        assert predict(Path("other.ckpt"), "sounds/a.wav", "--events", "a.tsv") == 0
+    for words in (["--events", "b.tsv", "--fl_threshold", "0.5"], ["--events", "c.tsv", "--fl_median_filter", "1"]):
+        with pytest.warns(UserWarning, match="for other classes"):
+            assert predict(Path("other.ckpt"), "sounds/a.wav", *words) == 0
+    assert Path("a.tsv").read_text() == Path("b.tsv").read_text() == Path("c.tsv").read_text()
 
 
 def test_a_finished_run_starts_anew(checkpoint: Path, folder: Path) -> None:
@@ -260,10 +344,14 @@ def test_a_run_whose_files_are_gone_says_so(
         (["sounds", "--scores", "a.txt"], "must end with .h5 or .hdf5"),
         (["sounds", "--embeddings", "a.csv"], "must end with .h5 or .hdf5 or .npz"),
         (["sounds", "--bins", "0"], "--bins 0 is not allowed"),
+        (["sounds", "--csv", "empty"], "--csv empty is a folder: give the name of a file"),
+        (["sounds", "--plot", "sounds/a.wav"], "--plot sounds/a.wav cannot be written"),
+        (["sounds", "--jsonl", "sounds/a.wav/tags"], "--jsonl sounds/a.wav/tags cannot be written"),
         (["sounds", "--top_k", "0"], "--top_k 0 is not allowed"),
         (["sounds", "--csv", "a", "--jsonl", "./a"], "Two outputs have the same name"),
         (["sounds", "other", "--audacity", "labels"], "sounds/a.wav and other/a.wav would both write a.wav"),
         (["sounds", "--fl_threshold", "0.1,0.2", "--jsonl", "a"], "thresholds has 2 values"),
+        (["sounds", "--fl_interpolation", "0", "--jsonl", "a"], "interpolation = 0 is not allowed"),
         (["sounds", "--window_overlap", "1"], "window_overlap = 1.0 is not allowed"),
     ],
 )
@@ -284,12 +372,16 @@ def test_settings_stand_in_for_the_calibrated_thresholds(checkpoint: Path, folde
     assert Path("a.tsv").read_text().count("\n") == 4
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
-def test_damaged_files_are_errors_of_theirs_alone(suffix: str, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "subtype"), [("wav", "PCM_16"), ("wav", "FLOAT"), ("flac", None), ("mp3", None), ("ogg", None)]
+)
+def test_damaged_files_are_errors_of_theirs_alone(
+    suffix: str, subtype: str | None, checkpoint: Path, tmp_path: Path
+) -> None:
     """Cut off anywhere, or with random bytes changed: a result or a ValueError for that file, never a crash."""
     rng = np.random.default_rng(0)
     whole = tmp_path / f"whole.{suffix}"
-    soundfile.write(whole, 0.3 * rng.standard_normal(6000), 8000)
+    soundfile.write(whole, 0.3 * rng.standard_normal(6000), 8000, subtype=subtype)
     content = whole.read_bytes()
     cuts = {int(size) for size in np.linspace(0, min(len(content) - 1, 200), 60)} | set(range(0, len(content), 500))
     damaged = [content[:size] for size in sorted(cuts)]

@@ -115,6 +115,12 @@ def view(**more: object) -> ClipView:
     return ClipView(**{**given, **more})  # type: ignore[arg-type]
 
 
+def test_the_legend_promises_truth_only_where_it_is_known() -> None:
+    for more, names in (({}, 1), ({"truth": []}, 1), ({"truth": [], "truth_known": False}, 0)):
+        (legend,) = clip_figure(view(**more)).legends
+        assert [text.get_text() for text in legend.get_texts()].count("true") == names
+
+
 def test_every_axis_of_a_clip_has_a_name(tmp_path: Path) -> None:
     figure = clip_figure(view())
     true, found = figure.axes
@@ -268,7 +274,7 @@ def test_values_are_those_of_the_metrics(folder: Path, page: str) -> None:
     rows = (folder / "test_detection.tsv").read_text().splitlines()
     values = [row.split("\t")[4] for row in rows[1:] if row.split("\t")[3] == "macro"]
     text = Page(page).text
-    assert len(values) == 10
+    assert len(values) == 11
     for value in values:
         assert f"{float(value):.3f}" in text
 

@@ -206,11 +206,17 @@ def with_nan() -> bytes:
     return encoded(samples, subtype="FLOAT")
 
 
+def too_loud() -> bytes:
+    """Finite samples whose mean over a step is none."""
+    return encoded(np.full(RATE, 3e38, np.float32), subtype="FLOAT")
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], int, str]] = {
     "no sound": (lambda: b"<html>hello</html>", 415, "cannot be read as audio"),
     "nothing": (lambda: b"", 415, "cannot be read as audio"),
     "cut header": (lambda: encoded(sound())[:30], 415, "The file"),
     "NaN": (with_nan, 415, "NaN"),
+    "far beyond full scale": (too_loud, 422, "too loud to be sound"),
     "too long": (lambda: encoded(np.zeros(31 * RATE), "FLAC"), 422, "longer than the 30 s"),
     "a long silence": (lambda: encoded(np.zeros(1800 * RATE), "FLAC"), 422, "longer than the 30 s"),
     "too large": (lambda: bytes(500_001), 413, "larger than the 0.5 MB"),
@@ -237,6 +243,8 @@ def test_what_is_refused(client: Client, uploads: Path, which: str) -> None:
         ({"Origin": "http://elsewhere.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": "http://127.0.0.1:9000"}, 403),
+        ({"Origin": "http://[::1"}, 403),
+        ({"Content-Length": "9" * 5000}, 413),
         ({"Host": "elsewhere.example:8000"}, 403),
         ({"Host": ""}, 403),
         ({"Content-Length": "many"}, 413),

@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from evaluation.postprocess import PostProcessing
+from inference import Tagger
+from settings import resolve
 from streaming import Listener
 from tests.levels import EXACT, LABELS, STEP, heard, levels, levels_tagger, rows, stretches, taggers_rows
 
@@ -163,3 +166,17 @@ def test_samples_that_are_not_finite_and_the_end() -> None:
     assert listener.finish() == []
     with pytest.raises(ValueError, match="finished"):
         listener.feed(np.zeros(10, np.float32))
+
+
+class Six:
+    """A network with 6 steps: of a window of 5,040 samples at 44.1 kHz, times that no binary number is exact for."""
+
+    def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        frames = waveform.unflatten(1, (6, -1)).mean(dim=2, keepdim=True).clamp(min=0).expand(-1, -1, 2)
+        return frames.mean(dim=1), frames, frames.mean(dim=1)
+
+
+def test_hops_that_divide_a_window_but_for_rounding() -> None:
+    tagger = Tagger(Six(), resolve({"sample_rate": 44100, "clip_samples": 5040}), LABELS)
+    listener = Listener(tagger, hop_seconds=5040 / 44100 / 2)
+    assert [round(update.heard * 44100) for update in listener.feed(np.full(10_080, 0.5))] == [2520, 5040, 7560, 10_080]

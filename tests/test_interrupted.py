@@ -1,0 +1,31 @@
+"""What main.py says after Ctrl-C: what of the work is kept, which is not the same for every command."""
+
+import importlib
+import types
+from typing import Any
+
+import pytest
+
+import main
+
+NEEDED = {"predict": ["a.wav"], "import_legacy": ["--legacy", "a.npy"]}
+
+
+@pytest.mark.parametrize("command", list(main.COMMANDS))
+def test_what_an_interruption_leaves(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(run=run))
+    assert main.main([command, *NEEDED.get(command, [])]) == 130
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert ("--resume auto" in said) == (command == "train")
+    assert ("goes on: recordings" in said) == (command == "predict")
+    assert ("starts anew" in said) == (command not in ("train", "cross_validate", "predict", "compress"))
+
+
+def test_every_command_that_goes_on_exists() -> None:
+    assert main.GOES_ON.keys() <= main.COMMANDS.keys()
