@@ -37,6 +37,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.plain import PlainHTSAT
+from commands._measure import count_flops, peak_flops
 from model import build_model
 from model.export import build_onnx, join, quantize, save_onnx
 from model.htsat import HTSAT_Swin_Transformer
@@ -78,7 +79,7 @@ def make_clips(count: int) -> Tensor:
 def make_networks() -> tuple[Config, HTSAT_Swin_Transformer, PlainHTSAT]:
     """The settings, and both networks with the same random weights."""
     torch.manual_seed(0)
-    settings = resolve({"dataset_type": "audioset"})
+    settings = resolve({"dataset_type": "audioset", "precision": "32", "compile": "off"})
     network, plain = build_model(settings).eval(), PlainHTSAT().eval()
     plain.load_state_dict(network.state_dict())
     return settings, network, plain
@@ -224,6 +225,23 @@ def first_tag(turns: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def physical_floor(settings: Config) -> dict[str, float]:
+    """What no float32 runtime gets below: a clip's matrix products, at the rate of the fastest that is measured now."""
+    work, peak = count_flops(settings, training=False), peak_flops(settings)
+    return {"flops_of_a_clip": work, "peak_flops": peak, "seconds_of_a_clip": work / peak}
+
+
+def print_floor(floor: dict[str, float], results: list[Result], clips: int) -> None:
+    """The highest ratio to the plain side that float32 could reach on this machine."""
+    least = floor["seconds_of_a_clip"]
+    plain = {r.what: r.plain_seconds / (1 if r.what == LATENCY else clips) for r in results}
+    print(
+        f"Floor of float32: {floor['flops_of_a_clip'] / 1e9:.1f} GFLOP a clip at {floor['peak_flops'] / 1e9:.0f} "
+        f"GFLOP/s, {least:.3f} s: a ratio to plain of "
+        + ", ".join(f"{seconds / least:.2f} in {what}" for what, seconds in plain.items())
+    )
+
+
 def print_results(results: list[Result], clips: int, batch: int) -> None:
     table = Table(
         title=f"full network, {torch.get_num_threads()} threads; throughput: {clips} clips, {batch} at a time",
@@ -279,11 +297,13 @@ def main() -> None:
     results += compare(plain, flushed, sides, clips, arguments.batch, turns)
     flushed.close()
     print_results(results, clips, arguments.batch)
+    floor = physical_floor(settings)
+    print_floor(floor, results, clips)
     print("MiB: " + ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items()))
     print("Largest difference of a clip's probability: " + ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))
     if arguments.json:
         content = {"clips": clips, "batch": arguments.batch, "turns": turns, "keep_memory": arguments.keep_memory}
-        content |= {"machine": machine, "results": [asdict(r) for r in results], "bytes": sizes}
+        content |= {"machine": machine, "results": [asdict(r) for r in results], "bytes": sizes, "floor": floor}
         arguments.json.write_text(json.dumps(content | {"differences": differences}, indent=2) + "\n")
 
 
