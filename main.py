@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
                 },
             ),
             (
+                "--segment_seconds",
+                {"help": "folder: cut recordings with events into clips so long", "type": float, "metavar": "SECONDS"},
+            ),
+            (
                 "--strong",
                 {"help": "desed, audioset-strong: TSV of the events to train on (desed: A,B)", "metavar": "FILE"},
             ),

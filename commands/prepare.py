@@ -9,7 +9,7 @@ import numpy as np
 
 from prepare.audioset import prepare_audioset
 from prepare.audioset_strong import prepare_audioset_strong
-from prepare.clip_store import STRONG, UNLABELLED, ClipTable, read_store_table, store_path
+from prepare.clip_store import STRONG, UNLABELLED, ClipTable, open_store, read_store_table, store_path
 from prepare.demo import prepare_demo
 from prepare.desed import prepare_desed
 from prepare.esc50 import prepare_esc50
@@ -43,6 +43,7 @@ class Source:
     event_seconds: str = "0.5,4"
     weak_share: float = 0.0
     unlabelled_share: float = 0.0
+    segment_seconds: Optional[float] = None
 
     def need(self, name: str, what: str) -> Path:
         """The path of a flag. Raises ValueError where it was not given."""
@@ -115,8 +116,8 @@ def _esc50(source: Source) -> PrepareReport:
 
 
 def _folder(source: Source) -> PrepareReport:
-    seed = source.settings.random_seed
-    return prepare_folder(source.folder(), source.store(), source.settings.sample_rate, source.path("table"), seed)
+    rate, seed = source.settings.sample_rate, source.settings.random_seed
+    return prepare_folder(source.folder(), source.store(), rate, source.path("table"), seed, source.segment_seconds)
 
 
 def _scv2(source: Source) -> PrepareReport:
@@ -163,6 +164,22 @@ def run(given: dict[str, Any], **flags: Any) -> None:
     print(ADAPTERS[settings.dataset_type](source))
     if settings.dataset_type != "audioset":
         print(next_step(settings, read_store_table(source.store())))
+        if settings.dataset_type == "folder":
+            print(end=too_long(settings, source.store()))
+
+
+def too_long(settings: Config, store: Path) -> str:
+    """A line on clips of which a network hears a part only; "" where there are none."""
+    with open_store(store, "real_len") as file:
+        seconds = file["real_len"][:] / settings.sample_rate
+    heard = settings.clip_samples / settings.sample_rate
+    count = int((seconds > heard + 0.5).sum())
+    if not count:
+        return ""
+    return (
+        f"{count} clips are longer than {heard:g} s, up to {seconds.max():.1f} s: train and test hear the first "
+        f"{heard:g} s of each. With a table of events, --segment_seconds {heard:g} cuts recordings into clips.\n"
+    )
 
 
 def next_step(settings: Config, table: ClipTable) -> str:

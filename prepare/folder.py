@@ -3,7 +3,7 @@
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -55,7 +55,14 @@ class Entry:
     labelling: Optional[int] = None  # what is known of it; None: times where the store has any, else classes
 
 
-def prepare_folder(raw: Path, store: Path, sample_rate: int, table: Optional[Path], seed: int) -> PrepareReport:
+def prepare_folder(
+    raw: Path,
+    store: Path,
+    sample_rate: int,
+    table: Optional[Path],
+    seed: int,
+    segment_seconds: Optional[float] = None,
+) -> PrepareReport:
     """Write the store of the audio below `raw`, in any format and rate, with the classes that `table` gives.
 
     table: CSV or TSV with the columns filename, label (one line for each class of a clip) or filename, onset, offset,
@@ -64,7 +71,9 @@ def prepare_folder(raw: Path, store: Path, sample_rate: int, table: Optional[Pat
     in `raw` is a class. Classes are sorted by name. Where neither split nor fold is given, clips are shared out by
     stratified_split with `seed`. A filename is a path below `raw`, or the end of such a path where only one file has
     it; audio that the table does not name is left out. Files that are missing or cannot be read are skipped and
-    reported. Raises ValueError for a wrong table, events beyond their clip, clips over 10 minutes, and no audio.
+    reported. segment_seconds: cut recordings with a table of events into clips of so many seconds, named as media
+    fragments (forest.wav#t=10,20), all of a recording in one split. Raises ValueError for a wrong table, events beyond
+    their clip, clips over 10 minutes that are not to be cut, and no audio.
     """
     _check_folder(raw)
     report = PrepareReport(store)
@@ -73,18 +82,30 @@ def prepare_folder(raw: Path, store: Path, sample_rate: int, table: Optional[Pat
     if not labels:
         raise ValueError(f"{table} names no class: at least one event is needed.")
     entries = measure(entries, raw, report)
-    too_long = [f"{entry.name} ({entry.seconds:.0f} s)" for entry in entries if entry.seconds > MAX_SECONDS]
-    if too_long:
+    if segment_seconds is None:
+        _check_lengths(entries)
+    elif segment_seconds <= 0 or table is None or any(entry.labels and not entry.events for entry in entries):
         raise ValueError(
-            f"Clips may be {MAX_SECONDS / 60:.0f} minutes long at most; longer are {', '.join(too_long[:5])}"
-            f"{' and others' if len(too_long) > 5 else ''}. Cut them into shorter files."
+            f"--segment_seconds {segment_seconds:g} needs a table of events (filename, onset, offset, event_label), "
+            f"which says what each part of a recording holds, and a length above 0."
         )
     if not any(entry.split or entry.fold for entry in entries):
         targets = np.array([[label in entry.labels for label in labels] for entry in entries])
         for entry, split in zip(entries, stratified_split(targets, seed), strict=True):
             entry.split = str(split)
-    write_entries(entries, labels, sample_rate, report, dataset_type="folder", source=str(raw.resolve().name))
+    about = {"dataset_type": "folder", "source": str(raw.resolve().name)}
+    write_entries(entries, labels, sample_rate, report, segment_seconds=segment_seconds, **about)
     return report
+
+
+def _check_lengths(entries: Sequence[Entry]) -> None:
+    too_long = [f"{entry.name} ({entry.seconds:.0f} s)" for entry in entries if entry.seconds > MAX_SECONDS]
+    if too_long:
+        raise ValueError(
+            f"Clips may be {MAX_SECONDS / 60:.0f} minutes long at most; longer are {', '.join(too_long[:5])}"
+            f"{' and others' if len(too_long) > 5 else ''}. Cut them into shorter files, or with a table of events by "
+            f"--segment_seconds 10."
+        )
 
 
 def read_entries(table: Path) -> list[Entry]:
@@ -248,31 +269,61 @@ class AudioFinder:
 
 
 def write_entries(
-    entries: Sequence[Entry], labels: list[str], sample_rate: int, report: PrepareReport, **attributes: str
+    entries: Sequence[Entry],
+    labels: list[str],
+    sample_rate: int,
+    report: PrepareReport,
+    *,
+    segment_seconds: Optional[float] = None,
+    **attributes: str,
 ) -> None:
     """Write measured entries into the store report.path, whose width is the longest clip; counts them in `report`.
 
     Files that turn out unreadable, or to have another length than their header says, are reported as skipped.
     """
-    number = {label: index for index, label in enumerate(labels)}
-    width = max(math.ceil(entry.seconds * sample_rate - 1e-6) for entry in entries)
+    longest = min(max(entry.seconds for entry in entries), segment_seconds or math.inf)
     with ClipStoreWriter(
-        report.path, clip_samples=width, sample_rate=sample_rate, labels=labels, **attributes
+        report.path,
+        clip_samples=math.ceil(longest * sample_rate - 1e-6),
+        sample_rate=sample_rate,
+        labels=labels,
+        **attributes,
     ) as writer:
         for entry in entries:
-            events = [Event(number[event.label], event.onset, event.offset) for event in entry.events]
-            targets = sorted(number[label] for label in entry.labels)
             try:
                 waveform = read_int16(entry.path, sample_rate)
                 if abs(len(waveform) / sample_rate - entry.seconds) > END_TOLERANCE:
                     raise ValueError(f"It ends after {len(waveform) / sample_rate:.2f} s of {entry.seconds:.2f} s.")
-                writer.add(Clip(entry.name, waveform, targets, entry.fold, entry.split, events, entry.labelling))
+                for clip in _clips(entry, waveform, labels, sample_rate, segment_seconds):
+                    writer.add(clip)
+                    report.clips += 1
             except ValueError as error:
                 report.skipped.append((entry.name, str(error)))
-                continue
-            report.clips += 1
         if report.clips == 0:
             raise ValueError(f"None of the {len(entries)} audio files could be read.\n{report}")
+
+
+def _clips(
+    entry: Entry, waveform: np.ndarray, labels: list[str], sample_rate: int, segment_seconds: Optional[float]
+) -> Iterator[Clip]:
+    """The clip of an entry; with segment_seconds several, one after another, each with its part of the events."""
+    events = [Event(labels.index(event.label), event.onset, event.offset) for event in entry.events]
+    place = (entry.fold, entry.split)
+    if segment_seconds is None:
+        targets = sorted(labels.index(label) for label in entry.labels)
+        yield Clip(entry.name, waveform, targets, *place, events, entry.labelling)
+        return
+    length = round(segment_seconds * sample_rate)
+    for first in range(0, len(waveform), length):
+        part = waveform[first : first + length]
+        start, end = first / sample_rate, (first + len(part)) / sample_rate
+        inside = [
+            Event(event.label, max(event.onset - start, 0.0), min(event.offset, end) - start)
+            for event in events
+            if event.onset < end and event.offset > start
+        ]
+        name = f"{entry.name}#t={start:g},{end:g}"
+        yield Clip(name, part, sorted({event.label for event in inside}), *place, inside, entry.labelling)
 
 
 def _check_folder(raw: Path) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
+import main
 from prepare.audio import read_audio
-from prepare.clip_store import read_events, read_store_table
+from prepare.clip_store import Waveforms, open_store, read_events, read_store_table
 from prepare.demo import CLIP_SECONDS, EVENTS, LABELS, prepare_demo, synthesize_event
 from prepare.esc50 import LABELS as ESC50_LABELS
 from prepare.esc50 import prepare_esc50
@@ -118,3 +119,32 @@ def test_audio_is_resampled_and_mixed_down(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16000, subtype="FLOAT")
     with pytest.raises(ValueError, match="NaN"):
         read_audio(tmp_path / "nan.wav", 16000)
+
+
+def test_long_recordings_are_cut_with_their_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    soundfile.write(raw / "a.wav", np.arange(20000) / 32768, 8000, subtype="PCM_16")  # 2.5 s that say where they are
+    table = tmp_path / "events.tsv"
+    table.write_text(
+        "filename\tonset\toffset\tevent_label\tsplit\na.wav\t0.5\t1.25\towl\ttrain\na.wav\t2.1\t2.4\tbee\ttrain\n"
+    )
+    words = ["prepare", "--dataset_type", "folder", "--raw", str(raw), "--table", str(table), "--sample_rate", "8000"]
+    words += ["--dataset_path", str(tmp_path / "data"), "--clip_samples", "8000"]
+    assert main.main(words) == 0
+    assert "1 clips are longer than 1 s, up to 2.5 s" in capsys.readouterr().out
+    assert main.main([*words, "--segment_seconds", "1"]) == 0
+    assert "are longer" not in capsys.readouterr().out
+    store = read_store_table(tmp_path / "data" / "folder.h5")
+    assert [name.decode() for name in store.names] == ["a.wav#t=0,1", "a.wav#t=1,2", "a.wav#t=2,2.5"]
+    events = [[(e.label, round(e.onset, 6), round(e.offset, 6)) for e in clip] for clip in read_events(store.paths[0])]
+    assert events == [[(1, 0.5, 1.0)], [(1, 0.0, 0.25)], [(0, 0.1, 0.4)]]
+    assert store.targets.tolist() == [[False, True], [False, True], [True, False]]
+    assert (store.split == b"train").all()
+    with open_store(store.paths[0]) as file:
+        sound = Waveforms(file)
+        assert [len(sound.read(row)) for row in range(3)] == [8000, 8000, 4000]
+        assert abs(int(sound.read(1)[0]) - 8000) <= 1
+    table.write_text("filename\tlabel\na.wav\towl\n")
+    assert main.main([*words, "--segment_seconds", "1"]) == 2
+    assert "--segment_seconds 1 needs a table of events" in capsys.readouterr().err
