@@ -230,6 +230,8 @@ def test_any_number_of_processes_reports_the_same(tmp_path: Path, monkeypatch: p
         row=np.concatenate([first.row, second.row]),
         fold=np.concatenate([first.fold, second.fold]),
         split=np.concatenate([first.split, second.split]),
+        labelling=None,
+        events=[],
     )
     shuffled = np.random.default_rng(1).permutation(44)
     tables = {"train": joined.select(shuffled[:30]), "test": joined.select(shuffled[30:])}

@@ -1,9 +1,13 @@
 """Training on event times: what a batch brings, that labels follow the sound, teachers, and the whole command."""
 
 import pickle
+import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -12,10 +16,12 @@ from torch import Tensor
 import main
 from clip_dataset import FrameClipDataset
 from data_generator import SEDDataModule, event_seconds
+from evaluation.scores import load_scores
 from frame_training import FrameSEDWrapper, Targets, build_wrapper
 from model import build_model
 from model.checkpoint import read_checkpoint
 from prepare.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
+from prepare.demo import LABELS
 from pseudo_labels import TeacherWriter
 from samplers import FrameBalancedSampler, LabellingSampler
 from sed_model import SEDWrapper
@@ -105,12 +111,15 @@ def test_batches_have_the_shares_that_were_asked_for() -> None:
     assert len(drawn) == 64
     for batch in drawn.reshape(-1, 8):
         assert np.bincount(kinds[batch], minlength=3).tolist() == [4, 2, 2]
+        assert (kinds[batch] == kinds[batch[::-1]]).all()  # the partners of mixup, of which each knows as much
     strong = drawn[kinds[drawn] == STRONG]
     assert len(set(strong)) == len(strong)  # none twice before all were there
     halves = [list(LabellingSampler(kinds, [0.25, 0.25, 0.5], 8, seed=3, rank=rank, world=2)) for rank in (0, 1)]
     for half in halves:
         for batch in np.array(half).reshape(-1, 4):
             assert np.bincount(kinds[batch], minlength=3).tolist() == [2, 1, 1]
+    with pytest.raises(ValueError, match="leaves no strong clip among the 8 of a batch"):
+        LabellingSampler(kinds, [0.05, 0.45, 0.5], 8, seed=3)
     with pytest.raises(ValueError, match="no weak training clips"):
         LabellingSampler(kinds[kinds != WEAK], [0.5, 0.25, 0.25], 8, seed=3)
 
@@ -227,6 +236,25 @@ def test_mixup_mixes_what_is_known_alike(demo_workspace: Path, monkeypatch: pyte
         assert not torch.equal(frames[0], plain[0])
 
 
+def test_a_mask_lies_over_both_sounds_that_were_mixed(
+    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of each clip is masked, another half than its partner's: of mixed waveforms, nothing is left there."""
+
+    def mask_halves(logmel: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        keep = torch.ones_like(targets)
+        keep[:2, :16], keep[2:, 16:] = 0, 0
+        return logmel, targets * keep
+
+    monkeypatch.setattr("augment_features.mask_time", mask_halves)
+    settings = tiny(demo_workspace, mixup_alpha=0.5, mixup_waveforms=True, spec_augment=True)
+    wrapper, batch = first_batch(settings, clips=4)
+    frames = heard(wrapper, batch, monkeypatch)[1].frames
+    assert frames[:2, 16:].any()
+    assert not frames[:2, :16].any()
+    assert not frames[2:, 16:].any()
+
+
 def test_weak_clips_teach_by_their_classes(demo_workspace: Path) -> None:
     wrapper, batch = first_batch(tiny(demo_workspace, loss_type="weak_strong_bce"), clips=4)
     batch["labelling"] = torch.tensor([STRONG, WEAK, UNLABELLED, STRONG])
@@ -260,6 +288,8 @@ def test_a_teacher_has_its_share(demo_workspace: Path) -> None:
         ({"labelling_shares": [0.5, 0.6, 0.1]}, "0.25,0.25,0.5"),
         ({"labelling_shares": [0.5, 0.5, 0.0], "balanced_data": True}, "set one of them"),
         ({"distillation_weight": 1.5}, "at most 1"),
+        ({"balanced_by": "frames"}, "set --balanced_data True"),
+        ({"mixup_waveforms": True, "mixup_alpha": 0.0}, "no effect with mixup_alpha = 0"),
     ],
 )
 def test_settings_that_cannot_be(demo_workspace: Path, changes: dict[str, Any], message: str) -> None:
@@ -274,6 +304,190 @@ def test_data_without_times_is_refused(tmp_path: Path) -> None:
             writer.add(Clip(split, np.ones(8, np.int16), [1], split=split))
     with pytest.raises(ValueError, match="needs clips with event times for train"):
         SEDDataModule(tiny(tmp_path), ("train", "validation"))
+
+
+def test_processes_learn_from_all_their_clips_alike(
+    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, with 3 and 1 labelled clips, 1 and 2 with a teacher: the mean of their losses is that of one."""
+    settings = tiny(demo_workspace, loss_type="weak_strong_bce", htsat_drop_path=0.0)
+    wrapper, _ = first_batch(settings)
+    wrapper.sed_model.eval()
+    batch = SEDDataModule(settings, ("train",)).dataset("train").__getitems__(range(8))
+    batch["labelling"] = torch.tensor([STRONG, WEAK, STRONG, 0, 0, WEAK, 0, 0])
+    batch["teacher"] = torch.randn(8, 10, 4).half()
+    batch["has_teacher"] = torch.tensor([1, 0, 0, 0, 1, 1, 0, 0]).bool()
+    alone = wrapper.training_loss(batch)
+    totals = {3: 4.0, 1: 4.0, 2: 3.0}  # labelled clips; those with a teacher, of which 1 is taken apart below
+    losses = []
+    for rank, part in enumerate((slice(0, 4), slice(4, 8))):
+        events = batch["events"]
+        inside = (events.clip >= part.start) & (events.clip < part.stop)
+        columns = (events.clip[inside] - part.start, events.label[inside], events.onset[inside], events.offset[inside])
+        mine = {name: value[part] for name, value in batch.items() if isinstance(value, Tensor)}
+        calls = iter([4.0, 3.0])  # the sums over both processes, in the order in which they are asked for
+
+        class Strategy:
+            @staticmethod
+            def reduce(count: Tensor, reduce_op: str, sums: Any = calls) -> Tensor:
+                assert reduce_op == "sum"
+                return torch.tensor(next(sums))
+
+        trainer = type("Trainer", (), {"world_size": 2, "strategy": Strategy})()
+        with monkeypatch.context() as patch:
+            patch.setattr(wrapper, "_trainer", trainer)
+            patch.setattr(FrameSEDWrapper, "trainer", trainer)
+            losses.append(wrapper.training_loss({**mine, "events": type(events)(*columns)}))
+    torch.testing.assert_close(torch.stack(losses).mean(), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_clips_without_labels_validate_nothing(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper, batch = first_batch(tiny(demo_workspace, loss_type="weak_strong_bce"), clips=4)
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(wrapper, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    monkeypatch.setattr(FrameSEDWrapper, "trainer", type("Trainer", (), {"world_size": 1})())
+    batch["labelling"] = torch.tensor([STRONG, WEAK, UNLABELLED, STRONG])
+    found = []
+    for _ in range(2):
+        wrapper.eval().on_validation_epoch_start()
+        with torch.no_grad():
+            wrapper.validation_step(batch, 0)
+        wrapper.on_validation_epoch_end()
+        found.append(dict(logged))
+        batch["target"][2] = 1 - batch["target"][2]
+    assert found[0]["mAP"] > 0
+    assert found[0] == found[1]
+
+
+def changed_store(workspace: Path, folder: Path, change: Any) -> Path:
+    """A copy of the demo's data under `folder`, changed by a function of the open file; returns its dataset_path."""
+    folder.mkdir()
+    shutil.copy(workspace / "workspace/data/demo/demo.h5", folder / "demo.h5")
+    with h5py.File(folder / "demo.h5", "r+") as file:
+        change(file)
+    return folder
+
+
+def test_clip_labels_leave_out_what_has_none(demo_workspace: Path, tmp_path: Path) -> None:
+    """To clip_bce, a clip without labels would be one without any class."""
+
+    def forget(file: h5py.File) -> None:
+        file["labelling"][:4] = UNLABELLED
+        file["target"][:4] = False
+
+    place = str(changed_store(demo_workspace, tmp_path / "some", forget))
+    settings = tiny(demo_workspace, loss_type="clip_bce", dataset_path=place)
+    with pytest.warns(UserWarning, match="4 of 14 clips for train have no labels: clip_bce leaves them out"):
+        data = SEDDataModule(settings, ("train",))
+    assert len(data.tables["train"]) == 10
+    settings = tiny(demo_workspace, loss_type="weak_strong_bce", dataset_path=place)
+    with pytest.warns(UserWarning, match="4 of 14 training clips have no labels, and weak_strong_bce learns nothing"):
+        assert len(SEDDataModule(settings, ("train",)).tables["train"]) == 14
+
+
+def test_events_that_are_never_heard_are_told(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace, clip_samples=96000, balanced_data=True, balanced_by="frames")
+    with pytest.warns(UserWarning, match=r"\d+ of \d+ events for train begin after the 3 s"):
+        data = SEDDataModule(settings, ("train",))
+    table = data.tables["train"]
+    clip, _, seconds = event_seconds(table, 3.0)
+    assert 0 < seconds.min() <= seconds.max() <= 3.0
+    sampler = data.train_dataloader().sampler
+    assert isinstance(sampler, FrameBalancedSampler)
+    deaf = sorted(set(range(len(table))) - set(clip.tolist()))  # clips that sound after the 3 s only are silent
+    weight = np.diff(sampler.upto, prepend=0)
+    np.testing.assert_allclose(weight[deaf], 1 / len(deaf))
+
+
+def test_a_split_without_events_is_refused(demo_workspace: Path, tmp_path: Path) -> None:
+    def silence(file: h5py.File) -> None:
+        validating = np.flatnonzero(file["split"][:] == b"validation")
+        kept = ~np.isin(file["event_clip"][:], validating)
+        for name in ("event_clip", "event_class", "event_onset", "event_offset"):
+            column = file[name][:][kept]
+            del file[name]
+            file[name] = column
+
+    place = str(changed_store(demo_workspace, tmp_path / "silent", silence))
+    with pytest.raises(ValueError, match="No clip for validation in .* has an event"):
+        SEDDataModule(tiny(demo_workspace, dataset_path=place), ("train", "validation"))
+
+
+def test_a_teacher_of_clips_of_another_length_is_refused(demo_workspace: Path, tmp_path: Path) -> None:
+    data = SEDDataModule(tiny(demo_workspace), ("train",)).tables["train"]
+    names = [name.decode() for name in data.names]
+    for seconds, name in ((5.0, "short.h5"), (10.0, "long.h5")):
+        writer = TeacherWriter(tmp_path / name, labels=data.labels, steps=4, clip_seconds=seconds, source="test")
+        with writer:
+            writer.add(names[:7], np.zeros((7, 10, 4)))
+    with pytest.raises(ValueError, match="5 s a clip, and the network is given 10 s"):
+        SEDDataModule(tiny(demo_workspace, teacher_path=str(tmp_path / "short.h5")), ("train",))
+    with pytest.warns(UserWarning, match="has 50.0% of the 14 training clips"):
+        SEDDataModule(tiny(demo_workspace, teacher_path=str(tmp_path / "long.h5")), ("train",))
+
+
+def test_what_is_set_for_training_does_not_hinder_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.py as edited for a training on event times, while a checkpoint of clip labels is used."""
+    edited = types.ModuleType("config")
+    values = {**resolve({"loss_type": "frame_bce"}).model_dump(), "mean_teacher": 1.0, "gain_range": 3.0}
+    vars(edited).update({name: value for name, value in values.items()})
+    monkeypatch.setitem(sys.modules, "config", edited)
+    settings = resolve({}, checkpoint=resolve({"loss_type": "frame_bce"}).model_dump() | {"loss_type": "clip_bce"})
+    assert settings.loss_type == "clip_bce"
+
+
+def test_a_test_leaves_out_what_is_not_known(
+    demo_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Events found in a weak clip would be false alarms; an event after clip_samples could not be found."""
+    monkeypatch.chdir(tmp_path)
+
+    def forget(file: h5py.File) -> None:
+        first, second, _ = np.flatnonzero(file["split"][:] == b"test")
+        file["labelling"][first], file["labelling"][second] = WEAK, UNLABELLED
+
+    place = changed_store(demo_workspace, tmp_path / "known", forget)
+    settings = tiny(tmp_path, exp_name="known", clip_samples=160000)
+    content = {"state_dict": {f"sed_model.{k}": v for k, v in build_model(settings).state_dict().items()}}
+    torch.save({**content, "settings": settings.model_dump(), "labels": LABELS}, "known.ckpt")
+    words = ["test", "--resume_checkpoint", "known.ckpt", "--accelerator", "cpu", "--dataset_path", str(place)]
+    for local, clips, said in (("False", 2, "1 of 3 clips for test have no labels: they are left out"),
+                               ("True", 1, "2 of 3 clips for test have no event times: they are left out")):  # fmt: skip
+        assert main.main([*words, "--fl_local", local, "--heatmap_dir", "scores"]) == 0
+        assert said in capsys.readouterr().out
+        scores = load_scores(Path("scores/test.h5"))
+        assert len(scores.names) == clips
+    assert scores.events is not None
+    assert all(offset <= 5.0 for _, _, offset in scores.events[0])
+
+
+def test_a_run_stopped_in_an_epoch_keeps_its_mean_teacher(
+    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint in the middle of an epoch has the teacher of its step, not of the step before."""
+    monkeypatch.chdir(demo_workspace)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    words = ["train", *TINY_FLAGS, "--loss_type", "frame_bce", "--mean_teacher", "1", "--max_epoch", "1"]
+    words += ["--checkpoint_every_steps", "1", "--labelling_shares", "1,0,0", "--resume", "auto"]
+    whole = SEDWrapper.training_step
+
+    def stop(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 2:
+            raise ValueError("stopped")
+        return whole(self, batch, batch_idx)
+
+    assert main.main([*words, "--exp_name", "unbroken_teacher"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(SEDWrapper, "training_step", stop)
+        assert main.main([*words, "--exp_name", "stopped_teacher"]) == 2
+    assert main.main([*words, "--exp_name", "stopped_teacher"]) == 0
+    torch.set_num_threads(threads)
+    unbroken, stopped = (
+        torch.load(f"workspace/runs/{name}_teacher/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("unbroken", "stopped")
+    )
+    assert all(torch.equal(value, stopped[key]) for key, value in unbroken.items())
 
 
 def test_the_command_trains_and_goes_on(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
