@@ -1,7 +1,8 @@
-"""Every subcommand in a process of its own, one after another, as a newcomer would call them."""
+"""Subcommands one after another, as a newcomer would call them; the main ones in processes of their own."""
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -15,6 +16,18 @@ from tests.helpers import TINY_FLAGS, run_python
 
 BEST = Path("workspace/runs/htsat_demo/checkpoints/best.ckpt")
 SCORES = Path("workspace/runs/htsat_demo/scores")
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A command in this process, which has imported all that it needs: its output; it must succeed."""
+
+    def call(*words: str | Path, cwd: Path) -> str:
+        monkeypatch.chdir(cwd)
+        assert main.main(list(map(str, words))) == 0, words
+        return capsys.readouterr().out
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +115,12 @@ def test_test_localize_and_two_processes(trained: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_average_and_ensemble(trained: Path) -> None:
-    done = run_python("main.py", "weight_average", cwd=trained)
-    assert "the mean of 2 checkpoints" in done.stdout
+def test_average_and_ensemble(trained: Path, called: Callable[..., str]) -> None:
+    assert "the mean of 2 checkpoints" in called("weight_average", cwd=trained)
     average = Path("workspace/runs/htsat_demo/weight_average.ckpt")
     members = f"{BEST},{BEST},{average}"
-    done = run_python("main.py", "esm_test", "--esm_model_pathes", members, "--test_file", "esm", cwd=trained)
-    assert "test of 3 networks" in done.stdout
+    said = called("esm_test", "--esm_model_pathes", members, "--test_file", "esm", cwd=trained)
+    assert "test of 3 networks" in said
     summary = json.loads((trained / SCORES / "esm.json").read_text())
     assert summary["checkpoints"] == members.split(",")
 
@@ -134,8 +146,8 @@ def test_ensemble_of_one_network_is_that_network(trained: Path, monkeypatch: pyt
         np.testing.assert_allclose(a["clipwise"][:], b["clipwise"][:], atol=1e-6)
 
 
-def test_save_idc(trained: Path) -> None:
-    run_python("main.py", "save_idc", cwd=trained)
+def test_save_idc(trained: Path, called: Callable[..., str]) -> None:
+    called("save_idc", cwd=trained)
     data = trained / "workspace" / "data" / "demo"
     with np.load(data / "demo_classes.npz") as found, h5py.File(data / "demo.h5") as store:
         targets = store["target"][:][store["split"][:] == b"train"]
@@ -145,15 +157,15 @@ def test_save_idc(trained: Path) -> None:
             assert found["counts"][label] == len(clips)
 
 
-def test_check_compress_and_import(trained: Path, tmp_path: Path) -> None:
+def test_check_compress_and_import(trained: Path, tmp_path: Path, called: Callable[..., str]) -> None:
     """Their own tests look at what they do; here they run as a user runs them."""
-    assert "No problems found" in run_python("main.py", "check", cwd=trained).stdout
-    run_python("main.py", "prepare", "--clips", "10", cwd=tmp_path)
-    assert "MiB ->" in run_python("main.py", "compress", cwd=tmp_path).stdout
+    assert "No problems found" in called("check", cwd=trained)
+    called("prepare", "--clips", "10", cwd=tmp_path)
+    assert "MiB ->" in called("compress", cwd=tmp_path)
     clips = [{"name": f"{n}.wav", "target": n, "waveform": np.ones(100, np.float32) / 2} for n in range(3)]
     np.save(tmp_path / "esc-50-data.npy", np.array([clips] * 5, dtype=object), allow_pickle=True)
     flags = ("--dataset_type", "esc-50", "--legacy", "esc-50-data.npy")
-    assert "15 clips" in run_python("main.py", "import_legacy", *flags, cwd=tmp_path).stdout
+    assert "15 clips" in called("import_legacy", *flags, cwd=tmp_path)
 
 
 def test_predict(trained: Path, tmp_path: Path) -> None:
