@@ -15,6 +15,7 @@ from evaluation.mapping import mapping_labels
 from prepare.clip_store import (
     SPLITS,
     STRONG,
+    UNLABELLED,
     WEAK,
     ClipTable,
     open_store,
@@ -115,25 +116,103 @@ def labelling(table: ClipTable) -> np.ndarray:
 
 
 def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:
-    """Raise ValueError where a loss on frames has nothing to learn from, or no event times to choose an epoch by."""
-    least = STRONG if settings.loss_type == "frame_bce" else WEAK
+    """Raise ValueError where a loss on frames has nothing to learn from, or no event times to choose an epoch by.
+
+    Warns of clips that nothing is learned from, and of events that the network never hears.
+    """
+    least, end = STRONG if settings.loss_type == "frame_bce" else WEAK, settings.clip_samples / settings.sample_rate
     for split, table in tables.items():
-        if split != "test" and labelling(table).max() < (least if split == "train" else STRONG):
+        if split == "test":
+            continue
+        if labelling(table).max() < (least if split == "train" else STRONG):
             raise ValueError(
                 f"loss_type = {settings.loss_type} needs clips with event times for {split}, and {table.paths[0]} has "
                 f"none: prepare it with a table of events, or use clip_bce."
             )
-    others = int((labelling(tables["train"]) != STRONG).sum())
-    if others and settings.loss_type == "frame_bce" and not (settings.teacher_path or settings.mean_teacher):
+        heard, events = len(event_seconds(table, end)[0]), len(event_seconds(table)[0])
+        if not heard and (split == "validation" or least == STRONG):
+            raise ValueError(
+                f"No clip for {split} in {table.paths[0]} has an event in its first {end:g} s (clip_samples), where "
+                f"loss_type = {settings.loss_type} needs some: give some clips with events to this split."
+            )
+        if heard < events:
+            warnings.warn(
+                f"{events - heard} of {events} events for {split} begin after the {end:g} s of a clip that the network "
+                f"is given (clip_samples): they count for nothing. Cut longer recordings when they are prepared.",
+                stacklevel=2,
+            )
+    _tell_idle_clips(settings, tables["train"], least)
+
+
+def _tell_idle_clips(settings: Config, table: ClipTable, least: int) -> None:
+    """Warn of training clips that nothing is learned from, or that are never drawn."""
+    classless = int((~table.targets.any(axis=1)).sum())
+    if classless and settings.balanced_data and settings.balanced_by == "clips":
         warnings.warn(
-            f"{others} of {len(tables['train'])} training clips have no event times, and frame_bce learns nothing from "
-            f"them: weak_strong_bce takes their classes.",
-            stacklevel=2,
+            f"{classless} of {len(table)} training clips have no class: balanced_data never draws them. --balanced_by "
+            f"frames, or labelling_shares without balanced_data, would.",
+            stacklevel=3,
+        )
+    idle = int((labelling(table) < least).sum())
+    if idle and not (settings.teacher_path or settings.mean_teacher):
+        strong = settings.loss_type == "frame_bce"
+        warnings.warn(
+            f"{idle} of {len(table)} training clips have no {'event times' if strong else 'labels'}, and "
+            f"{settings.loss_type} learns nothing from them: "
+            f"{'weak_strong_bce takes the classes of weak clips, ' if strong else ''}"
+            f"mean_teacher and teacher_path take clips without labels.",
+            stacklevel=3,
         )
 
 
-def event_seconds(table: ClipTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of all events of a table's clips: the clip's place in the table, the class, and how long it is in seconds."""
+def open_teacher(settings: Config, table: ClipTable) -> TeacherLogits:
+    """The logits of teacher_path for the clips of a table. Warns where some clips have none.
+
+    Raises ValueError where the file is none, has none of the clips, or speaks of clips of another length.
+    """
+    teacher = TeacherLogits(Path(settings.teacher_path), table.labels)
+    seconds, covered = settings.clip_samples / settings.sample_rate, teacher.steps * teacher.step_seconds
+    if abs(covered - seconds) > teacher.step_seconds / 2:
+        raise ValueError(
+            f"{teacher.path} has logits of {covered:g} s a clip, and the network is given {seconds:g} s "
+            f"(clip_samples): the times would not match. Let a teacher with the same clip_samples write it."
+        )
+    share = teacher.check_covers([name.decode() for name in table.names])
+    if share < 1:
+        warnings.warn(
+            f"{teacher.path} has {share:.1%} of the {len(table)} training clips: the others have their labels alone.",
+            stacklevel=3,
+        )
+    return teacher
+
+
+def without_unlabelled(settings: Config, tables: Mapping[Split, ClipTable]) -> dict[Split, ClipTable]:
+    """The tables of a training on clips, for which a clip of which nothing is known would be one without any class.
+
+    Warns of what is left out; raises ValueError where nothing is left.
+    """
+    left = {}
+    for split, table in tables.items():
+        known = labelling(table) != UNLABELLED
+        left[split] = table if known.all() else table.select(known)
+        if not known.any():
+            raise ValueError(
+                f"{table.paths[0]} has no clips with labels for {split}, which {settings.loss_type} needs."
+            )
+        if not known.all():
+            warnings.warn(
+                f"{(~known).sum()} of {len(table)} clips for {split} have no labels: {settings.loss_type} leaves them "
+                f"out. weak_strong_bce can learn from them, with mean_teacher or teacher_path.",
+                stacklevel=3,
+            )
+    return left
+
+
+def event_seconds(table: ClipTable, end: float = np.inf) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a table's events: the clip's place in the table, the class, and how many seconds it has before `end`.
+
+    Events that begin there or later are left out.
+    """
     found = []
     for number, events in enumerate(table.events):
         clips = np.flatnonzero(table.path_number == number)
@@ -141,7 +220,8 @@ def event_seconds(table: ClipTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         place = np.repeat(clips, counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         event = np.repeat(events.starts[table.row[clips]], counts) + within
-        found.append((place, events.label[event], events.offset[event] - events.onset[event]))
+        seconds = np.minimum(events.offset[event], end) - events.onset[event]
+        found.append((place[seconds > 0], events.label[event][seconds > 0], seconds[seconds > 0]))
     if not found:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0)
     place, label, seconds = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -207,9 +287,9 @@ class SEDDataModule(pl.LightningDataModule):
         if settings.loss_type in FRAME_LOSSES and "train" in splits:
             check_times(settings, self.tables)
             if settings.teacher_path:
-                table = self.tables["train"]
-                self.teacher = TeacherLogits(Path(settings.teacher_path), table.labels)
-                self.teacher.check_covers([name.decode() for name in table.names])
+                self.teacher = open_teacher(settings, self.tables["train"])
+        elif "train" in splits and settings.test_split != "train":
+            self.tables = without_unlabelled(settings, self.tables)
 
     def dataset(self, split: Split) -> ClipDataset:
         settings = self.settings
@@ -237,7 +317,8 @@ class SEDDataModule(pl.LightningDataModule):
             part = self.settings.batch_size // self.settings.accumulate_batches
             sampler: EpochSampler = LabellingSampler(labelling(table), self.settings.labelling_shares, part, **share)
         elif self.settings.balanced_data and self.settings.balanced_by == "frames":
-            sampler = FrameBalancedSampler(event_seconds(table), len(table), **share)
+            end = self.settings.clip_samples / self.settings.sample_rate
+            sampler = FrameBalancedSampler(event_seconds(table, end), len(table), **share)
         elif self.settings.balanced_data:
             sampler = BalancedSampler(table.targets, **share)
         else:

@@ -15,7 +15,7 @@ from frame_targets import Events, rasterize, resample_steps
 from mean_teacher import MeanTeacher, ramp_up
 from model.htsat import HTSAT_Swin_Transformer, Outputs
 from model.losses import clip_bce, consistency, distillation_bce, frame_bce, weak_strong_bce
-from prepare.clip_store import STRONG
+from prepare.clip_store import STRONG, UNLABELLED
 from sed_model import Batch, SEDWrapper
 from settings import FRAME_LOSSES, Config
 from utils import do_mixup, get_mix_lambda, int16_to_float32
@@ -67,20 +67,20 @@ class FrameSEDWrapper(SEDWrapper):
     def training_loss(self, batch: Batch) -> Tensor:
         waveform, targets = self._hear(int16_to_float32(batch["waveform"]), batch)
         mixup_lambda = self._mixup_lambda(targets)
+        # A mask lies over both sounds of clips that are mixed before it, and over one of those that are mixed after.
         if self.settings.mixup_waveforms:
-            waveform = augment.mix_waveforms(waveform, mixup_lambda)
+            waveform, targets = augment.mix_waveforms(waveform, mixup_lambda), self._mixed(targets, mixup_lambda)
         logmel, targets = self._augment_features(self.sed_model.forward_frontend(waveform), targets)
         if not self.settings.mixup_waveforms:
-            logmel = do_mixup(logmel, mixup_lambda)
-        if self.settings.mixup_targets:
-            targets = targets.mixed(mixup_lambda)
+            logmel, targets = do_mixup(logmel, mixup_lambda), self._mixed(targets, mixup_lambda)
         outputs = self.sed_model.forward_logmel(logmel)
         loss = self._label_loss(outputs, targets)
         if targets.teacher is not None and targets.has_teacher is not None:
             # Of a batch whose clips all have a teacher: (1 - weight) of one and weight of the other.
-            share = self.settings.distillation_weight * targets.has_teacher.float().mean()
+            count, part = self._in_all_processes(targets.has_teacher)
+            share = self.settings.distillation_weight * count / (len(logmel) * self._world_size())
             taught = distillation_bce(outputs["framewise_logits"], targets.teacher, targets.has_teacher)
-            loss = (1 - share) * loss + share * taught
+            loss = (1 - share) * loss + share * part * taught
         return loss if self.teacher is None else loss + self._consistency(outputs, logmel)
 
     def _hear(self, waveform: Tensor, batch: Batch) -> tuple[Tensor, Targets]:
@@ -130,6 +130,9 @@ class FrameSEDWrapper(SEDWrapper):
             alike &= targets.has_teacher == targets.has_teacher.flip(0)
         return torch.where(alike, drawn, 1.0)
 
+    def _mixed(self, targets: Targets, mixup_lambda: Tensor) -> Targets:
+        return targets.mixed(mixup_lambda) if self.settings.mixup_targets else targets
+
     def _augment_features(self, logmel: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
         """The augmentations of the log-mel (B, F, T), normalized as bn0 leaves it."""
         settings = self.settings
@@ -149,9 +152,26 @@ class FrameSEDWrapper(SEDWrapper):
     def _label_loss(self, outputs: Outputs, targets: Targets) -> Tensor:
         logits, strong = outputs["framewise_logits"], targets.labelling == STRONG
         if self.settings.loss_type == "frame_bce":
-            return frame_bce(logits, targets.frames, strong.float())
+            return self._in_all_processes(strong)[1] * frame_bce(logits, targets.frames, strong.float())
         clip = outputs["clipwise_logits"], targets.clips
-        return weak_strong_bce(logits, targets.frames, *clip, targets.labelling, self.settings.weak_weight)
+        loss = weak_strong_bce(logits, targets.frames, *clip, targets.labelling, self.settings.weak_weight)
+        return self._in_all_processes(targets.labelling != UNLABELLED)[1] * loss
+
+    def _world_size(self) -> int:
+        return self._trainer.world_size if self._trainer else 1
+
+    def _in_all_processes(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """How many clips are chosen in the batches of all processes, and what a mean over those of (B,) counts here.
+
+        DistributedDataParallel averages over processes, which may have different numbers of clips with labels: so the
+        result is the mean over the clips.
+        """
+        here, world = chosen.sum().float(), self._world_size()
+        if world == 1:
+            return here, torch.ones_like(here)
+        total = self.trainer.strategy.reduce(here.clone(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total, here * world / total.clamp(min=1)
 
     def _consistency(self, outputs: Outputs, logmel: Tensor) -> Tensor:
         """How far the network is from its mean teacher, which hears the same features, in frames and clips."""
@@ -169,10 +189,11 @@ class FrameSEDWrapper(SEDWrapper):
         batches = self.trainer.num_training_batches if self._trainer else 1
         return self.current_epoch + min(self.batch_in_epoch / max(batches, 1), 1.0)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        whole_step = (batch_idx + 1) % self.settings.accumulate_batches == 0 or self.trainer.is_last_batch
-        if self.teacher is not None and whole_step:
-            self.teacher.update(self.sed_model, self.global_step - 1)
+    def optimizer_step(self, *words: Any, **more: Any) -> None:
+        """The mean teacher follows at once: a checkpoint in the middle of an epoch is written before other hooks."""
+        super().optimizer_step(*words, **more)
+        if self.teacher is not None:
+            self.teacher.update(self.sed_model, self.global_step)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -192,8 +213,9 @@ class FrameSEDWrapper(SEDWrapper):
             if not collected:
                 continue
             _, clips, targets, frames, frame_targets, labelling = self._gather(collected)
-            strong = labelling == STRONG
+            strong, labelled = labelling == STRONG, labelling != UNLABELLED
             frames, frame_targets = frames[strong], frame_targets[strong]
+            clips, targets = clips[labelled], targets[labelled]
             metrics = [frame_metric(frames, frame_targets >= 0.5), *clip_metrics(self.task, clips, targets > 0.5)]
             for metric in metrics:
                 shown = not prefix and metric.name in (FRAME_METRIC, "mAP")

@@ -103,7 +103,8 @@ class LabellingSampler(EpochSampler):
     """Batches in which strong, weak and unlabelled clips have given shares, as the DCASE baselines have them.
 
     Each kind is gone through in a random order, and again when it is used up. An epoch has as many draws as there are
-    clips. Each process has the same shares.
+    clips. Each process has the same shares. The kinds stand in a batch as they do in the reversed batch, from which
+    mixup takes partners; where two kinds have odd numbers, one pair differs.
     """
 
     def __init__(
@@ -117,15 +118,23 @@ class LabellingSampler(EpochSampler):
         world: int = 1,
     ) -> None:
         """labelling: (N,) STRONG, WEAK or UNLABELLED; shares: of strong, weak, unlabelled clips, their sum is 1; batch:
-        clips of a batch, all processes together. Raises ValueError where a kind is asked for that there is none of.
+        clips of a batch, all processes together. Raises ValueError where a kind is asked for that there is none of, and
+        where a process's part of a batch has no place for one.
         """
         super().__init__(len(labelling), seed=seed, rank=rank, world=world)
         self.kinds = [np.flatnonzero(labelling == kind) for kind in (STRONG, WEAK, UNLABELLED)]
         counts = np.diff([0, *np.rint(np.cumsum(shares) * (batch // world)).astype(int)])  # of one process
-        for name, clips, count in zip(("strong", "weak", "unlabelled"), self.kinds, counts, strict=True):
-            if count and not len(clips):
+        for name, clips, share, count in zip(("strong", "weak", "unlabelled"), self.kinds, shares, counts, strict=True):
+            if share and not len(clips):
                 raise ValueError(f"labelling_shares = {list(shares)}, but there are no {name} training clips.")
-        self.pattern = np.repeat(np.arange(3), counts * world)  # (batch,) kinds; the draws are dealt out in turn
+            if share and not count:
+                raise ValueError(
+                    f"labelling_shares = {list(shares)} leaves no {name} clip among the {batch // world} of a batch: "
+                    f"raise that share, or batch_size."
+                )
+        kinds = np.repeat(np.arange(3), counts)
+        # The draws are dealt out to the processes in turn: `world` neighbours are one place of their batches.
+        self.pattern = np.repeat(np.concatenate([kinds[::2], kinds[1::2][::-1]]), world)  # (batch,)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         order = np.resize(self.pattern, self.length)

@@ -224,6 +224,8 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
     values = _execute({**session, **trained, **given})
     config = _config_class()(**{name: known[name].check(values[name]) for name in known})
     _check_together(config)
+    if "loss_type" not in trained:  # else it is a checkpoint that is used: what config.py says of training is idle
+        _check_frame_training(config)
     return config
 
 
@@ -276,7 +278,6 @@ def _check_together(config: Config) -> None:
         raise ValueError(f"window_overlap = {config.window_overlap} is not allowed: it must be 0 or more, and below 1.")
     if not config.tta_shifts:
         raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
-    _check_frame_training(config)
     if config.loss_type == "clip_ce" and config.task == "multilabel":
         raise ValueError(
             "loss_type = clip_ce expects one class a clip, but task = multilabel allows several: use clip_bce or "
@@ -291,6 +292,12 @@ def _check_frame_training(config: Config) -> None:
     asked += ["balanced_by = frames"] if config.balanced_by == "frames" else []
     if asked and not frames:
         raise ValueError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")
+    if config.balanced_by == "frames" and not config.balanced_data:
+        raise ValueError(
+            "balanced_by = frames says how balanced_data draws the classes: set --balanced_data True, too."
+        )
+    if config.mixup_waveforms and not config.mixup_alpha:
+        raise ValueError("mixup_waveforms has no effect with mixup_alpha = 0: set mixup_alpha, as 0.5.")
     if frames and config.task == "single_label":
         raise ValueError(f"loss_type = {config.loss_type} learns several classes a clip: set task = multilabel.")
     if frames and (config.enable_token_label or config.enable_label_enhance or config.enable_repeat_mode):

@@ -12,11 +12,11 @@ import pytorch_lightning as pl
 from commands._ledger import NOT_THE_EXPERIMENT
 from commands._records import git_revision
 from commands._trainer import checkpoint_folder, chosen_by
-from data_generator import SEDDataModule, Split, load_table
+from data_generator import SEDDataModule, Split, labelling, load_table
 from evaluation.metrics import Metric
 from model.checkpoint import COMPUTED, FRONTEND, PREFIX, read_checkpoint
-from prepare.clip_store import ClipTable
-from settings import FRONTEND_SETTINGS, Config, all_settings, resolve
+from prepare.clip_store import STRONG, ClipTable
+from settings import FRAME_LOSSES, FRONTEND_SETTINGS, Config, all_settings, resolve
 
 LIBRARY = "hts-at"
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm: measured, not learned
@@ -75,6 +75,8 @@ def write_run_card(settings: Config, data: SEDDataModule, trainer: pl.Trainer) -
     best = checkpoint_folder(settings) / "best.ckpt"
     checkpoint = read_checkpoint(best)
     table = data.tables["validation"]
+    if settings.loss_type in FRAME_LOSSES:  # frame_mAP is taken over the clips with event times
+        table = table.select(labelling(table) == STRONG)
     score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     metrics = []
     if score is not None:

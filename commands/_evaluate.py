@@ -253,15 +253,16 @@ def collect_scores(module: Evaluation, settings: Config, table: ClipTable, plan:
     framewise = module.test_framewise
     clip_seconds = settings.clip_samples / settings.sample_rate
     scored = table.select(chosen)
+    durations = clip_durations(scored, clip_seconds)
     return Scores(
         names=[name.decode() for name in scored.names],
         clipwise=module.test_clipwise,
         targets=module.test_targets,
-        durations=clip_durations(scored, clip_seconds),
+        durations=durations,
         labels=module.labels,
         framewise=framewise,
         seconds_per_frame=clip_seconds / framewise.shape[1] if framewise is not None else 0.0,
-        events=clip_events(scored) if framewise is not None else None,
+        events=clip_events(scored, durations) if framewise is not None else None,
         clip_index=plan.share[chosen],
         attributes=plan.attributes,
     )
@@ -278,10 +279,13 @@ def clip_durations(table: ClipTable, clip_seconds: float) -> np.ndarray:
     return np.minimum(durations, clip_seconds)
 
 
-def clip_events(table: ClipTable) -> list[EventList] | None:
-    """True events of each clip, or None where the data has no times."""
+def clip_events(table: ClipTable, durations: np.ndarray) -> list[EventList] | None:
+    """True events of each clip as far as it was scored, (N,) seconds; None where the data has no times."""
     events = {number: read_events(path) for number, path in enumerate(table.paths)}
     if not any(any(clips) for clips in events.values()):
         return None
-    places = zip(table.path_number.tolist(), table.row.tolist(), strict=True)
-    return [[(e.label, e.onset, e.offset) for e in events[number][row]] for number, row in places]
+    places = zip(table.path_number.tolist(), table.row.tolist(), durations.tolist(), strict=True)
+    return [
+        [(e.label, e.onset, min(e.offset, end)) for e in events[number][row] if e.onset < end]
+        for number, row, end in places
+    ]

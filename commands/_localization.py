@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from commands._ledger import file_sha256
-from data_generator import AUDIOSET_CLASSES, SEDDataModule
+from commands._records import is_first_process
+from data_generator import AUDIOSET_CLASSES, SEDDataModule, labelling
 from evaluation.mapping import ClassMapping, load_mapping
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import shard_path
 from model.checkpoint import Checkpoint, read_checkpoint
-from prepare.clip_store import ClipTable
+from prepare.clip_store import STRONG, UNLABELLED, ClipTable
 from prepare.labels import audioset_mids
 from sed_model import Evaluation
 from settings import FRONTEND_SETTINGS, Config
@@ -53,7 +54,7 @@ def plan_test(
 
     known: the classes of the checkpoints. Raises ValueError where test_shard is none.
     """
-    table = data.tables[settings.test_split]
+    table = data.tables[settings.test_split] = known_clips(settings, data.tables[settings.test_split])
     module.mapping = class_mapping(known, settings, table)
     if module.mapping is not None:
         module.labels = list(module.mapping.labels)
@@ -76,6 +77,26 @@ def plan_test(
     if count > 1:
         data.tables[settings.test_split] = table.select(share)
     return TestPlan(name, len(table), share, attributes)
+
+
+def known_clips(settings: Config, table: ClipTable) -> ClipTable:
+    """The clips of a table whose truth is known, as a test needs it; it says which are left out.
+
+    Those of which nothing is known, and with fl_local, where some clips have event times, those without: every event
+    found in them would be counted as a false alarm. Raises ValueError where no clip is left.
+    """
+    kinds = labelling(table)
+    times = settings.fl_local and bool((kinds == STRONG).any())
+    known = kinds == STRONG if times else kinds != UNLABELLED
+    what = "event times" if times else "labels"
+    lacking = f"{(~known).sum()} of {len(table)} clips for {settings.test_split} have no {what}"
+    if not known.any():
+        raise ValueError(f"{lacking} ({table.paths[0]}): there is nothing to test against.")
+    if known.all():
+        return table
+    if is_first_process():
+        print(f"{lacking}: they are left out.")
+    return table.select(known)
 
 
 def reported_split(settings: Config) -> str:

@@ -83,8 +83,8 @@ def check_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Me
         if network.steps != networks[0].steps:
             raise ValueError(
                 f"{member.checkpoint.path} gives {network.steps} steps for a clip, {members[0].checkpoint.path} "
-                f"{networks[0].steps}: their frame scores cannot be averaged. Give members with as many stages "
-                f"(htsat_depth), the same htsat_stride and the same mel_bins."
+                f"{networks[0].steps}: their frame scores cannot be averaged. Give members with the same "
+                f"htsat_readout_stage, htsat_time_stride, htsat_stride and mel_bins, and as many stages (htsat_depth)."
             )
 
 

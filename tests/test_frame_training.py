@@ -1,13 +1,9 @@
 """Training on event times: what a batch brings, that labels follow the sound, teachers, and the whole command."""
 
 import pickle
-import shutil
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -16,12 +12,10 @@ from torch import Tensor
 import main
 from clip_dataset import FrameClipDataset
 from data_generator import SEDDataModule, event_seconds
-from evaluation.scores import load_scores
 from frame_training import FrameSEDWrapper, Targets, build_wrapper
 from model import build_model
 from model.checkpoint import read_checkpoint
 from prepare.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
-from prepare.demo import LABELS
 from pseudo_labels import TeacherWriter
 from samplers import FrameBalancedSampler, LabellingSampler
 from sed_model import SEDWrapper
@@ -145,7 +139,7 @@ def test_the_loss_says_which_training(demo_workspace: Path) -> None:
 
 def test_times_are_learned_by_heart(demo_workspace: Path) -> None:
     settings = tiny(demo_workspace, htsat_drop_path=0.0, htsat_readout_stage=3)
-    wrapper, batch = first_batch(settings)
+    wrapper, batch = first_batch(settings, clips=4)
     optimizer = torch.optim.AdamW(wrapper.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(120):
         loss = wrapper.training_step(batch, 0)
@@ -236,9 +230,7 @@ def test_mixup_mixes_what_is_known_alike(demo_workspace: Path, monkeypatch: pyte
         assert not torch.equal(frames[0], plain[0])
 
 
-def test_a_mask_lies_over_both_sounds_that_were_mixed(
-    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mask_lies_over_both_sounds_that_were_mixed(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of each clip is masked, another half than its partner's: of mixed waveforms, nothing is left there."""
 
     def mask_halves(logmel: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,9 +298,7 @@ def test_data_without_times_is_refused(tmp_path: Path) -> None:
         SEDDataModule(tiny(tmp_path), ("train", "validation"))
 
 
-def test_processes_learn_from_all_their_clips_alike(
-    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_learn_from_all_their_clips_alike(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes, with 3 and 1 labelled clips, 1 and 2 with a teacher: the mean of their losses is that of one."""
     settings = tiny(demo_workspace, loss_type="weak_strong_bce", htsat_drop_path=0.0)
     wrapper, _ = first_batch(settings)
@@ -318,9 +308,8 @@ def test_processes_learn_from_all_their_clips_alike(
     batch["teacher"] = torch.randn(8, 10, 4).half()
     batch["has_teacher"] = torch.tensor([1, 0, 0, 0, 1, 1, 0, 0]).bool()
     alone = wrapper.training_loss(batch)
-    totals = {3: 4.0, 1: 4.0, 2: 3.0}  # labelled clips; those with a teacher, of which 1 is taken apart below
     losses = []
-    for rank, part in enumerate((slice(0, 4), slice(4, 8))):
+    for part in (slice(0, 4), slice(4, 8)):
         events = batch["events"]
         inside = (events.clip >= part.start) & (events.clip < part.stop)
         columns = (events.clip[inside] - part.start, events.label[inside], events.onset[inside], events.offset[inside])
@@ -341,155 +330,6 @@ def test_processes_learn_from_all_their_clips_alike(
     torch.testing.assert_close(torch.stack(losses).mean(), alone, rtol=1e-5, atol=1e-6)
 
 
-def test_clips_without_labels_validate_nothing(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapper, batch = first_batch(tiny(demo_workspace, loss_type="weak_strong_bce"), clips=4)
-    logged: dict[str, float] = {}
-    monkeypatch.setattr(wrapper, "log", lambda name, value, **_: logged.update({name: float(value)}))
-    monkeypatch.setattr(FrameSEDWrapper, "trainer", type("Trainer", (), {"world_size": 1})())
-    batch["labelling"] = torch.tensor([STRONG, WEAK, UNLABELLED, STRONG])
-    found = []
-    for _ in range(2):
-        wrapper.eval().on_validation_epoch_start()
-        with torch.no_grad():
-            wrapper.validation_step(batch, 0)
-        wrapper.on_validation_epoch_end()
-        found.append(dict(logged))
-        batch["target"][2] = 1 - batch["target"][2]
-    assert found[0]["mAP"] > 0
-    assert found[0] == found[1]
-
-
-def changed_store(workspace: Path, folder: Path, change: Any) -> Path:
-    """A copy of the demo's data under `folder`, changed by a function of the open file; returns its dataset_path."""
-    folder.mkdir()
-    shutil.copy(workspace / "workspace/data/demo/demo.h5", folder / "demo.h5")
-    with h5py.File(folder / "demo.h5", "r+") as file:
-        change(file)
-    return folder
-
-
-def test_clip_labels_leave_out_what_has_none(demo_workspace: Path, tmp_path: Path) -> None:
-    """To clip_bce, a clip without labels would be one without any class."""
-
-    def forget(file: h5py.File) -> None:
-        file["labelling"][:4] = UNLABELLED
-        file["target"][:4] = False
-
-    place = str(changed_store(demo_workspace, tmp_path / "some", forget))
-    settings = tiny(demo_workspace, loss_type="clip_bce", dataset_path=place)
-    with pytest.warns(UserWarning, match="4 of 14 clips for train have no labels: clip_bce leaves them out"):
-        data = SEDDataModule(settings, ("train",))
-    assert len(data.tables["train"]) == 10
-    settings = tiny(demo_workspace, loss_type="weak_strong_bce", dataset_path=place)
-    with pytest.warns(UserWarning, match="4 of 14 training clips have no labels, and weak_strong_bce learns nothing"):
-        assert len(SEDDataModule(settings, ("train",)).tables["train"]) == 14
-
-
-def test_events_that_are_never_heard_are_told(demo_workspace: Path) -> None:
-    settings = tiny(demo_workspace, clip_samples=96000, balanced_data=True, balanced_by="frames")
-    with pytest.warns(UserWarning, match=r"\d+ of \d+ events for train begin after the 3 s"):
-        data = SEDDataModule(settings, ("train",))
-    table = data.tables["train"]
-    clip, _, seconds = event_seconds(table, 3.0)
-    assert 0 < seconds.min() <= seconds.max() <= 3.0
-    sampler = data.train_dataloader().sampler
-    assert isinstance(sampler, FrameBalancedSampler)
-    deaf = sorted(set(range(len(table))) - set(clip.tolist()))  # clips that sound after the 3 s only are silent
-    weight = np.diff(sampler.upto, prepend=0)
-    np.testing.assert_allclose(weight[deaf], 1 / len(deaf))
-
-
-def test_a_split_without_events_is_refused(demo_workspace: Path, tmp_path: Path) -> None:
-    def silence(file: h5py.File) -> None:
-        validating = np.flatnonzero(file["split"][:] == b"validation")
-        kept = ~np.isin(file["event_clip"][:], validating)
-        for name in ("event_clip", "event_class", "event_onset", "event_offset"):
-            column = file[name][:][kept]
-            del file[name]
-            file[name] = column
-
-    place = str(changed_store(demo_workspace, tmp_path / "silent", silence))
-    with pytest.raises(ValueError, match="No clip for validation in .* has an event"):
-        SEDDataModule(tiny(demo_workspace, dataset_path=place), ("train", "validation"))
-
-
-def test_a_teacher_of_clips_of_another_length_is_refused(demo_workspace: Path, tmp_path: Path) -> None:
-    data = SEDDataModule(tiny(demo_workspace), ("train",)).tables["train"]
-    names = [name.decode() for name in data.names]
-    for seconds, name in ((5.0, "short.h5"), (10.0, "long.h5")):
-        writer = TeacherWriter(tmp_path / name, labels=data.labels, steps=4, clip_seconds=seconds, source="test")
-        with writer:
-            writer.add(names[:7], np.zeros((7, 10, 4)))
-    with pytest.raises(ValueError, match="5 s a clip, and the network is given 10 s"):
-        SEDDataModule(tiny(demo_workspace, teacher_path=str(tmp_path / "short.h5")), ("train",))
-    with pytest.warns(UserWarning, match="has 50.0% of the 14 training clips"):
-        SEDDataModule(tiny(demo_workspace, teacher_path=str(tmp_path / "long.h5")), ("train",))
-
-
-def test_what_is_set_for_training_does_not_hinder_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """config.py as edited for a training on event times, while a checkpoint of clip labels is used."""
-    edited = types.ModuleType("config")
-    values = {**resolve({"loss_type": "frame_bce"}).model_dump(), "mean_teacher": 1.0, "gain_range": 3.0}
-    vars(edited).update({name: value for name, value in values.items()})
-    monkeypatch.setitem(sys.modules, "config", edited)
-    settings = resolve({}, checkpoint=resolve({"loss_type": "frame_bce"}).model_dump() | {"loss_type": "clip_bce"})
-    assert settings.loss_type == "clip_bce"
-
-
-def test_a_test_leaves_out_what_is_not_known(
-    demo_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Events found in a weak clip would be false alarms; an event after clip_samples could not be found."""
-    monkeypatch.chdir(tmp_path)
-
-    def forget(file: h5py.File) -> None:
-        first, second, _ = np.flatnonzero(file["split"][:] == b"test")
-        file["labelling"][first], file["labelling"][second] = WEAK, UNLABELLED
-
-    place = changed_store(demo_workspace, tmp_path / "known", forget)
-    settings = tiny(tmp_path, exp_name="known", clip_samples=160000)
-    content = {"state_dict": {f"sed_model.{k}": v for k, v in build_model(settings).state_dict().items()}}
-    torch.save({**content, "settings": settings.model_dump(), "labels": LABELS}, "known.ckpt")
-    words = ["test", "--resume_checkpoint", "known.ckpt", "--accelerator", "cpu", "--dataset_path", str(place)]
-    for local, clips, said in (("False", 2, "1 of 3 clips for test have no labels: they are left out"),
-                               ("True", 1, "2 of 3 clips for test have no event times: they are left out")):  # fmt: skip
-        assert main.main([*words, "--fl_local", local, "--heatmap_dir", "scores"]) == 0
-        assert said in capsys.readouterr().out
-        scores = load_scores(Path("scores/test.h5"))
-        assert len(scores.names) == clips
-    assert scores.events is not None
-    assert all(offset <= 5.0 for _, _, offset in scores.events[0])
-
-
-def test_a_run_stopped_in_an_epoch_keeps_its_mean_teacher(
-    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The checkpoint in the middle of an epoch has the teacher of its step, not of the step before."""
-    monkeypatch.chdir(demo_workspace)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    words = ["train", *TINY_FLAGS, "--loss_type", "frame_bce", "--mean_teacher", "1", "--max_epoch", "1"]
-    words += ["--checkpoint_every_steps", "1", "--labelling_shares", "1,0,0", "--resume", "auto"]
-    whole = SEDWrapper.training_step
-
-    def stop(self: Any, batch: Any, batch_idx: int) -> Any:
-        if self.global_step == 2:
-            raise ValueError("stopped")
-        return whole(self, batch, batch_idx)
-
-    assert main.main([*words, "--exp_name", "unbroken_teacher"]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(SEDWrapper, "training_step", stop)
-        assert main.main([*words, "--exp_name", "stopped_teacher"]) == 2
-    assert main.main([*words, "--exp_name", "stopped_teacher"]) == 0
-    torch.set_num_threads(threads)
-    unbroken, stopped = (
-        torch.load(f"workspace/runs/{name}_teacher/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for name in ("unbroken", "stopped")
-    )
-    assert all(torch.equal(value, stopped[key]) for key, value in unbroken.items())
-
-
 def test_the_command_trains_and_goes_on(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With everything at once; a run that is gone on with ends with the weights of an unbroken one, teacher and all."""
     monkeypatch.chdir(demo_workspace)
@@ -506,8 +346,18 @@ def test_the_command_trains_and_goes_on(demo_workspace: Path, monkeypatch: pytes
         "2,2,2",
     ]
     assert main.main([*words, "--exp_name", "frames", "--max_epoch", "2"]) == 0
-    assert main.main([*words, "--exp_name", "broken", "--max_epoch", "1"]) == 0
-    assert main.main([*words, "--exp_name", "broken", "--max_epoch", "2", "--resume", "auto"]) == 0
+    whole_step = SEDWrapper.training_step
+
+    def stop(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 6:  # in the middle of the second epoch
+            raise ValueError("stopped")
+        return whole_step(self, batch, batch_idx)
+
+    words += ["--exp_name", "broken", "--max_epoch", "2", "--checkpoint_every_steps", "1", "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SEDWrapper, "training_step", stop)
+        assert main.main(words) == 2
+    assert main.main(words) == 0
     whole, broken = (
         torch.load(f"workspace/runs/{name}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for name in ("frames", "broken")

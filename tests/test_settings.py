@@ -133,3 +133,12 @@ def test_unknown_flag_names_the_close_one(capsys: pytest.CaptureFixture[str]) ->
         main.main(["train", "--max_epochs", "3"])
     assert left.value.code == 2
     assert "Did you mean max_epoch" in capsys.readouterr().err
+
+
+def test_what_is_set_for_training_does_not_hinder_a_test(notebook_config: ModuleType) -> None:
+    """config.py as edited for a training on event times, while a checkpoint of clip labels is used."""
+    vars(notebook_config).update(loss_type="frame_bce", mean_teacher=1.0)
+    trained = {**resolve().model_dump(), "loss_type": "clip_bce"}
+    assert resolve({}, checkpoint=trained).loss_type == "clip_bce"
+    with pytest.raises(ValueError, match="mean_teacher: only loss_type = frame_bce"):
+        resolve({"loss_type": "clip_bce"})

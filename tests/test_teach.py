@@ -22,6 +22,7 @@ from tests.helpers import TINY
 from utils import int16_to_float32
 
 COARSE: dict[str, Any] = {}
+TEN = {"classes_num": 10}
 FINE = {"htsat_depth": "1,1,1", "htsat_num_head": "1,2,4"}  # a stage less: steps half as long
 
 
@@ -145,14 +146,16 @@ def test_all_splits_and_clips_that_cannot_be_read(capsys: pytest.CaptureFixture[
         assert [name for name in everything if name not in written] == [lost]
 
 
-def test_clips_without_times_can_be_taught_by_a_network_trained_on_times() -> None:
-    save_checkpoint(Path("frames.ckpt"), 4, changed={"loss_type": "frame_bce"})
-    shutil.copytree("workspace/data/demo", "unlabelled")
-    with h5py.File("unlabelled/demo.h5", "r+") as store:
+def test_clips_without_times_can_be_taught_by_a_network_trained_on_times(capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(Path("frames.ckpt"), 4, changed={"loss_type": "frame_bce", "dataset_type": "folder", **TEN})
+    Path("unlabelled").mkdir()
+    shutil.copy("workspace/data/demo/demo.h5", "unlabelled/folder.h5")
+    with h5py.File("unlabelled/folder.h5", "r+") as store:
         store["labelling"][:] = 0
         store["target"][:] = False
     flags = ["--resume_checkpoint", "frames.ckpt", "--output", "frames.h5", "--dataset_path", "unlabelled"]
     assert teach(*flags) == 0
+    assert "train --dataset_type folder --classes_num 10 --loss_type" in capsys.readouterr().out
     with h5py.File("frames.h5") as file:
         np.testing.assert_allclose(file["strong_logits"][:], answers("frames.ckpt")[1], rtol=1e-3, atol=1e-3)
 
