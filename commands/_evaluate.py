@@ -30,7 +30,7 @@ from commands._records import (
     print_metrics,
     write_json,
 )
-from commands._trainer import build_trainer
+from commands._trainer import build_trainer, interruptible
 from data_generator import SEDDataModule
 from evaluation.mapping import NAMED, ClassMapping
 from evaluation.metrics import Metric, with_interval
@@ -173,7 +173,8 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
         if whole:
             check_ledger(ledger)
     trainer: pl.Trainer = build_trainer(settings, steps_per_epoch=None)
-    trainer.test(module, data, verbose=False)
+    with interruptible(trainer):
+        trainer.test(module, data, verbose=False)
     if not is_first_process():
         return []
     table = data.tables[settings.test_split]

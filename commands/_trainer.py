@@ -5,6 +5,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -116,6 +118,17 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         limit_val_batches=DEBUG_BATCHES if settings.debug else 1.0,
         limit_test_batches=DEBUG_BATCHES if settings.debug else 1.0,
     )
+
+
+@contextmanager
+def interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """Ctrl-C in a fit or test ends as KeyboardInterrupt, which Lightning turns into SystemExit."""
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _loggers(settings: Config) -> list[Any]:

@@ -9,7 +9,7 @@ from commands._card import write_run_card
 from commands._evaluate import checkpoint_labels
 from commands._performance import compile_network, settle
 from commands._records import is_first_process, print_first_page, save_provenance
-from commands._trainer import build_trainer, checkpoint_folder, process_count
+from commands._trainer import build_trainer, checkpoint_folder, interruptible, process_count
 from data_generator import SEDDataModule, Split
 from frame_training import build_wrapper
 from model import build_model
@@ -63,12 +63,8 @@ def run(given: dict[str, Any]) -> None:
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
     trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(process_count(settings)))
-    try:
+    with interruptible(trainer):
         trainer.fit(wrapper, data, ckpt_path=str(resumed.path) if resumed else None, weights_only=True)
-    except SystemExit:  # so Lightning ends a run that was interrupted at the keyboard
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
     if is_first_process():
         best = checkpoint_folder(settings) / "best.ckpt"
         value = trainer.callback_metrics.get(wrapper.main_metric)

@@ -2,11 +2,13 @@
 
 import importlib
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import main
+from tests.helpers import TINY_FLAGS
 
 NEEDED = {"predict": ["a.wav"], "import_legacy": ["--legacy", "a.npy"]}
 
@@ -29,3 +31,19 @@ def test_what_an_interruption_leaves(
 
 def test_every_command_that_goes_on_exists() -> None:
     assert main.GOES_ON.keys() <= main.COMMANDS.keys()
+
+
+def test_an_interrupted_test_says_so(
+    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning ends with SystemExit where it is interrupted; main's line is said all the same."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(demo_workspace)
+    assert main.main(["train", *TINY_FLAGS, "--max_epoch", "1", "--debug", "True", "--exp_name", "interrupted"]) == 0
+    monkeypatch.setattr("sed_model.Evaluation.test_step", interrupt)
+    best = "workspace/runs/interrupted/checkpoints/best.ckpt"
+    assert main.main(["test", "--resume_checkpoint", best, "--accelerator", "cpu"]) == 130
+    assert "starts anew" in capsys.readouterr().err
