@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from frame_targets import Events
-from prepare.clip_store import STRONG, UNREADABLE, WEAK, ClipTable, Waveforms, open_store
+from prepare.clip_store import STRONG, UNREADABLE, ClipTable, Waveforms, labelling, open_store
 from pseudo_labels import TeacherLogits
 
 Batch = dict[str, Any]
@@ -122,6 +122,7 @@ class FrameClipDataset(ClipDataset):
         """sample_rate in Hz; the others as ClipDataset's. Raises ValueError where no clip is among the teacher's."""
         super().__init__(*words, **more)
         self.sample_rate, self.teacher = sample_rate, teacher
+        self.labelling = labelling(self.table)
         if teacher is not None:
             self.teacher_rows = teacher.rows([name.decode() for name in self.table.names])
 
@@ -135,14 +136,13 @@ class FrameClipDataset(ClipDataset):
         # The clips that were handed over, which may stand in for others; an unreadable one of a test is silent.
         readable = batch["index"] != UNREADABLE
         chosen = torch.where(readable, batch["index"], 0).tolist()
-        table, lengths = self.table, batch["real_len"].tolist()
-        kinds = np.full(len(table), WEAK, dtype=np.int8) if table.labelling is None else table.labelling
-        batch["labelling"] = torch.from_numpy(kinds[chosen])
+        lengths = batch["real_len"].tolist()
+        batch["labelling"] = torch.from_numpy(self.labelling[chosen])
         batch["events"] = self._events(
             [
                 (place, index, length)
                 for place, (index, length) in enumerate(zip(chosen, lengths, strict=True))
-                if length and kinds[index] == STRONG
+                if length and self.labelling[index] == STRONG
             ]
         )
         if self.teacher is not None:

@@ -18,6 +18,7 @@ from prepare.clip_store import (
     UNLABELLED,
     WEAK,
     ClipTable,
+    labelling,
     open_store,
     read_index_table,
     read_store_table,
@@ -108,11 +109,6 @@ def _split_table(settings: Config, split: Split, store: Path) -> ClipTable:
         return table.select(table.fold == following)
     held_out = [settings.esc_fold] if settings.protocol == "paper" else [settings.esc_fold, following]
     return table.select(~np.isin(table.fold, held_out))
-
-
-def labelling(table: ClipTable) -> np.ndarray:
-    """(N,) what is known of each clip: STRONG, WEAK or UNLABELLED."""
-    return np.full(len(table), WEAK, dtype=np.int8) if table.labelling is None else table.labelling
 
 
 def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:

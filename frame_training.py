@@ -195,10 +195,6 @@ class FrameSEDWrapper(SEDWrapper):
         if self.teacher is not None:
             self.teacher.update(self.sed_model, self.global_step)
 
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        self.watched_frames: list[tuple[Tensor, ...]] = []
-
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         waveform = int16_to_float32(batch["waveform"])
         outputs = self(waveform)

@@ -12,7 +12,6 @@ line of tags, and `python -c "import torch"`, in turn.
 """
 
 import argparse
-import ctypes
 import json
 import multiprocessing
 import os
@@ -38,6 +37,7 @@ from torch import Tensor
 
 from benchmarks.plain import PlainHTSAT
 from commands._measure import count_flops, peak_flops
+from commands._performance import keep_freed_memory
 from model import build_model
 from model.export import build_onnx, join, quantize, save_onnx
 from model.htsat import HTSAT_Swin_Transformer
@@ -52,7 +52,6 @@ TARGETS = {
     LATENCY: {"eager": 2.0, "onnx": 2.4, "onnx int8": 2.8},
     THROUGHPUT: {"eager": 2.0, "onnx": 2.2, "onnx int8": 2.5},
 }
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 Work = Callable[[], float]  # does the work once, returns its seconds
 Listen = Callable[[Tensor], Any]
 
@@ -121,13 +120,6 @@ def _flushed(connection: Connection, keep_memory: bool) -> None:
     plain = make_networks()[2]
     while (order := connection.recv()) is not None:
         connection.send(timed(plain, make_clips(order[0]), order[1]))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step, where it would give it back and fault its pages in anew."""
-    libc = ctypes.CDLL(None)
-    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)):
-        raise RuntimeError("mallopt refused.")
 
 
 def exported(settings: Config, network: HTSAT_Swin_Transformer, folder: Path) -> tuple[dict[str, Listen], dict]:

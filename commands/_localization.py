@@ -12,12 +12,12 @@ import torch
 
 from commands._ledger import file_sha256
 from commands._records import is_first_process
-from data_generator import AUDIOSET_CLASSES, SEDDataModule, labelling
+from data_generator import AUDIOSET_CLASSES, SEDDataModule
 from evaluation.mapping import ClassMapping, load_mapping
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import shard_path
 from model.checkpoint import Checkpoint, read_checkpoint
-from prepare.clip_store import STRONG, UNLABELLED, ClipTable
+from prepare.clip_store import STRONG, UNLABELLED, ClipTable, labelling
 from prepare.labels import audioset_mids
 from sed_model import Evaluation
 from settings import FRONTEND_SETTINGS, Config

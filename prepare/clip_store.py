@@ -173,6 +173,11 @@ class ClipTable:
         return digest.hexdigest()[:16]
 
 
+def labelling(table: ClipTable) -> np.ndarray:
+    """(N,) what is known of each clip: STRONG, WEAK or UNLABELLED."""
+    return np.full(len(table), WEAK, dtype=np.int8) if table.labelling is None else table.labelling
+
+
 def store_path(dataset_path: str | Path, dataset_type: str) -> Path:
     """Where the one store of a prepared data set lies (AudioSet has many: see read_index_table)."""
     return Path(dataset_path) / f"{dataset_type}.h5"
