@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the indexes of AudioSet's packed files (hdf5s/waveforms) below DATASET_PATH, by create_indexes.py.
+# Builds the indexes of AudioSet's packed files (hdf5s/waveforms) below DATASET_PATH, by main.py create_index.
 set -euo pipefail
 
 if [ "$#" -lt 1 ] || [ "$#" -gt 2 ]; then
@@ -7,4 +7,4 @@ if [ "$#" -lt 1 ] || [ "$#" -gt 2 ]; then
     exit 2
 fi
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-exec "${PYTHON:-python3}" "$here/create_indexes.py" --dataset_path="$1" ${2:+--processes="$2"}
+exec "${PYTHON:-python3}" "$here/main.py" create_index --dataset_path="$1" ${2:+--processes="$2"}

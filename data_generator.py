@@ -10,9 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from clip_dataset import ClipDataset, FrameClipDataset
-from evaluation.mapping import mapping_labels
-from prepare.clip_store import (
+from data.clip_dataset import ClipDataset, FrameClipDataset
+from data.clip_store import (
     SPLITS,
     STRONG,
     UNLABELLED,
@@ -24,9 +23,10 @@ from prepare.clip_store import (
     read_store_table,
     store_path,
 )
-from pseudo_labels import TeacherLogits
-from samplers import BalancedSampler, EpochSampler, FrameBalancedSampler, LabellingSampler, ShardSampler
-from settings import FRAME_LOSSES, Config
+from data.pseudo_labels import TeacherLogits
+from data.samplers import BalancedSampler, EpochSampler, FrameBalancedSampler, LabellingSampler, ShardSampler
+from evaluation.mapping import mapping_labels
+from settings import FRAME_LOSSES, Config, UserError
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, Any]
@@ -35,7 +35,7 @@ PANNS_SAMPLE_RATE = 32000  # of AudioSet's files as PANNs' scripts pack them, wh
 
 
 def load_table(settings: Config, split: Split) -> ClipTable:
-    """The clips of a split. Raises ValueError where the data is missing or does not fit the settings."""
+    """The clips of a split. Raises UserError where the data is missing or does not fit the settings."""
     tested = split == settings.test_split
     if settings.fl_local and settings.fl_dataset and tested:
         table = _split_table(settings, split, Path(settings.fl_dataset))
@@ -44,13 +44,13 @@ def load_table(settings: Config, split: Split) -> ClipTable:
     else:
         table = _split_table(settings, split, store_path(settings.dataset_path, settings.dataset_type))
     if table.targets.shape[1] != settings.classes_num and not (tested and _is_mapped(settings, table)):
-        raise ValueError(
+        raise UserError(
             f"{table.paths[0]} has {table.targets.shape[1]} classes, the network has classes_num = "
             f"{settings.classes_num}: test a checkpoint on the data set it was trained for, or set classes_num."
         )
     sample_rate = table.sample_rate or PANNS_SAMPLE_RATE
     if sample_rate != settings.sample_rate:
-        raise ValueError(
+        raise UserError(
             f"{table.paths[0]} holds audio at {sample_rate} Hz, the network takes {settings.sample_rate} Hz: "
             f"prepare it again with --sample_rate {settings.sample_rate}."
         )
@@ -60,7 +60,7 @@ def load_table(settings: Config, split: Split) -> ClipTable:
         wanted = table.targets[:, _class_numbers(settings.class_filter, table)]
         table = table.select(np.asarray(wanted.any(axis=1)))
     if len(table) == 0:
-        raise ValueError(f"{table.paths[0]} has no clips for {split}.")
+        raise UserError(f"{table.paths[0]} has no clips for {split}.")
     return table
 
 
@@ -71,13 +71,13 @@ def _is_mapped(settings: Config, table: ClipTable) -> bool:
 
 
 def _class_numbers(names: Sequence[str], table: ClipTable) -> list[int]:
-    """Classes given by number or by name. Raises ValueError for those that there are not."""
+    """Classes given by number or by name. Raises UserError for those that there are not."""
     labels, classes = table.labels, table.targets.shape[1]
     numbers = {**{str(k): k for k in range(classes)}, **{label: k for k, label in enumerate(labels)}}
     unknown = [name for name in names if name not in numbers]
     if unknown:
         known = f"0 to {classes - 1}" + (f", or {', '.join(labels[:20])}" if labels else "")
-        raise ValueError(f"class_filter names {', '.join(unknown)}; the classes are {known}.")
+        raise UserError(f"class_filter names {', '.join(unknown)}; the classes are {known}.")
     return [numbers[name] for name in names]
 
 
@@ -99,10 +99,10 @@ def _split_table(settings: Config, split: Split, store: Path) -> ClipTable:
         return table.select(table.split == split.encode())
     folds = np.unique(table.fold).tolist()
     if settings.esc_fold not in folds:
-        raise ValueError(f"esc_fold = {settings.esc_fold} is not among the folds of {table.paths[0]}: {folds}.")
+        raise UserError(f"esc_fold = {settings.esc_fold} is not among the folds of {table.paths[0]}: {folds}.")
     following = folds[(folds.index(settings.esc_fold) + 1) % len(folds)]
     if len(folds) < (3 if settings.protocol == "held_out" else 2):
-        raise ValueError(f"{table.paths[0]} has only the folds {folds}: too few for protocol {settings.protocol}.")
+        raise UserError(f"{table.paths[0]} has only the folds {folds}: too few for protocol {settings.protocol}.")
     if split == "test":
         return table.select(table.fold == settings.esc_fold)
     if split == "validation":
@@ -112,7 +112,7 @@ def _split_table(settings: Config, split: Split, store: Path) -> ClipTable:
 
 
 def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:
-    """Raise ValueError where a loss on frames has nothing to learn from, or no event times to choose an epoch by.
+    """Raise UserError where a loss on frames has nothing to learn from, or no event times to choose an epoch by.
 
     Warns of clips that nothing is learned from, and of events that the network never hears.
     """
@@ -121,13 +121,13 @@ def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:
         if split == "test":
             continue
         if labelling(table).max() < (least if split == "train" else STRONG):
-            raise ValueError(
+            raise UserError(
                 f"loss_type = {settings.loss_type} needs clips with event times for {split}, and {table.paths[0]} has "
                 f"none: prepare it with a table of events, or use clip_bce."
             )
         heard, events = len(event_seconds(table, end)[0]), len(event_seconds(table)[0])
         if not heard and (split == "validation" or least == STRONG):
-            raise ValueError(
+            raise UserError(
                 f"No clip for {split} in {table.paths[0]} has an event in its first {end:g} s (clip_samples), where "
                 f"loss_type = {settings.loss_type} needs some: give some clips with events to this split."
             )
@@ -164,12 +164,12 @@ def _tell_idle_clips(settings: Config, table: ClipTable, least: int) -> None:
 def open_teacher(settings: Config, table: ClipTable) -> TeacherLogits:
     """The logits of teacher_path for the clips of a table. Warns where some clips have none.
 
-    Raises ValueError where the file is none, has none of the clips, or speaks of clips of another length.
+    Raises UserError where the file is none, has none of the clips, or speaks of clips of another length.
     """
     teacher = TeacherLogits(Path(settings.teacher_path), table.labels)
     seconds, covered = settings.clip_samples / settings.sample_rate, teacher.steps * teacher.step_seconds
     if abs(covered - seconds) > teacher.step_seconds / 2:
-        raise ValueError(
+        raise UserError(
             f"{teacher.path} has logits of {covered:g} s a clip, and the network is given {seconds:g} s "
             f"(clip_samples): the times would not match. Let a teacher with the same clip_samples write it."
         )
@@ -185,16 +185,14 @@ def open_teacher(settings: Config, table: ClipTable) -> TeacherLogits:
 def without_unlabelled(settings: Config, tables: Mapping[Split, ClipTable]) -> dict[Split, ClipTable]:
     """The tables of a training on clips, for which a clip of which nothing is known would be one without any class.
 
-    Warns of what is left out; raises ValueError where nothing is left.
+    Warns of what is left out; raises UserError where nothing is left.
     """
     left = {}
     for split, table in tables.items():
         known = labelling(table) != UNLABELLED
         left[split] = table if known.all() else table.select(known)
         if not known.any():
-            raise ValueError(
-                f"{table.paths[0]} has no clips with labels for {split}, which {settings.loss_type} needs."
-            )
+            raise UserError(f"{table.paths[0]} has no clips with labels for {split}, which {settings.loss_type} needs.")
         if not known.all():
             warnings.warn(
                 f"{(~known).sum()} of {len(table)} clips for {split} have no labels: {settings.loss_type} leaves them "
@@ -247,10 +245,10 @@ class TrainLoader(DataLoader):
         return {"handed_out": self.handed_out, **self._place()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the place in the epoch would be another one."""
+        """Raises UserError where the place in the epoch would be another one."""
         for name, now in self._place().items():
             if state.get(name, now) != now:
-                raise ValueError(
+                raise UserError(
                     f"The run was stopped in the middle of an epoch with {name} = {state[name]}, and cannot go on with "
                     f"{now}: give the same batch_size, accumulate_batches, devices and data, or --resume the "
                     f"checkpoint of a whole epoch."

@@ -17,7 +17,14 @@ from typing import Any, Optional
 
 import pandas as pd
 
-from commands._detection import (
+from commands.command_line import Parser, add_settings
+from evaluation.bootstrap import RESAMPLES
+from evaluation.detection import DetectionMetric, measure, with_intervals
+from evaluation.plots import ClipSound, ClipView, clip_figure, save_png
+from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
+from evaluation.report import Evaluated, render_report, worst_clips
+from evaluation.scores import Scores, export_tables, import_tables, load_scores
+from evaluation.tables import (
     choose_postprocessing,
     print_metrics,
     system_of_scores,
@@ -25,15 +32,8 @@ from commands._detection import (
     tsv_text,
     write_whole,
 )
-from commands._ledger import file_sha256
-from evaluation.bootstrap import RESAMPLES
-from evaluation.detection import DetectionMetric, measure, with_intervals
-from evaluation.plots import ClipSound, ClipView, clip_figure, save_png
-from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
-from evaluation.report import Evaluated, render_report, worst_clips
-from evaluation.scores import Scores, export_tables, import_tables, load_scores
-from main import Parser, add_settings
-from settings import FRONTEND_SETTINGS, Config, resolve
+from runs.ledger import file_sha256
+from settings import FRONTEND_SETTINGS, Config, UserError, resolve
 
 BESIDE = ""  # --report without a file
 
@@ -55,7 +55,7 @@ def evaluate(
 ) -> tuple[pd.DataFrame, list[DetectionMetric]]:
     """Detected events of a score store, and all metrics, with bootstrap intervals where there are `resamples`.
 
-    Raises ValueError where the store has no frame scores or no true events.
+    Raises UserError where the store has no frame scores or no true events.
     """
     truth = truth_of_scores(scores)
     system = system_of_scores(scores, post, truth.names)
@@ -69,8 +69,8 @@ def read_sounds(scores: Scores, clips: Sequence[int]) -> dict[int, ClipSound]:
     """The sound of some clips (by their number) from the clip store; empty where that store is gone."""
     import torch
 
+    from data.clip_store import Waveforms, open_store
     from model.frontend import LogMel, Spectrogram
-    from prepare.clip_store import Waveforms, open_store
     from utils import int16_to_float32
 
     store = Path(str(scores.attributes.get("clip_store", "")))
@@ -270,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = {k.removeprefix("setting_"): v for k, v in values.items() if k.startswith("setting_") and v is not None}
         options = Options(**{name: value for name, value in values.items() if not name.startswith("setting_")})
         if min(options.pictures, options.worst, options.resamples) < 0:
-            raise ValueError("--pictures, --worst and --resamples are numbers of 0 or more.")
+            raise UserError("--pictures, --worst and --resamples are numbers of 0 or more.")
         run(resolve(given), options)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import augment
-import augment_features
+from data.clip_store import STRONG, UNLABELLED
+from data.frame_targets import Events, rasterize, resample_steps
 from evaluation.metrics import FRAME_METRIC, clip_metrics, frame_metric
-from frame_targets import Events, rasterize, resample_steps
-from mean_teacher import MeanTeacher, ramp_up
-from model.htsat import HTSAT_Swin_Transformer, Outputs
-from model.losses import clip_bce, consistency, distillation_bce, frame_bce, weak_strong_bce
-from prepare.clip_store import STRONG, UNLABELLED
+from model.encoders.htsat import HTSAT_Swin_Transformer, Outputs
 from sed_model import Batch, SEDWrapper
 from settings import FRAME_LOSSES, Config
+from training import augment, augment_features
+from training.losses import clip_bce, consistency, distillation_bce, frame_bce, weak_strong_bce
+from training.mean_teacher import MeanTeacher, ramp_up
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-import augment
+from data.clip_store import UNREADABLE
+from data.ontology import read_ontology
 from evaluation.mapping import ClassMapping
 from evaluation.metrics import MAIN_METRIC, Metric, clip_metrics
-from model.htsat import HTSAT_Swin_Transformer, Outputs
-from model.losses import LOSSES
-from prepare.clip_store import UNREADABLE
-from prepare.ontology import read_ontology
-from settings import FRONTEND_SETTINGS, Config
+from model.encoders.htsat import HTSAT_Swin_Transformer, Outputs
+from settings import FRONTEND_SETTINGS, Config, UserError
+from training import augment
+from training.losses import LOSSES
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
@@ -159,7 +159,7 @@ class SEDWrapper(Evaluation):
         loss = self.training_loss(batch)
         self.unreadable += batch["unreadable"]
         if self.global_step % CHECK_LOSS_EVERY == 0 and not torch.isfinite(loss):  # it makes the CPU wait for a GPU
-            raise ValueError(
+            raise UserError(
                 f"The loss is {loss.item()} in epoch {self.current_epoch}, step {self.global_step}, with the clips "
                 f"{', '.join(batch['audio_name'][:4])}, ...: lower learning_rate, or use precision 32."
             )

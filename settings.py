@@ -59,6 +59,10 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 
 
+class UserError(ValueError):
+    """A mistake in what a user gave. The message says what was given, what is allowed and what to do."""
+
+
 class Config(BaseModel):
     """All settings of a run, checked and frozen. The fields are those of config.py, in its order."""
 
@@ -97,14 +101,14 @@ class Setting:
         return get_origin(self.type) is Union and type(None) in get_args(self.type)
 
     def check(self, value: Any) -> Any:
-        """`value` as this setting's type. Raises ValueError that says what was given and what is allowed."""
+        """`value` as this setting's type. Raises UserError that says what was given and what is allowed."""
         if isinstance(value, str):
             value = self._parse(value)
         try:
             return TypeAdapter(self.type).validate_python(value)
         except ValidationError as error:
             reasons = "; ".join(e["msg"] for e in error.errors())
-            raise ValueError(f"{self.name} = {value!r} is not allowed: {reasons}. ({self.comment})") from None
+            raise UserError(f"{self.name} = {value!r} is not allowed: {reasons}. ({self.comment})") from None
 
     def _parse(self, text: str) -> Any:
         """Text of the command line: None for an optional setting, a list as 1,2,3 or [1, 2, 3]."""
@@ -165,7 +169,7 @@ def _edited_in_session(values: Mapping[str, Any]) -> dict[str, Any]:
     known = all_settings()
     stray = [n for n, v in vars(module).items() if n not in known and not n.startswith("_") and _is_plain(v)]
     if stray:
-        raise ValueError(unknown_setting(stray[0]))
+        raise UserError(unknown_setting(stray[0]))
     return {name: getattr(module, name) for name in known if getattr(module, name) != values[name]}
 
 
@@ -181,11 +185,11 @@ def unknown_setting(name: str) -> str:
 
 
 def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with each value as its setting's type. Raises ValueError for unknown names and wrong values."""
+    """`given` with each value as its setting's type. Raises UserError for unknown names and wrong values."""
     known = all_settings()
     for name in given:
         if name not in known:
-            raise ValueError(unknown_setting(name))
+            raise UserError(unknown_setting(name))
     return {name: known[name].check(value) for name, value in given.items()}
 
 
@@ -198,7 +202,7 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
     """Settings of a run: config.py, then what a checkpoint decides, then what is given.
 
     given: {name: value}, as from flags. checkpoint: the settings saved in a checkpoint; those in TRAINED_SETTINGS
-    count. Raises ValueError for unknown names, wrong values and values that do not fit together.
+    count. Raises UserError for unknown names, wrong values and values that do not fit together.
     """
     known = all_settings()
     given = check_values(given or {})
@@ -207,7 +211,7 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
     trained = {name: known[name].check(v) for name, v in (checkpoint or {}).items() if name in TRAINED_SETTINGS}
     for name in NETWORK_SETTINGS:
         if name in trained and name in given and given[name] != trained[name]:
-            raise ValueError(
+            raise UserError(
                 f"{name} = {given[name]!r} contradicts the checkpoint, whose network has {name} = {trained[name]!r}. "
                 f"Leave --{name} out: the checkpoint brings its own."
             )
@@ -217,7 +221,7 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
     else:
         for name in ("esc_fold", "protocol"):
             if name in trained and name in given and given[name] != trained[name]:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {given[name]!r} contradicts the checkpoint, which was trained with {name} = "
                     f"{trained[name]!r}: the clips to test would be among those it was trained or chosen on."
                 )
@@ -230,16 +234,16 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
 
 
 def _check_together(config: Config) -> None:
-    """What no single setting shows. Raises ValueError, or warns where a value is legal but odd."""
+    """What no single setting shows. Raises UserError, or warns where a value is legal but odd."""
     values = config.model_dump()
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
-            raise ValueError(f"{name} = {values[name]} is not allowed: it must be greater than 0.")
+            raise UserError(f"{name} = {values[name]} is not allowed: it must be greater than 0.")
     for name in NOT_NEGATIVE:
         if values[name] < 0:
-            raise ValueError(f"{name} = {values[name]} is not allowed: it must be 0 or greater.")
+            raise UserError(f"{name} = {values[name]} is not allowed: it must be 0 or greater.")
     if config.fmin >= config.fmax:
-        raise ValueError(f"fmin = {config.fmin} Hz must lie below fmax = {config.fmax} Hz.")
+        raise UserError(f"fmin = {config.fmin} Hz must lie below fmax = {config.fmax} Hz.")
     if config.fmax > config.sample_rate / 2:
         warnings.warn(
             f"fmax = {config.fmax} Hz lies above half the sample rate ({config.sample_rate / 2} Hz): the mel bands "
@@ -247,73 +251,71 @@ def _check_together(config: Config) -> None:
             stacklevel=3,
         )
     if len(config.lr_rate) != 3 or len(config.lr_scheduler_epoch) != 3:
-        raise ValueError("lr_rate and lr_scheduler_epoch each need three values, as in config.py.")
+        raise UserError("lr_rate and lr_scheduler_epoch each need three values, as in config.py.")
     if sorted(config.lr_scheduler_epoch) != config.lr_scheduler_epoch:
-        raise ValueError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
+        raise UserError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
     if config.htsat_drop_path >= 1:
-        raise ValueError(f"htsat_drop_path = {config.htsat_drop_path} must be below 1: nothing would be left.")
+        raise UserError(f"htsat_drop_path = {config.htsat_drop_path} must be below 1: nothing would be left.")
     frames, most = config.clip_samples // config.hop_size + 1, config.htsat_spec_size**2 // config.mel_bins
     if frames > most:
-        raise ValueError(
+        raise UserError(
             f"clip_samples = {config.clip_samples} makes {frames} frames, the network takes {most}: lower clip_samples "
             f"(longer recordings are cut into windows) or raise hop_size."
         )
     if config.dataset_type == "audioset" and config.protocol == "held_out":
-        raise ValueError("AudioSet has no validation clips to choose on: protocol must be paper.")
+        raise UserError("AudioSet has no validation clips to choose on: protocol must be paper.")
     if config.enable_label_enhance and config.class_map_path is None:
-        raise ValueError("enable_label_enhance needs class_map_path, AudioSet's ontology.json.")
+        raise UserError("enable_label_enhance needs class_map_path, AudioSet's ontology.json.")
     shares = config.token_label_range
     if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1:
-        raise ValueError(f"token_label_range = {shares} is not allowed: give two shares of a clip, as in [0.2, 0.6].")
+        raise UserError(f"token_label_range = {shares} is not allowed: give two shares of a clip, as in [0.2, 0.6].")
     if config.freeze_backbone and not (config.resume_checkpoint or config.swin_pretrain_path):
-        raise ValueError(
+        raise UserError(
             "freeze_backbone and linear_probe train a classifier on a network that has learned already: give "
             "--resume_checkpoint or --swin_pretrain_path."
         )
     if config.layer_decay > 1 or not 0 <= config.ema_decay < 1:
-        raise ValueError(
+        raise UserError(
             f"layer_decay = {config.layer_decay} may be at most 1, and ema_decay = {config.ema_decay} must lie below 1."
         )
     if not 0 <= config.window_overlap < 1:
-        raise ValueError(f"window_overlap = {config.window_overlap} is not allowed: it must be 0 or more, and below 1.")
+        raise UserError(f"window_overlap = {config.window_overlap} is not allowed: it must be 0 or more, and below 1.")
     if not config.tta_shifts:
-        raise ValueError("tta_shifts is empty: give [0] for no averaging over shifts.")
+        raise UserError("tta_shifts is empty: give [0] for no averaging over shifts.")
     if config.loss_type == "clip_ce" and config.task == "multilabel":
-        raise ValueError(
+        raise UserError(
             "loss_type = clip_ce expects one class a clip, but task = multilabel allows several: use clip_bce or "
             "asl_loss, or set task = single_label."
         )
 
 
 def _check_frame_training(config: Config) -> None:
-    """Settings that only a training on event times has a use for. Raises ValueError where they cannot be."""
+    """Settings that only a training on event times has a use for. Raises UserError where they cannot be."""
     frames = config.loss_type in FRAME_LOSSES
     asked = [name for name in ONLY_FRAMES if getattr(config, name)]
     asked += ["balanced_by = frames"] if config.balanced_by == "frames" else []
     if asked and not frames:
-        raise ValueError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")
+        raise UserError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")
     if config.balanced_by == "frames" and not config.balanced_data:
-        raise ValueError(
-            "balanced_by = frames says how balanced_data draws the classes: set --balanced_data True, too."
-        )
+        raise UserError("balanced_by = frames says how balanced_data draws the classes: set --balanced_data True, too.")
     if config.mixup_waveforms and not config.mixup_alpha:
-        raise ValueError("mixup_waveforms has no effect with mixup_alpha = 0: set mixup_alpha, as 0.5.")
+        raise UserError("mixup_waveforms has no effect with mixup_alpha = 0: set mixup_alpha, as 0.5.")
     if frames and config.task == "single_label":
-        raise ValueError(f"loss_type = {config.loss_type} learns several classes a clip: set task = multilabel.")
+        raise UserError(f"loss_type = {config.loss_type} learns several classes a clip: set task = multilabel.")
     if frames and (config.enable_token_label or config.enable_label_enhance or config.enable_repeat_mode):
-        raise ValueError(
+        raise UserError(
             f"enable_token_label, enable_label_enhance and enable_repeat_mode do not go with loss_type = "
             f"{config.loss_type}."
         )
     if config.distillation_weight > 1 or config.mix_style > 1 or config.frequency_warp >= 1:
-        raise ValueError("distillation_weight and mix_style may be at most 1, and frequency_warp must lie below 1.")
+        raise UserError("distillation_weight and mix_style may be at most 1, and frequency_warp must lie below 1.")
     if not 0 <= config.mean_teacher_decay < 1:
-        raise ValueError(f"mean_teacher_decay = {config.mean_teacher_decay} is not allowed: it must be below 1.")
+        raise UserError(f"mean_teacher_decay = {config.mean_teacher_decay} is not allowed: it must be below 1.")
     shares = config.labelling_shares
     if shares and (len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
-        raise ValueError(
+        raise UserError(
             f"labelling_shares = {shares} is not allowed: give the shares of strong, weak and unlabelled clips, as in "
             f"0.25,0.25,0.5."
         )
     if shares and config.balanced_data:
-        raise ValueError("labelling_shares and balanced_data both say which clips a batch has: set one of them.")
+        raise UserError("labelling_shares and balanced_data both say which clips a batch has: set one of them.")

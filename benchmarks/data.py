@@ -39,9 +39,9 @@ from benchmarks.data_stores import (
     sparse_targets,
     time_full_index,
 )
+from data.clip_store import ClipTable, class_index
+from data.samplers import BalancedSampler
 from data_generator import SEDDataModule, load_table
-from prepare.clip_store import ClipTable, class_index
-from samplers import BalancedSampler
 from settings import Config, resolve
 from utils import INT16_SCALE, int16_to_float32
 

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from commands import save_idc
-from prepare.clip_store import Clip, ClipStoreWriter, Waveforms, open_store
+from data.clip_store import Clip, ClipStoreWriter, Waveforms, open_store
 from prepare.compress import compress_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +154,7 @@ def time_full_index(root: Path, clips: int, turns: int, rng: np.random.Generator
     """The indexes unbalanced_train and full_train (here of the same clips), and save_idc on the latter."""
     write_parts(root, clips, rng)
     # As a script: the processes that it starts import what started them, which here would be torch as well.
-    script = [sys.executable, str(ROOT / "create_indexes.py"), "--dataset_path", str(root)]
+    script = [sys.executable, str(ROOT / "main.py"), "create_index", "--dataset_path", str(root)]
     given = {"dataset_type": "audioset", "dataset_path": str(root)}
     work: dict[str, Callable[[], Any]] = {
         f"create_indexes: {clips:,} clips in {PARTS} files": lambda: subprocess.run(

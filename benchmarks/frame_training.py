@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from prepare.clip_store import UNLABELLED
+from data.clip_store import UNLABELLED
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = (

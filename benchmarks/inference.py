@@ -36,13 +36,13 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.plain import PlainHTSAT
-from commands._measure import count_flops, peak_flops
-from commands._performance import keep_freed_memory
+from inference.onnx_runtime import load_onnx
 from model import build_model
+from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.export import build_onnx, join, quantize, save_onnx
-from model.htsat import HTSAT_Swin_Transformer
-from model.onnx_runtime import load_onnx
+from runs.measure import count_flops, peak_flops
 from settings import FRONTEND_SETTINGS, Config, resolve
+from training.performance import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_TAG_TARGET = 4.0  # seconds over importing torch

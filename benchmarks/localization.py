@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.data_stores import seconds
+from data.labels import audioset_mids, published_labels
 from evaluation.mapping import ClassMapping, load_mapping
 from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
-from prepare.labels import audioset_mids, published_labels
 
 STEPS, REPEATS = 32, 32  # the network's own steps in 10 s, and how often the published map repeats each
 CLIP_SECONDS = 10.0

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.plain import PlainHTSAT
-from commands._measure import count_flops, peak_flops, peak_memory, release_and_reset_peak
-from commands._performance import keep_freed_memory
-from model.htsat import HTSAT_Swin_Transformer
+from model.encoders.htsat import HTSAT_Swin_Transformer
+from runs.measure import count_flops, peak_flops, peak_memory, release_and_reset_peak
 from settings import resolve
+from training.performance import keep_freed_memory
 
 BATCH_SIZE, CLIP_SAMPLES, CLASSES = 4, 320_000, 527
 TARGET = 1.45

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from commands._measure import (
+from data_generator import SEDDataModule
+from runs.measure import (
     WARM_UP,
     Batches,
     Repeated,
@@ -28,11 +29,10 @@ from commands._measure import (
     time_inference,
     time_training,
 )
-from commands._performance import settle
-from commands._records import device_name, git_revision, write_json
-from commands._trainer import on_gpu
-from data_generator import SEDDataModule
-from settings import Config, resolve
+from runs.records import device_name, git_revision, write_json
+from settings import Config, UserError, resolve
+from training.performance import settle
+from training.trainer import on_gpu
 
 PROFILED_STEPS = 3
 HEAVIEST = 10  # operations of a profile that are printed
@@ -68,15 +68,15 @@ def run(
     """Measure every precision with every compile mode, print a table, and write it to json_file.
 
     precisions, compile_modes: as in 32,bf16-mixed; None: what the settings say, or take where they say auto. profile:
-    folder for a trace of training steps. Raises ValueError for unknown names, and for steps below 1.
+    folder for a trace of training steps. Raises UserError for unknown names, and for steps below 1.
     """
     if steps < 1:
-        raise ValueError(f"--steps {steps} is not allowed: it must be 1 or more.")
+        raise UserError(f"--steps {steps} is not allowed: it must be 1 or more.")
     settings = resolve(given)
     wanted_precisions = chosen("precisions", precisions, PRECISIONS)
     modes = chosen("compile_modes", compile_modes, COMPILE_MODES)
     if "16-mixed" in (wanted_precisions or [settings.precision]) and not on_gpu(settings):
-        raise ValueError("Precision 16-mixed needs a GPU: on a CPU use 32 or bf16-mixed.")
+        raise UserError("Precision 16-mixed needs a GPU: on a CPU use 32 or bf16-mixed.")
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     data = prepared_data(settings)
     rows: list[Row] = []
@@ -92,11 +92,11 @@ def run(
 
 
 def chosen(flag: str, words: Optional[str], allowed: tuple[str, ...]) -> list[str]:
-    """The names of a list like 32,bf16-mixed; none where the flag is not given. Raises ValueError for others."""
+    """The names of a list like 32,bf16-mixed; none where the flag is not given. Raises UserError for others."""
     names = [word.strip() for word in (words or "").split(",") if word.strip()]
     unknown = [name for name in names if name not in allowed]
     if unknown:
-        raise ValueError(f"--{flag} {words} is not allowed: {', '.join(unknown)} is none of {', '.join(allowed)}.")
+        raise UserError(f"--{flag} {words} is not allowed: {', '.join(unknown)} is none of {', '.join(allowed)}.")
     return list(dict.fromkeys(names))
 
 
@@ -104,7 +104,7 @@ def prepared_data(settings: Config) -> Optional[SEDDataModule]:
     """The training clips of the settings, or None, with the reason printed, where they cannot give a whole batch."""
     try:
         data = SEDDataModule(one_device(settings), ("train",))
-    except ValueError as error:
+    except UserError as error:
         print(f"Nothing is read from a store: {error}")
         return None
     clips, batch_size = len(data.tables["train"]), data.settings.batch_size

@@ -8,15 +8,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from commands._evaluate import Member, test_member
-from commands._localization import reported_split, weights_id
-from commands._records import is_first_process
 from data_generator import AUDIOSET_CLASSES
 from evaluation.calibration import Calibrated, Objective, calibrate
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import Scores, load_scores
 from model.checkpoint import Checkpoint, read_checkpoint, store_in_checkpoint
-from settings import requested
+from runs.records import is_first_process
+from runs.test_plan import reported_split, weights_id
+from runs.testing import Member, test_member
+from settings import UserError, requested
 
 REPORTED = "test"  # the split whose figures are reported: nothing is chosen on it
 
@@ -25,11 +25,11 @@ def run(given: dict[str, Any], calibrate_for: Objective, scores: Optional[str] =
     """Search on the validation clips what raises the metric `calibrate_for`, and store it in --resume_checkpoint.
 
     scores: a score file of these clips; without it they are scored first. fl_interpolation and fl_maximum_gap are kept
-    as the settings have them. Raises ValueError where the clips would be those that are reported.
+    as the settings have them. Raises UserError where the clips would be those that are reported.
     """
     path = requested("resume_checkpoint", given)
     if path is None:
-        raise ValueError("calibrate needs a checkpoint, which keeps what is found: --resume_checkpoint PATH.")
+        raise UserError("calibrate needs a checkpoint, which keeps what is found: --resume_checkpoint PATH.")
     checkpoint = read_checkpoint(path)
     file = Path(scores) if scores else _score_validation(path, given)
     if not is_first_process():
@@ -61,7 +61,7 @@ def _score_validation(path: str, given: dict[str, Any]) -> Path:
     member = Member.read(path, chosen)
     settings = member.settings
     if reported_split(settings) == REPORTED:
-        raise ValueError(
+        raise UserError(
             f"calibrate was asked to choose on the split {split} (protocol {settings.protocol}), which are the clips "
             f"that a test reports: choose on others, with --test_split validation and protocol held_out."
         )
@@ -72,14 +72,14 @@ def _score_validation(path: str, given: dict[str, Any]) -> Path:
 def _check_split(scores: Scores, file: Path) -> None:
     split = scores.attributes.get("split", REPORTED)
     if split == REPORTED:
-        raise ValueError(
+        raise UserError(
             f"{file} holds scores of the test clips (or does not say of which), and those are to be reported: score "
             f"the validation clips, with test --test_split validation --fl_local True, or leave --scores out."
         )
 
 
 def _check_network(scores: Scores, file: Path, checkpoint: Checkpoint) -> None:
-    """Raise ValueError where a score file is known to come from another network than the checkpoint's.
+    """Raise UserError where a score file is known to come from another network than the checkpoint's.
 
     A file that records no weights, as earlier versions wrote them, is known by its classes; those of AudioSet's
     network may have been mapped to others.
@@ -93,7 +93,7 @@ def _check_network(scores: Scores, file: Path, checkpoint: Checkpoint) -> None:
     else:
         reason = ""
     if reason:
-        raise ValueError(
+        raise UserError(
             f"{file} {reason} {checkpoint.path}: leave --scores out, and its validation clips are scored, or score "
             f"them with test --test_split validation --fl_local True."
         )

@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from data.clip_store import SPLITS, ClipTable
 from data_generator import load_table
 from prepare.check import CheckReport, SplitReport, check_tables
-from prepare.clip_store import SPLITS, ClipTable
-from settings import Config, resolve
+from settings import Config, UserError, resolve
 
 NUMBER_COLUMN: dict[str, Any] = {"justify": "right"}
 
@@ -48,7 +48,7 @@ def load_tables(settings: Config) -> tuple[dict[str, ClipTable], list[str]]:
     for split in SPLITS:
         try:
             tables[split] = load_table(settings, split)  # type: ignore[arg-type]
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
         except (OSError, LookupError) as error:  # HDF5 that opens, with a part that is damaged or does not fit the rest
             problems.append(f"the clips for {split} in {settings.dataset_path} cannot be read: {error}")

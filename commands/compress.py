@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from prepare.clip_store import store_path
+from data.clip_store import store_path
 from prepare.compress import compress_store
-from settings import resolve
+from settings import UserError, resolve
 
 
 def run(given: dict[str, Any]) -> None:
@@ -16,11 +16,11 @@ def run(given: dict[str, Any]) -> None:
     else:
         paths = [store_path(settings.dataset_path, settings.dataset_type)]
     if not paths:
-        raise ValueError(f"There are no stores below {settings.dataset_path}/hdf5s/waveforms: set --dataset_path.")
+        raise UserError(f"There are no stores below {settings.dataset_path}/hdf5s/waveforms: set --dataset_path.")
     for path in paths:
         before, after = compress_store(path) if path.is_file() else _missing(path)
         print(f"{path}: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB")
 
 
 def _missing(path: Path) -> tuple[int, int]:
-    raise ValueError(f"There is no file {path}: prepare the data set first, or set --dataset_path.")
+    raise UserError(f"There is no file {path}: prepare the data set first, or set --dataset_path.")

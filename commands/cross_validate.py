@@ -13,11 +13,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from commands._ledger import settings_hash
-from commands._records import write_json
-from commands._trainer import chosen_by
-from prepare.clip_store import read_store_table, store_path
-from settings import Config, resolve
+from data.clip_store import read_store_table, store_path
+from runs.ledger import settings_hash
+from runs.records import write_json
+from settings import Config, UserError, resolve
+from training.trainer import chosen_by
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 PROTOCOLS = ("held_out", "paper")
@@ -52,10 +52,10 @@ def run(given: dict[str, Any], *, protocols: str) -> None:
     """
     chosen = protocols.split(",")
     if not chosen or not set(chosen) <= set(PROTOCOLS):
-        raise ValueError(f"--protocols {protocols} is not allowed: give {', '.join(PROTOCOLS)}, or one of them.")
+        raise UserError(f"--protocols {protocols} is not allowed: give {', '.join(PROTOCOLS)}, or one of them.")
     for name in ("esc_fold", "protocol", "resume", "exp_name", "watch_test"):
         if name in given:
-            raise ValueError(f"cross_validate sets {name} itself, for each fold: leave --{name} out.")
+            raise UserError(f"cross_validate sets {name} itself, for each fold: leave --{name} out.")
     settings = resolve(given)
     folds, experiment = find_folds(settings), experiment_hash(settings)
     outcomes: list[Outcome] = []
@@ -70,11 +70,11 @@ def run(given: dict[str, Any], *, protocols: str) -> None:
 
 
 def find_folds(settings: Config) -> list[int]:
-    """The folds of the data set's store. Raises ValueError where it has none."""
+    """The folds of the data set's store. Raises UserError where it has none."""
     path = store_path(settings.dataset_path, settings.dataset_type)
     folds = sorted(set(read_store_table(path).fold.tolist()) - {0})
     if len(folds) < 3:
-        raise ValueError(f"{path} has the folds {folds}: cross-validation needs at least 3, as ESC-50 has them.")
+        raise UserError(f"{path} has the folds {folds}: cross-validation needs at least 3, as ESC-50 has them.")
     return folds
 
 
@@ -98,7 +98,7 @@ def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str)
     sys.stdout.flush()  # so that what the run prints comes after what is printed here
     done = subprocess.run([sys.executable, str(MAIN), "train", *words])
     if done.returncode:
-        raise ValueError(f"Training {name} ended with exit status {done.returncode}: what it printed above says why.")
+        raise UserError(f"Training {name} ended with exit status {done.returncode}: what it printed above says why.")
     metric = chosen_by(settings)
     columns = (metric, f"test_{metric}" if watch_test else metric)
     return read_curve(Path(settings.workspace) / "runs" / name, columns, settings.max_epoch)
@@ -118,7 +118,7 @@ def read_curve(run_folder: Path, columns: tuple[str, str], epochs: int) -> Curve
     curve = {epoch: values for epoch, values in curve.items() if epoch < epochs}
     missing = sorted(set(range(epochs)) - curve.keys())
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{run_folder / 'logs'} has no metrics of epoch {missing[0] + 1}: remove {run_folder} to train it again."
         )
     return curve

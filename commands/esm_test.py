@@ -8,13 +8,13 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from commands._evaluate import Member, check_labels, checkpoint_labels, differing, run_test
-from commands._records import print_first_page
-from commands._trainer import on_gpu
 from data_generator import SEDDataModule
-from model.htsat import HTSAT_Swin_Transformer
+from model.encoders.htsat import HTSAT_Swin_Transformer
+from runs.records import print_first_page
+from runs.testing import Member, check_labels, checkpoint_labels, differing, run_test
 from sed_model import Ensemble_SEDWrapper
-from settings import Config, requested
+from settings import Config, UserError, requested
+from training.trainer import on_gpu
 
 # What the members must share: what they take, and which clips they were neither trained nor chosen on.
 SHARED_SETTINGS = (
@@ -29,7 +29,7 @@ def run(given: dict[str, Any]) -> None:
     """
     paths = requested("esm_model_pathes", given)
     if not paths:
-        raise ValueError("esm_test needs checkpoints: --esm_model_pathes A.ckpt,B.ckpt")
+        raise UserError("esm_test needs checkpoints: --esm_model_pathes A.ckpt,B.ckpt")
     members = [Member.read(path, given) for path in paths]
     for member in members[1:]:
         check_alike(member, members[0])
@@ -57,31 +57,31 @@ def joint_sha256(members: Sequence[Member]) -> str:
 
 
 def check_alike(member: Member, first: Member) -> None:
-    """Raise ValueError where the scores of two checkpoints cannot be averaged, or where the mean could not be trusted.
+    """Raise UserError where the scores of two checkpoints cannot be averaged, or where the mean could not be trusted.
 
     A member that was trained or chosen on clips that test the other would raise the ensemble's score.
     """
     ours, theirs = member.reported().model_dump(), first.reported().model_dump()
     different = differing(ours, theirs, SHARED_SETTINGS)
     if different:
-        raise ValueError(
+        raise UserError(
             f"{member.checkpoint.path} and {first.checkpoint.path} have {', '.join(different)}: their scores cannot "
             f"be averaged, or one of them may know clips that the other is tested on. Give members that agree; of a "
             f"file that does not say what it was trained on, give it with --protocol, --esc_fold, ..."
         )
     known, other = (checkpoint_labels(each.checkpoint, each.settings) for each in (first, member))
     if known != other and "class 0" not in (known[0], other[0]):
-        raise ValueError(
+        raise UserError(
             f"{member.checkpoint.path} and {first.checkpoint.path} have different labels: their scores cannot be "
             f"averaged."
         )
 
 
 def check_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Member]) -> None:
-    """Raise ValueError where the frame scores of networks have different lengths."""
+    """Raise UserError where the frame scores of networks have different lengths."""
     for network, member in zip(networks, members, strict=True):
         if network.steps != networks[0].steps:
-            raise ValueError(
+            raise UserError(
                 f"{member.checkpoint.path} gives {network.steps} steps for a clip, {members[0].checkpoint.path} "
                 f"{networks[0].steps}: their frame scores cannot be averaged. Give members with the same "
                 f"htsat_readout_stage, htsat_time_stride, htsat_stride and mel_bins, and as many stages (htsat_depth)."

@@ -7,7 +7,11 @@ from typing import Any, Optional
 
 import pandas as pd
 
-from commands._detection import (
+from evaluation.bootstrap import RESAMPLES
+from evaluation.detection import System, compare, measure, with_intervals
+from evaluation.event_tables import GroundTruth, join_overlapping, read_durations, read_events
+from evaluation.scores import Scores, load_scores
+from evaluation.tables import (
     choose_postprocessing,
     print_comparison,
     print_metrics,
@@ -15,11 +19,7 @@ from commands._detection import (
     truth_of_scores,
     write_results,
 )
-from evaluation.bootstrap import RESAMPLES
-from evaluation.detection import System, compare, measure, with_intervals
-from evaluation.event_tables import GroundTruth, join_overlapping, read_durations, read_events
-from evaluation.scores import Scores, load_scores
-from settings import Config, resolve
+from settings import Config, UserError, resolve
 
 FEWEST_RESAMPLES = 20  # fewer have no 2.5 % at either end
 
@@ -48,20 +48,20 @@ def run(
     """Print all metrics, and write them to <output>_metrics.json and <output>_metrics.tsv.
 
     Either detections (a TSV, or several for more operating points), ground_truth and durations, or a score file.
-    compare_with: a second system, given as the first (or, beside scores, a TSV). Raises ValueError for what is missing
+    compare_with: a second system, given as the first (or, beside scores, a TSV). Raises UserError for what is missing
     or does not fit.
     """
     settings = resolve(given)
     if resamples < FEWEST_RESAMPLES:
-        raise ValueError(f"resamples = {resamples} is not allowed: give {FEWEST_RESAMPLES} or more, as {RESAMPLES}.")
+        raise UserError(f"resamples = {resamples} is not allowed: give {FEWEST_RESAMPLES} or more, as {RESAMPLES}.")
     tables = {"--detections": detections, "--ground_truth": ground_truth, "--durations": durations}
     missing = [flag for flag, value in tables.items() if value is None]
     if scores is not None and len(missing) < len(tables):
-        raise ValueError(f"Give either --scores, or {', '.join(tables)}: a score file brings its own ground truth.")
+        raise UserError(f"Give either --scores, or {', '.join(tables)}: a score file brings its own ground truth.")
     if scores is not None:
         task = task_of_scores(Path(scores), compare_with, settings)
     elif missing:
-        raise ValueError(
+        raise UserError(
             f"evaluate lacks {', '.join(missing)}: give {', '.join(tables)}, or --scores with a score file."
         )
     else:
@@ -89,7 +89,7 @@ def report(task: Task, resamples: int, seed: int, output: Optional[str]) -> None
 def task_of_tables(
     detections: str, ground_truth: Path, durations: Path, compare_with: Optional[str], settings: Config
 ) -> Task:
-    """A task of DCASE's tables. Raises ValueError for tables that are wrong, and clips without a duration."""
+    """A task of DCASE's tables. Raises UserError for tables that are wrong, and clips without a duration."""
     seconds, true = read_durations(durations), read_events(ground_truth)
     given = [_paths(text) for text in (detections, compare_with) if text is not None]
     points = [[read_events(path) for path in paths] for paths in given]
@@ -119,7 +119,7 @@ def task_of_tables(
 
 
 def task_of_scores(path: Path, compare_with: Optional[str], settings: Config) -> Task:
-    """A task of a score file, with the post-processing stored or set. Raises ValueError where parts are missing."""
+    """A task of a score file, with the post-processing stored or set. Raises UserError where parts are missing."""
     scores = _chosen_classes(load_scores(path), settings)
     post = choose_postprocessing(scores, settings)
     system, truth = system_of_scores(scores, post, scores.names), truth_of_scores(scores)
@@ -138,7 +138,7 @@ def task_of_scores(path: Path, compare_with: Optional[str], settings: Config) ->
         table = read_events(Path(compare_with))
         unknown = sorted(set(table.event_label) - set(truth.labels))
         if unknown:
-            raise ValueError(f"{compare_with} has classes that {path} does not know: {', '.join(unknown)}.")
+            raise UserError(f"{compare_with} has classes that {path} does not know: {', '.join(unknown)}.")
         task.systems.append(System(table))
         about["compared_with"] = compare_with
     task.names.append(compare_with)
@@ -148,17 +148,17 @@ def task_of_scores(path: Path, compare_with: Optional[str], settings: Config) ->
 def _paths(text: str) -> list[Path]:
     paths = [Path(part.strip()) for part in text.split(",") if part.strip()]
     if not paths:
-        raise ValueError("No table of detections is given.")
+        raise UserError("No table of detections is given.")
     return paths
 
 
 def _only(
     labels: Sequence[str], true: pd.DataFrame, points: list[list[pd.DataFrame]]
 ) -> tuple[pd.DataFrame, list[list[pd.DataFrame]]]:
-    """The tables with some of the classes alone. Raises ValueError for classes that are never true."""
+    """The tables with some of the classes alone. Raises UserError for classes that are never true."""
     unknown = [label for label in labels if label not in set(true.event_label)]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"fl_class_num: {', '.join(unknown)} has no true events; the ground truth has "
             f"{', '.join(sorted(set(true.event_label)))}."
         )

@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from commands._card import write_card
-from commands._evaluate import Member, checkpoint_labels
-from commands._records import git_revision, write_json
 from data_generator import ClipDataset, Split, load_table
+from inference.onnx_runtime import load_onnx
 from model import build_model
 from model.checkpoint import load_network, read_checkpoint, save_safetensors
+from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.export import build_onnx, join, quantize, save_onnx
-from model.htsat import HTSAT_Swin_Transformer
 from model.known import find_checkpoint
-from model.onnx_runtime import load_onnx
-from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, Config, requested, resolve
+from runs.card import write_card
+from runs.records import git_revision, write_json
+from runs.testing import Member, checkpoint_labels
+from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, Config, UserError, requested, resolve
 from utils import int16_to_float32
 
 FILES = {
@@ -70,10 +70,10 @@ def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[
     """
     wanted = chosen_formats(formats)
     if clips < 1:
-        raise ValueError(f"--clips {clips} is not allowed: at least one clip is needed to check on.")
+        raise UserError(f"--clips {clips} is not allowed: at least one clip is needed to check on.")
     path = requested("resume_checkpoint", given)
     if path is None:
-        raise ValueError("export needs a checkpoint: --resume_checkpoint PATH")
+        raise UserError("export needs a checkpoint: --resume_checkpoint PATH")
     file, known = find_checkpoint(path)
     member = Member.read(str(file), {**known, **given})
     network = member.network().eval()
@@ -90,11 +90,11 @@ def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[
 
 
 def chosen_formats(text: str) -> list[str]:
-    """The formats of a flag, in the order of FILES. Raises ValueError for unknown ones."""
+    """The formats of a flag, in the order of FILES. Raises UserError for unknown ones."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in FILES]
     if unknown or not names:
-        raise ValueError(f"--formats {text!r} is not allowed: give some of {','.join(FILES)}.")
+        raise UserError(f"--formats {text!r} is not allowed: give some of {','.join(FILES)}.")
     return [name for name in FILES if name in names]
 
 
@@ -128,7 +128,7 @@ def clips_to_check(settings: Config, count: int) -> tuple[Tensor, str]:
     for split in splits:
         try:
             table = load_table(settings, split)
-        except ValueError:
+        except UserError:
             continue
         chosen = torch.linspace(0, len(table) - 1, min(count, len(table))).long().unique().tolist()
         dataset = ClipDataset(table, clip_samples=settings.clip_samples, fit=settings.short_clips)

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, Optional
 
-from prepare.clip_store import store_path
-from prepare.labels import published_labels
+from data.clip_store import store_path
+from data.labels import published_labels
 from prepare.legacy import import_legacy
-from settings import resolve
+from settings import UserError, resolve
 
 DATASET_TYPES = ("esc-50", "scv2", "desed", "folder")  # those that are one store; AudioSet was never pickled
 
@@ -18,7 +18,7 @@ def run(given: dict[str, Any], legacy: list[str], legacy_splits: Optional[str] =
     """
     settings = resolve(given)
     if settings.dataset_type not in DATASET_TYPES:
-        raise ValueError(
+        raise UserError(
             f"import_legacy knows --dataset_type {', '.join(DATASET_TYPES)}; {settings.dataset_type} was given."
         )
     report = import_legacy(

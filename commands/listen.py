@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Optional, TextIO
 import numpy as np
 
 from commands.predict import DEVICES, event_processing
-from settings import requested
+from settings import UserError, requested
 
 if TYPE_CHECKING:
     from inference import Tagger
-    from streaming import Event, Listener, Update
+    from inference.streaming import Event, Listener, Update
 
 PCM = {"s16le": "<i2", "f32le": "<f4"}
 BLOCK_SECONDS = 0.1
@@ -40,15 +40,15 @@ def run(
     """Listen until the sound ends or Ctrl-C: finished events go to standard output, the live line to the terminal.
 
     pcm: samples on standard input, as s16le or f32le of `rate` Hz and interleaved `channels`; None: the microphone.
-    events: TSV to write; heard_by: hop_seconds, delay_seconds and release of streaming.Listener. Raises ValueError for
+    events: TSV to write; heard_by: hop_seconds, delay_seconds and release of streaming.Listener. Raises UserError for
     a mistake in what was given, and where there is no microphone.
     """
     if not 1 <= channels <= MOST_CHANNELS:
-        raise ValueError(f"--channels {channels} is not allowed: 1 to {MOST_CHANNELS} are.")
+        raise UserError(f"--channels {channels} is not allowed: 1 to {MOST_CHANNELS} are.")
     if pcm is None and (rate is not None or channels != 1):
-        raise ValueError("--rate and --channels describe the samples on standard input: give --pcm s16le or f32le too.")
+        raise UserError("--rate and --channels describe the samples on standard input: give --pcm s16le or f32le too.")
     tagger = load_tagger(given, "listen")
-    from streaming import Listener
+    from inference.streaming import Listener
 
     with contextlib.ExitStack() as stack:
         if pcm is None:
@@ -67,15 +67,15 @@ def run(
         follow(listener, blocks, screen)
         screen.finish(listener)
     if listener.samples == 0:
-        raise ValueError(f"There was no sound from {name}.")
+        raise UserError(f"There was no sound from {name}.")
     return 0
 
 
 def load_tagger(given: dict[str, Any], command: str) -> "Tagger":
-    """The Tagger that --resume_checkpoint and --accelerator ask for. Raises ValueError without a checkpoint."""
+    """The Tagger that --resume_checkpoint and --accelerator ask for. Raises UserError without a checkpoint."""
     path = requested("resume_checkpoint", given)
     if path is None:
-        raise ValueError(f"{command} needs a checkpoint: --resume_checkpoint PATH, or a known name (see predict)")
+        raise UserError(f"{command} needs a checkpoint: --resume_checkpoint PATH, or a known name (see predict)")
     from inference import Tagger
 
     tagger = Tagger.from_checkpoint(path, DEVICES[requested("accelerator", given)], given=given)
@@ -113,13 +113,13 @@ def pcm_blocks(stream: BinaryIO, kind: str, channels: int, frames: int) -> Itera
 def open_microphone(which: Optional[str]) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
     """The sample rate of a microphone, and its (1, samples) float32 blocks, which never end.
 
-    which: its number, or a part of its name; None: the system's. Raises ValueError where sounddevice is not installed,
+    which: its number, or a part of its name; None: the system's. Raises UserError where sounddevice is not installed,
     where there is no such microphone, and where the machine falls behind by MOST_WAITING_SECONDS.
     """
     try:
         sounddevice = importlib.import_module("sounddevice")
     except (ModuleNotFoundError, OSError) as error:  # OSError: PortAudio itself is missing
-        raise ValueError(
+        raise UserError(
             f"The microphone needs the sounddevice package ({error}): {INSTALL}. Or pipe samples in: --pcm s16le."
         ) from None
     device = int(which) if which is not None and which.isdigit() else which
@@ -139,7 +139,7 @@ def open_microphone(which: Optional[str]) -> Iterator[tuple[int, Iterator[np.nda
             callback=arrived,
         )  # fmt: skip
     except (sounddevice.PortAudioError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"There is no microphone {which or 'on this machine'} to listen to ({error}). `python -m sounddevice` "
             f"lists what there is; --microphone takes a number or a part of a name."
         ) from None
@@ -152,7 +152,7 @@ def _until_behind(waiting: "queue.Queue[np.ndarray]", behind: list[bool]) -> Ite
         # With a limit, since a wait without one cannot be interrupted on Windows.
         with contextlib.suppress(queue.Empty):
             yield waiting.get(timeout=0.5)
-    raise ValueError(
+    raise UserError(
         f"This machine is {MOST_WAITING_SECONDS} s behind the sound: raise --hop_seconds, or take a smaller network."
     )
 

@@ -16,7 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from commands._measure import (
+from commands.train import find_resumed
+from data_generator import SEDDataModule, Split
+from frame_training import build_wrapper
+from model import build_model
+from runs.measure import (
     WARM_UP,
     Timing,
     WholeBatches,
@@ -26,15 +30,11 @@ from commands._measure import (
     time_inference,
     time_training,
 )
-from commands._performance import settle
-from commands._records import BYTES_PER_TRAINED_PARAMETER, device_name
-from commands._trainer import device_count, on_gpu
-from commands.train import find_resumed
-from data_generator import SEDDataModule, Split
-from frame_training import build_wrapper
-from model import build_model
+from runs.records import BYTES_PER_TRAINED_PARAMETER, device_name
 from sed_model import SEDWrapper, learning_rate_scale
-from settings import Config, resolve
+from settings import Config, UserError, resolve
+from training.performance import settle
+from training.trainer import device_count, on_gpu
 
 RECIPE_RATE, RECIPE_BATCH = 1e-3, 128  # paper, section 3.1
 WARM_UP_EPOCHS = 3
@@ -51,10 +51,10 @@ class Plan:
     problems: list[str] = field(default_factory=list)
 
     def attempt(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns, or None where it raises ValueError, which is a problem then."""
+        """What `work` returns, or None where it raises UserError, which is a problem then."""
         try:
             return work()
-        except ValueError as error:
+        except UserError as error:
             if str(error) not in self.problems:
                 self.problems.append(str(error))
             return None
@@ -66,7 +66,7 @@ def run(given: dict[str, Any], measure_steps: int = 20) -> None:
     measure_steps: training steps to time, 0 for none. Nothing is written.
     """
     if measure_steps < 0:
-        raise ValueError(f"--measure_steps {measure_steps} is not allowed: it must be 0 or more.")
+        raise UserError(f"--measure_steps {measure_steps} is not allowed: it must be 0 or more.")
     settings = resolve(given)
     plan = Plan()
     print_plan(settings, plan, make_plan(settings, plan, measure_steps))
@@ -104,18 +104,18 @@ def make_plan(settings: Config, plan: Plan, measure_steps: int) -> str:
 
 
 def complete_epochs(settings: Config) -> int:
-    """Epochs that a run to go on with has behind it. Raises ValueError where train would refuse the run folder."""
+    """Epochs that a run to go on with has behind it. Raises UserError where train would refuse the run folder."""
     resumed = find_resumed(settings)
     return (resumed.complete_epochs or 0) if resumed else 0
 
 
 def training_data(settings: Config, devices: int) -> SEDDataModule:
-    """The clips. Raises ValueError where a split is missing or empty, or cannot be shared by the devices."""
+    """The clips. Raises UserError where a split is missing or empty, or cannot be shared by the devices."""
     splits: tuple[Split, ...] = ("train", "validation", "test") if settings.watch_test else ("train", "validation")
     data = SEDDataModule(settings, splits)
     clips = len(data.tables["train"])
     if clips < devices:
-        raise ValueError(f"{clips} training clips cannot be shared by {devices} processes: set devices lower.")
+        raise UserError(f"{clips} training clips cannot be shared by {devices} processes: set devices lower.")
     data.train_dataloader()  # the balanced sampler needs a clip that has a class
     return data
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import requested
+from settings import UserError, requested
 
 if TYPE_CHECKING:
-    from commands._outputs import Source
     from evaluation.postprocess import PostProcessing
     from inference import Tagged, Tagger
+    from inference.outputs import Source
 
 ENDED_BY_READER = 141  # exit status, as shells say it of a program that SIGPIPE ends
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}
@@ -26,18 +26,18 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
 
     A file that cannot be read is reported, and the others go on. Returns the exit status: 1 where any file failed, 141
     where nobody reads standard output any more.
-    After an interruption, the same command goes on. Raises ValueError for a mistake in what was given.
+    After an interruption, the same command goes on. Raises UserError for a mistake in what was given.
     """
     path = requested("resume_checkpoint", given)
     if path is None:
         from model.known import known_names
 
-        raise ValueError(
+        raise UserError(
             f"predict needs a checkpoint: --resume_checkpoint PATH, or a known name ({', '.join(known_names())})"
         )
     check_runtime(runtime, path)
-    from commands._outputs import Outputs, Wanted
     from inference import Tagger
+    from inference.outputs import Outputs, Wanted
     from model.known import find_checkpoint
 
     chosen = Wanted(**wanted)
@@ -69,17 +69,17 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
 
 
 def check_runtime(runtime: str, path: str) -> None:
-    """Raise ValueError where the file is not for the runtime that was asked for."""
+    """Raise UserError where the file is not for the runtime that was asked for."""
     if runtime not in ("auto", "torch", "onnx"):
-        raise ValueError(f"--runtime {runtime} is not allowed: give auto, torch or onnx.")
+        raise UserError(f"--runtime {runtime} is not allowed: give auto, torch or onnx.")
     exported = path.endswith(".onnx")
     if runtime == "onnx" and not exported:
-        raise ValueError(
+        raise UserError(
             f"--runtime onnx needs an exported network: `python main.py export --resume_checkpoint {path}` writes "
             f"model.onnx and model-int8.onnx, which --resume_checkpoint then names."
         )
     if runtime == "torch" and exported:
-        raise ValueError(f"{path} is run by onnxruntime: for --runtime torch give the checkpoint that it came from.")
+        raise UserError(f"{path} is run by onnxruntime: for --runtime torch give the checkpoint that it came from.")
 
 
 def tag_sources(tagger: "Tagger", sources: "list[Source]", outputs: Any) -> int:
@@ -91,7 +91,7 @@ def tag_sources(tagger: "Tagger", sources: "list[Source]", outputs: Any) -> int:
         )
         for source, (_, found) in zip(sources, tagging, strict=True):
             bar.next_file()
-            if isinstance(found, ValueError):
+            if isinstance(found, UserError):
                 reason = str(found).replace(str(source.path), source.name)
                 print(f"error: {reason if source.name in reason else f'{source.name}: {reason}'}", file=sys.stderr)
                 failed += 1
@@ -117,8 +117,8 @@ def event_processing(tagger: "Tagger") -> "PostProcessing":
 
     import numpy as np
 
-    from commands._detection import choose_postprocessing
     from evaluation.scores import Scores
+    from evaluation.tables import choose_postprocessing
 
     stored: dict[str, Any] = {"postprocessing": json.dumps(tagger.postprocessing.as_dict())}
     none = np.zeros((0, len(tagger.labels)))
@@ -129,10 +129,10 @@ def event_processing(tagger: "Tagger") -> "PostProcessing":
 def collect(files: list[str], folder: Path, *, by_place: bool) -> "list[Source]":
     """The recordings that were given. What comes on standard input (-) is put into a file of `folder`.
 
-    by_place: whether each writes a file of its own. Raises ValueError where two of those would have one name.
+    by_place: whether each writes a file of its own. Raises UserError where two of those would have one name.
     """
-    from commands._outputs import STANDARD_INPUT, Source, sources_of
-    from prepare.audio import SUFFIXES
+    from data.audio import SUFFIXES
+    from inference.outputs import STANDARD_INPUT, Source, sources_of
 
     sources = list(sources_of([name for name in files if name != STANDARD_INPUT], SUFFIXES))
     if STANDARD_INPUT in files:
@@ -144,7 +144,7 @@ def collect(files: list[str], folder: Path, *, by_place: bool) -> "list[Source]"
     for source in sources if by_place else ():
         other = places.setdefault(source.place, source.name)
         if other != source.name:
-            raise ValueError(
+            raise UserError(
                 f"{other} and {source.name} would both write {source.place}: give the folder that holds both instead."
             )
     return sources

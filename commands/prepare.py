@@ -7,9 +7,9 @@ from typing import Any, Optional
 
 import numpy as np
 
+from data.clip_store import STRONG, UNLABELLED, ClipTable, open_store, read_store_table, store_path
 from prepare.audioset import prepare_audioset
 from prepare.audioset_strong import prepare_audioset_strong
-from prepare.clip_store import STRONG, UNLABELLED, ClipTable, open_store, read_store_table, store_path
 from prepare.demo import prepare_demo
 from prepare.desed import prepare_desed
 from prepare.esc50 import prepare_esc50
@@ -17,12 +17,12 @@ from prepare.folder import prepare_folder
 from prepare.report import PrepareReport
 from prepare.scv2 import prepare_scv2
 from prepare.soundscapes import Mix, prepare_soundscapes
-from settings import Config, resolve
+from settings import Config, UserError, resolve
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the command line says of a raw data set: its flags, as main.COMMANDS explains them."""
+    """What the command line says of a raw data set: its flags, as command_line.COMMANDS explains them."""
 
     settings: Config
     raw: Optional[str] = None
@@ -46,10 +46,10 @@ class Source:
     segment_seconds: Optional[float] = None
 
     def need(self, name: str, what: str) -> Path:
-        """The path of a flag. Raises ValueError where it was not given."""
+        """The path of a flag. Raises UserError where it was not given."""
         path = self.path(name)
         if path is None:
-            raise ValueError(f"prepare --dataset_type {self.settings.dataset_type} needs --{name}, {what}.")
+            raise UserError(f"prepare --dataset_type {self.settings.dataset_type} needs --{name}, {what}.")
         return path
 
     def path(self, name: str) -> Optional[Path]:
@@ -58,11 +58,11 @@ class Source:
         return None if value is None else Path(value)
 
     def pair(self, name: str) -> tuple[float, float]:
-        """Two numbers with a comma between. Raises ValueError for anything else."""
+        """Two numbers with a comma between. Raises UserError for anything else."""
         try:
             first, second = map(float, getattr(self, name).split(","))
         except ValueError:
-            raise ValueError(f"--{name} {getattr(self, name)} is not allowed: give two numbers, as 0.5,4.") from None
+            raise UserError(f"--{name} {getattr(self, name)} is not allowed: give two numbers, as 0.5,4.") from None
         return first, second
 
     def folder(self) -> Path:
@@ -92,7 +92,7 @@ def _audioset_strong(source: Source) -> PrepareReport:
 
 def _demo(source: Source) -> PrepareReport:
     if source.raw is not None:
-        raise ValueError("The demo is synthesized: --raw has no meaning. For your own audio use --dataset_type folder.")
+        raise UserError("The demo is synthesized: --raw has no meaning. For your own audio use --dataset_type folder.")
     return prepare_demo(source.store(), source.settings.sample_rate, source.settings.random_seed, source.clips)
 
 

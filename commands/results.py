@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from commands._ledger import MetricRecord, Result, Spread, newest, over_seeds, read_results
-from settings import resolve
+from runs.ledger import MetricRecord, Result, Spread, newest, over_seeds, read_results
+from settings import UserError, resolve
 
 WIDTH = 160  # characters of a line that goes into a file or a pipe; a terminal says its own
 TSV_COLUMNS = (
@@ -24,7 +24,7 @@ TSV_COLUMNS = (
 def run(given: dict[str, Any], tsv: Optional[str] = None) -> None:
     """Print the ledger results_path, newest last; a --dataset_type that is given picks the tests on that data set.
 
-    tsv: file to write them into as well, one row for each metric of each test. Raises ValueError where there are none.
+    tsv: file to write them into as well, one row for each metric of each test. Raises UserError where there are none.
     """
     settings = resolve(given)
     results, broken = read_results(Path(settings.results_path))
@@ -34,7 +34,7 @@ def run(given: dict[str, Any], tsv: Optional[str] = None) -> None:
         results = [result for result in results if result.dataset_type == settings.dataset_type]
     if not results:
         chosen = f" with dataset_type = {settings.dataset_type}" if "dataset_type" in given else ""
-        raise ValueError(f"{settings.results_path} holds no readable result{chosen}.")
+        raise UserError(f"{settings.results_path} holds no readable result{chosen}.")
     shown = newest(results)
     console = Console() if Console().is_terminal else Console(width=WIDTH)
     console.print(results_table(shown))

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from data.clip_store import class_index
 from data_generator import load_table
-from prepare.clip_store import class_index
 from settings import resolve
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from commands.listen import load_tagger
 from commands.predict import event_processing
+from settings import UserError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -60,7 +61,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not (0 < self.most_megabytes < np.inf and 0 < self.most_seconds < np.inf and self.most_waiting >= 0):
-            raise ValueError(
+            raise UserError(
                 f"most_megabytes = {self.most_megabytes}, most_seconds = {self.most_seconds} and most_waiting = "
                 f"{self.most_waiting} are not allowed: the first two lie above 0, the last is 0 or more."
             )
@@ -73,14 +74,14 @@ class Limits:
 def run(given: dict[str, Any], host: str, port: int, **limits: Any) -> None:
     """Serve the page on http://host:port until Ctrl-C.
 
-    Raises ValueError where FastAPI or uvicorn is missing, where the address is taken, and for a mistake in what was
+    Raises UserError where FastAPI or uvicorn is missing, where the address is taken, and for a mistake in what was
     given.
     """
     try:
         import fastapi  # noqa: F401
         import uvicorn
     except ModuleNotFoundError as error:
-        raise ValueError(f"The page needs FastAPI and uvicorn ({error}): {INSTALL}") from None
+        raise UserError(f"The page needs FastAPI and uvicorn ({error}): {INSTALL}") from None
     chosen = Limits(**limits)
     with listening_socket(host, port) as listening:
         app = build_app(load_tagger(given, "serve"), chosen, host)
@@ -93,12 +94,12 @@ def run(given: dict[str, Any], host: str, port: int, **limits: Any) -> None:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """The address is taken before the checkpoint is loaded. Raises ValueError where that fails. port 0: a free one."""
+    """The address is taken before the checkpoint is loaded. Raises UserError where that fails. port 0: a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise ValueError(f"{host} port {port} cannot be served ({error}): give another --port or --host.") from None
+        raise UserError(f"{host} port {port} cannot be served ({error}): give another --port or --host.") from None
 
 
 def build_app(tagger: "Tagger", limits: Limits, host: str = "127.0.0.1") -> "FastAPI":
@@ -223,20 +224,20 @@ async def receive(request: "Request", path: Path, limits: Limits) -> None:
 
 def tag_upload(tagger: "Tagger", processing: "PostProcessing", path: Path, limits: Limits) -> bytes:
     """Tag a file; returns `answer`. Raises RefusedError for what is no sound or too long."""
-    from commands._pictures import sound_of_file
-    from prepare.audio import read_audio
+    from data.audio import read_audio
+    from inference.pictures import sound_of_file
 
     rate = tagger.settings.sample_rate
     try:
         waveform = read_audio(path, rate, seconds=limits.most_seconds + 1)
-    except ValueError as error:
+    except UserError as error:
         reason = str(error).replace(f"Error opening b'{path}': ", "").replace(str(path), "The file")
         raise RefusedError(415, reason) from None
     if len(waveform) > limits.most_seconds * rate:
         raise RefusedError(422, f"The sound is longer than the {limits.most_seconds:g} s that are taken here.")
     try:
         tagged = tagger.tag(waveform)
-    except ValueError as error:
+    except UserError as error:
         raise RefusedError(422, str(error)) from None
     sound = sound_of_file(path, tagger.settings, tagged.duration)
     content = answer(tagged, processing) | {"spectrogram": picture(sound.logmel, sound.band_hz)}

@@ -8,19 +8,19 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from commands._evaluate import Member, check_labels, checkpoint_labels
-from commands._ledger import make_folder
-from commands._localization import class_mapping
-from commands._records import device_name
-from commands._trainer import build_trainer
 from commands.esm_test import check_alike, fit_together
+from data.clip_store import SPLITS, UNREADABLE
+from data.pseudo_labels import TeacherWriter
 from data_generator import SEDDataModule, Split
 from evaluation.mapping import ClassMapping
-from model.htsat import HTSAT_Swin_Transformer
-from prepare.clip_store import SPLITS, UNREADABLE
-from pseudo_labels import TeacherWriter
+from model.encoders.htsat import HTSAT_Swin_Transformer
+from runs.ledger import make_folder
+from runs.records import device_name
+from runs.test_plan import class_mapping
+from runs.testing import Member, check_labels, checkpoint_labels
 from sed_model import Batch, Ensemble_SEDWrapper
-from settings import Config, requested, resolve
+from settings import Config, UserError, requested, resolve
+from training.trainer import build_trainer
 from utils import int16_to_float32
 
 Part = tuple[Config, SEDDataModule]  # a split: the settings that read it, and its clips
@@ -31,7 +31,7 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
     """Write the frame logits of --resume_checkpoint, or of the ensemble --esm_model_pathes A,B,..., into one file.
 
     teach_split: train, validation, test or all. output: the file, else <workspace>/teachers/<exp_name>.h5, named after
-    the first checkpoint; one that is there already is replaced when the new one is whole. Raises ValueError where there
+    the first checkpoint; one that is there already is replaced when the new one is whole. Raises UserError where there
     is no checkpoint, where the members of an ensemble do not fit together, and where the file cannot be written. A
     network of AudioSet's classes teaches data of others by fl_audioset_mapping.
     """
@@ -66,10 +66,10 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
 
 
 def read_members(given: dict[str, Any]) -> list[Member]:
-    """The teachers. Raises ValueError where none is named, or where they could not be tested as one ensemble."""
+    """The teachers. Raises UserError where none is named, or where they could not be tested as one ensemble."""
     single, several = requested("resume_checkpoint", given), requested("esm_model_pathes", given)
     if bool(single) == bool(several):
-        raise ValueError(
+        raise UserError(
             f"teach needs a checkpoint, --resume_checkpoint PATH, or those of an ensemble, --esm_model_pathes "
             f"A.ckpt,B.ckpt,...{'; both are given' if single else ''}. After a training, "
             f"{resolve().run_folder / 'checkpoints' / 'best.ckpt'} is one."
@@ -81,10 +81,10 @@ def read_members(given: dict[str, Any]) -> list[Member]:
 
 
 def check_output(path: Path) -> None:
-    """Raise ValueError, before anything is scored, where the file could not be written."""
+    """Raise UserError, before anything is scored, where the file could not be written."""
     make_folder(path.parent, "--output", path)
     if path.is_dir():
-        raise ValueError(f"--output {path} is a folder: give the name of a file in it.")
+        raise UserError(f"--output {path} is a folder: give the name of a file in it.")
 
 
 def chosen_splits(teach_split: str, settings: Config) -> list[str]:
@@ -97,7 +97,7 @@ def chosen_splits(teach_split: str, settings: Config) -> list[str]:
 def open_part(split: str, settings: Config, members: Sequence[Member]) -> Part:
     """The clips of a split, as a test reads them: each once, in order, and none in place of another.
 
-    Raises ValueError where the data is missing, or has other classes than a member.
+    Raises UserError where the data is missing, or has other classes than a member.
     """
     # Only the sound is wanted: clips without times as well, of which training with frame targets may refuse some.
     part = settings.model_copy(update={"test_split": split, "loss_type": "clip_bce"})
@@ -117,11 +117,11 @@ def taught_classes(member: Member, part: Part) -> tuple[list[str], Optional[Clas
 
 
 def finest_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Member]) -> int:
-    """Steps of the member with the most. Raises ValueError where another's do not divide them."""
+    """Steps of the member with the most. Raises UserError where another's do not divide them."""
     steps = max(network.steps for network in networks)
     for network, member in zip(networks, members, strict=True):
         if steps % network.steps:
-            raise ValueError(
+            raise UserError(
                 f"{member.checkpoint.path} gives {network.steps} steps for a clip, which do not divide the {steps} of "
                 f"the finest member: their frame scores cannot be averaged."
             )

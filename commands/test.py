@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from commands._evaluate import test_checkpoint
-from settings import requested, resolve
+from runs.testing import test_checkpoint
+from settings import UserError, requested, resolve
 
 
 def run(given: dict[str, Any]) -> None:
     """Print the metrics of --resume_checkpoint and write them, with the scores, into heatmap_dir."""
     path = requested("resume_checkpoint", given)
     if path is None:
-        raise ValueError(
+        raise UserError(
             "test needs a checkpoint: --resume_checkpoint PATH, for example "
             f"{resolve().run_folder / 'checkpoints' / 'best.ckpt'} after a training."
         )

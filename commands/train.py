@@ -5,17 +5,17 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 
-from commands._card import write_run_card
-from commands._evaluate import checkpoint_labels
-from commands._performance import compile_network, settle
-from commands._records import is_first_process, print_first_page, save_provenance
-from commands._trainer import build_trainer, checkpoint_folder, interruptible, process_count
+from data.labels import published_labels
 from data_generator import SEDDataModule, Split
 from frame_training import build_wrapper
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
-from prepare.labels import published_labels
-from settings import NETWORK_SETTINGS, Config, resolve
+from runs.card import write_run_card
+from runs.records import is_first_process, print_first_page, save_provenance
+from runs.testing import checkpoint_labels
+from settings import NETWORK_SETTINGS, Config, UserError, resolve
+from training.performance import compile_network, settle
+from training.trainer import build_trainer, checkpoint_folder, interruptible, process_count
 
 # What must not change when a run is gone on with: its network, what of it learns, and from which clips.
 RUN_SETTINGS = (
@@ -76,11 +76,11 @@ def run(given: dict[str, Any]) -> None:
 def resolve_with_frontend(given: dict[str, Any]) -> Config:
     """The settings, with the front-end of the checkpoint to fine-tune from where frontend_from asks for it.
 
-    Raises ValueError where there are two files of weights to start from.
+    Raises UserError where there are two files of weights to start from.
     """
     settings = resolve(given)
     if settings.swin_pretrain_path and settings.resume_checkpoint:
-        raise ValueError(
+        raise UserError(
             f"swin_pretrain_path = {settings.swin_pretrain_path} and resume_checkpoint = {settings.resume_checkpoint}: "
             f"a training starts from one of them. Leave one out."
         )
@@ -91,13 +91,13 @@ def resolve_with_frontend(given: dict[str, Any]) -> Config:
 
 
 def starting_weights(settings: Config) -> Optional[Checkpoint]:
-    """The weights that a new training starts from, or None. Raises ValueError for a wrong kind."""
+    """The weights that a new training starts from, or None. Raises UserError for a wrong kind."""
     swin, tuned = settings.swin_pretrain_path, settings.resume_checkpoint
     if swin is None:
         return read_checkpoint(tuned) if tuned else None
     start = read_checkpoint(swin)
     if start.kind != "ImageNet Swin":
-        raise ValueError(
+        raise UserError(
             f"swin_pretrain_path = {swin} is no ImageNet Swin; its kind seems to be: {start.kind}. To fine-tune from "
             f"it, use --resume_checkpoint."
         )
@@ -112,13 +112,13 @@ def named(labels: list[str]) -> Optional[list[str]]:
 def find_resumed(settings: Config) -> Optional[Checkpoint]:
     """The checkpoint to go on from, or None for a new run.
 
-    Raises ValueError where a new run would mix with an old one, and where the old one has another network.
+    Raises UserError where a new run would mix with an old one, and where the old one has another network.
     """
     folder = checkpoint_folder(settings)
     last = folder / "last.ckpt"
     if settings.resume is None:
         if is_first_process() and folder.is_dir() and any(folder.glob("*.ckpt")):
-            raise ValueError(
+            raise UserError(
                 f"{settings.run_folder} holds a run already: --resume auto goes on with it, --exp_name NAME begins "
                 f"another."
             )
@@ -127,10 +127,10 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
         return None
     resumed = read_checkpoint(last if settings.resume == "auto" else Path(settings.resume))
     if resumed.settings is None or resumed.epoch is None or not resumed.resumable:
-        raise ValueError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
+        raise UserError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
     now, then = settings.model_dump(), resumed.settings
     changed = [name for name in RUN_SETTINGS if name in then and then[name] != now[name]]
     if changed:
         was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
-        raise ValueError(f"The run to go on with has {was}: give the same settings, or another --exp_name.")
+        raise UserError(f"The run to go on with has {was}: give the same settings, or another --exp_name.")
     return resumed

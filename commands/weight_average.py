@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from commands._card import recorded_data, write_card
-from commands._evaluate import Member, differing, test_member
-from commands._ledger import file_sha256
-from commands._localization import reported_split
-from commands._records import is_first_process
 from data_generator import SEDDataModule
 from evaluation.metrics import Metric
 from model import build_model
 from model.checkpoint import FRONTEND, PREFIX, Checkpoint, load_network, read_checkpoint
-from model.htsat import HTSAT_Swin_Transformer
-from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, resolve
+from model.encoders.htsat import HTSAT_Swin_Transformer
+from runs.card import recorded_data, write_card
+from runs.ledger import file_sha256
+from runs.records import is_first_process
+from runs.test_plan import reported_split
+from runs.testing import Member, differing, test_member
+from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, UserError, resolve
 from utils import int16_to_float32
 
 METRIC_IN_NAME = re.compile(r"-[A-Za-z_]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312
@@ -52,10 +52,10 @@ def run(given: dict[str, Any]) -> None:
 def write_average(paths: Sequence[Path], target: Path, given: dict[str, Any], *, reestimate: bool) -> None:
     """Write the mean of checkpoints as a checkpoint. reestimate: with statistics of bn0 measured anew.
 
-    Raises ValueError for a target that is no .ckpt, and where the files do not belong together.
+    Raises UserError for a target that is no .ckpt, and where the files do not belong together.
     """
     if target.suffix == ".safetensors":
-        raise ValueError(
+        raise UserError(
             f"wa_model_path = {target} is not allowed: an average is a .ckpt file, which keeps what it is the mean of. "
             f"`python main.py export` makes safetensors of it."
         )
@@ -93,7 +93,7 @@ def find_checkpoints(where: str, top_k: int = 0, *, target: Optional[Path] = Non
 
     Where there are those of single epochs, their second names best.ckpt and last.ckpt do not count, and no file counts
     twice. target: a file that is left out, as an earlier average in its place. top_k: only so many, those with the
-    highest metric in their names; 0: all. Raises ValueError where there are none, or too few.
+    highest metric in their names; 0: all. Raises UserError where there are none, or too few.
     """
     if glob.has_magic(where):
         found = sorted(Path(name) for name in glob.glob(where))
@@ -105,14 +105,14 @@ def find_checkpoints(where: str, top_k: int = 0, *, target: Optional[Path] = Non
     found = [path for path in found if path.stem not in ("best", "last") or path.parent not in with_epochs]
     found = _without_doubles(found, target)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"There are no .ckpt files in {where}: --wa_folder names a run's folder, a folder of checkpoints or a glob."
         )
     if not top_k:
         return found
     metrics = {path: float(match[1]) for path in found if (match := METRIC_IN_NAME.search(path.stem))}
     if len(metrics) < top_k:
-        raise ValueError(
+        raise UserError(
             f"{where} has {len(metrics)} checkpoints with a metric in their name, wa_top_k = {top_k} asks for more: "
             f"lower wa_top_k, or train with a higher save_top_k."
         )
@@ -133,7 +133,7 @@ def _without_doubles(paths: Sequence[Path], target: Optional[Path]) -> list[Path
 def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
     """Mean of float tensors (summed in float64); integer buffers are the first file's.
 
-    Returns the content of a checkpoint; its sources say of each file path and SHA-256. Raises ValueError where the
+    Returns the content of a checkpoint; its sources say of each file path and SHA-256. Raises UserError where the
     files differ in keys, shapes, labels, front-end or in what decides which clips may test them.
     """
     first = read_checkpoint(paths[0])
@@ -166,7 +166,7 @@ def _prefix(checkpoint: Checkpoint) -> str:
 
 
 def check_alike(other: Checkpoint, first: Checkpoint) -> None:
-    """Raise ValueError, which names what differs, where the weights of two checkpoints cannot be averaged.
+    """Raise UserError, which names what differs, where the weights of two checkpoints cannot be averaged.
 
     Of other folds or another protocol, one of them knows clips that test the other.
     """
@@ -174,22 +174,22 @@ def check_alike(other: Checkpoint, first: Checkpoint) -> None:
     ours, theirs = other.settings, first.settings
     if (ours is None) != (theirs is None):
         silent, known = (other, first) if ours is None else (first, other)
-        raise ValueError(
+        raise UserError(
             f"{silent.path} does not say how it was trained, and {known.path} does: whether they may be tested on the "
             f"same clips cannot be told, so they are not averaged."
         )
     different = differing(ours or {}, theirs or {}, COMPARED_SETTINGS)
     different += differing(other.frontend or {}, first.frontend or {}, FRONTEND_SETTINGS)
     if different:
-        raise ValueError(f"{pair} have {', '.join(dict.fromkeys(different))}: they cannot be averaged.")
+        raise UserError(f"{pair} have {', '.join(dict.fromkeys(different))}: they cannot be averaged.")
     if {k: v.shape for k, v in other.state_dict.items()} != {k: v.shape for k, v in first.state_dict.items()}:
-        raise ValueError(f"{pair} hold different networks: they cannot be averaged.")
+        raise UserError(f"{pair} hold different networks: they cannot be averaged.")
     if other.labels != first.labels:
-        raise ValueError(f"{pair} have different labels: they cannot be averaged.")
+        raise UserError(f"{pair} have different labels: they cannot be averaged.")
     for key, value in other.state_dict.items():
         # As rounding leaves them, windows and filterbanks that are meant to be the same differ by less.
         if key.startswith(FRONTEND) and not torch.allclose(value, first.state_dict[key], rtol=1e-3, atol=1e-5):
-            raise ValueError(f"{pair} have different front-ends ({key}): they cannot be averaged.")
+            raise UserError(f"{pair} have different front-ends ({key}): they cannot be averaged.")
 
 
 def estimate_statistics(path: Path, given: dict[str, Any]) -> dict[str, Tensor]:

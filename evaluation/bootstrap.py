@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
+from settings import UserError
+
 Statistic = Callable[[np.ndarray], np.ndarray]  # weights (N, R) -> values (..., R), one or several for each resample
 
 BLOCK = 64  # resamples at once: 20,000 clips have 5 MB of weights, which a processor's cache holds
@@ -45,7 +47,7 @@ class Comparison:
 def draw_weights(clips: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Blocks (N, at most BLOCK) of weights; resample r of a seed is the same however many are drawn."""
     if clips < 1:
-        raise ValueError("A bootstrap over clips needs at least one clip, and there is none.")
+        raise UserError("A bootstrap over clips needs at least one clip, and there is none.")
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, BLOCK):
         drawn = (rng.integers(clips, size=clips) for _ in range(min(BLOCK, resamples - start)))
@@ -61,10 +63,10 @@ def bootstrap_values(statistic: Statistic, clips: int, *, resamples: int = RESAM
 def percentile_interval(values: np.ndarray, level: float = 0.95) -> Interval:
     """The middle `level` of (resamples,) values. Those that are NaN, where a resample has no value, are left out.
 
-    Raises ValueError where the level does not lie between 0 and 1.
+    Raises UserError where the level does not lie between 0 and 1.
     """
     if not 0 < level < 1:
-        raise ValueError(f"level = {level} is not allowed: give a share between 0 and 1, as 0.95.")
+        raise UserError(f"level = {level} is not allowed: give a share between 0 and 1, as 0.95.")
     known = values[~np.isnan(values)]
     if len(known) == 0:
         return Interval(float("nan"), float("nan"), level, len(values))

@@ -21,6 +21,7 @@ from evaluation.detection import score_tables
 from evaluation.event_tables import GroundTruth
 from evaluation.postprocess import PostProcessing, detected_frames, truth_table
 from evaluation.scores import Scores
+from settings import UserError
 
 Objective = Literal["intersection_f1", "collar_f1", "psds1"]
 Tables = dict[str, pd.DataFrame]
@@ -72,11 +73,11 @@ CRITERIA = {"intersection_f1": _intersection(0.5), "collar_f1": _collar(), "psds
 def calibrate(scores: Scores, objective: Objective, start: Optional[PostProcessing] = None) -> Calibrated:
     """Search the post-processing of a score store that raises `objective` on its clips.
 
-    start: what classes without true events keep; its gaps and interpolation are kept for all. Raises ValueError where
+    start: what classes without true events keep; its gaps and interpolation are kept for all. Raises UserError where
     the store has no frame scores or no true events.
     """
     if scores.framewise is None or not scores.events or not any(scores.events):
-        raise ValueError("Calibration needs frame scores and true events: the clips must have times.")
+        raise UserError("Calibration needs frame scores and true events: the clips must have times.")
     start = start or PostProcessing(tuple(scores.labels))
     durations = dict(zip(scores.names, scores.durations.tolist(), strict=True))
     truth = GroundTruth.build(truth_table(scores.names, scores.events, scores.labels), durations, scores.labels)

@@ -132,7 +132,7 @@ class MetricComparison:
 def measure(truth: GroundTruth, system: System) -> list[Measured]:
     """All metrics of a system that its scores and events allow, without intervals.
 
-    Raises ValueError, with their names, for detections in clips that the ground truth does not know.
+    Raises UserError, with their names, for detections in clips that the ground truth does not know.
     """
     check_clips(system.events, truth.seconds, "The table of detections")
     found, true, classes = truth.index(join_overlapping(system.events)), truth.events, len(truth.labels)

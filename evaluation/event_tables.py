@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation.postprocess import EVENT_COLUMNS
+from settings import UserError
 
 SHOWN = 4  # names or lines in a message
 
@@ -44,9 +45,9 @@ class GroundTruth:
 
     @classmethod
     def build(cls, table: pd.DataFrame, durations: dict[str, float], labels: Sequence[str]) -> "GroundTruth":
-        """Raises ValueError where there are no events, or clips that `durations` does not know."""
+        """Raises UserError where there are no events, or clips that `durations` does not know."""
         if len(table) == 0:
-            raise ValueError("The ground truth has no events: there is nothing to evaluate against.")
+            raise UserError("The ground truth has no events: there is nothing to evaluate against.")
         check_clips(table, durations, "The ground truth")
         seconds = np.array(list(durations.values()), dtype=np.float64)
         return cls(list(durations), seconds, list(labels), join_overlapping(table))
@@ -85,7 +86,7 @@ class GroundTruth:
 def read_events(path: Path) -> pd.DataFrame:
     """A table of events with EVENT_COLUMNS.
 
-    Raises ValueError, with the lines, for missing columns, times that are no numbers or negative, empty fields, and
+    Raises UserError, with the lines, for missing columns, times that are no numbers or negative, empty fields, and
     events that do not end after they begin.
     """
     text = _read_text(path, EVENT_COLUMNS)
@@ -104,23 +105,23 @@ def read_events(path: Path) -> pd.DataFrame:
 
 
 def read_durations(path: Path) -> dict[str, float]:
-    """{filename: seconds}. Raises ValueError, with the lines, for what is no duration, and clips that stand twice."""
+    """{filename: seconds}. Raises UserError, with the lines, for what is no duration, and clips that stand twice."""
     text = _read_text(path, ["filename", "duration"])
     _refuse(path, text.filename.isna(), "filename is empty")
     seconds = _numbers(path, text, "duration")
     _refuse(path, seconds <= 0, "the duration is not above 0 s")
     _refuse(path, text.filename.duplicated(), "the clip stands in the table twice")
     if len(text) == 0:
-        raise ValueError(f"{path} names no clips.")
+        raise UserError(f"{path} names no clips.")
     return dict(zip(text.filename.tolist(), seconds.tolist(), strict=True))
 
 
 def check_clips(table: pd.DataFrame, durations: dict[str, float], what: str) -> None:
-    """Raise ValueError that names the clips of a table which the durations do not know."""
+    """Raise UserError that names the clips of a table which the durations do not know."""
     unknown = sorted(set(table.filename) - durations.keys())
     if unknown:
         more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        raise ValueError(
+        raise UserError(
             f"{what} has events in clips that the durations do not know: {', '.join(unknown[:SHOWN])}{more}. They "
             f"know {len(durations)} clips, as {next(iter(durations))}: add these, or take the events out."
         )
@@ -159,12 +160,12 @@ def _read_text(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 index_col=False,
             )
     except OSError as error:
-        raise ValueError(f"The table {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"The table {path} cannot be read: {error.strerror}.") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no tab-separated table: {error}.") from None
+        raise UserError(f"{path} is no tab-separated table: {error}.") from None
     missing = [column for column in columns if column not in text.columns]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path} lacks {', '.join(missing)}: its first line has {', '.join(map(str, text.columns))}; a "
             f"tab-separated table with {', '.join(columns)} is needed."
         )
@@ -182,4 +183,4 @@ def _refuse(path: Path, wrong: pd.Series, reason: str) -> None:
     if wrong.any():
         lines = wrong.index[wrong].tolist()
         more = ", ..." if len(lines) > SHOWN else ""
-        raise ValueError(f"{path}, line {', '.join(map(str, lines[:SHOWN]))}{more}: {reason}.")
+        raise UserError(f"{path}, line {', '.join(map(str, lines[:SHOWN]))}{more}: {reason}.")

@@ -14,6 +14,8 @@ from typing import Any, Optional
 
 import numpy as np
 
+from settings import UserError
+
 ASSETS = Path(__file__).parents[1] / "assets"
 BLOCK_ROWS = 2048  # frames mapped at once: what is read of them, a processor's cache holds
 NAMED = {"published": ASSETS / "desed_published.json", "reviewed": ASSETS / "desed_reviewed.json"}
@@ -43,9 +45,9 @@ class ClassMapping:
         return mapped.reshape(*scores.shape[:-1], len(self.groups))
 
     def in_order(self, labels: Sequence[str]) -> "ClassMapping":
-        """The same groups in the order of `labels`. Raises ValueError where these are other classes."""
+        """The same groups in the order of `labels`. Raises UserError where these are other classes."""
         if sorted(labels) != sorted(self.labels):
-            raise ValueError(
+            raise UserError(
                 f"The mapping {self.name} leads to the classes {', '.join(self.labels)}; the data has "
                 f"{', '.join(labels)}. Give another one with --fl_audioset_mapping."
             )
@@ -62,7 +64,7 @@ def mapping_labels(which: str) -> list[str]:
 def load_mapping(which: str, sources: Sequence[str], mids: Sequence[str] = ()) -> ClassMapping:
     """A mapping from the classes `sources`. which: published, reviewed, or a JSON file; mids: their AudioSet ids.
 
-    Raises ValueError, with their names, for unknown classes, empty groups, and a class that stands in two groups.
+    Raises UserError, with their names, for unknown classes, empty groups, and a class that stands in two groups.
     """
     places: dict[str | int, int] = {k: k for k in range(len(sources))}
     places.update({mid: k for k, mid in enumerate(mids)})
@@ -75,7 +77,7 @@ def load_mapping(which: str, sources: Sequence[str], mids: Sequence[str] = ()) -
             thresholds[label] = entry["threshold"]
     _check_overlaps(which, groups, sources)
     if thresholds and len(thresholds) < len(groups):
-        raise ValueError(f"The mapping {which} has no threshold for {', '.join(groups.keys() - thresholds.keys())}.")
+        raise UserError(f"The mapping {which} has no threshold for {', '.join(groups.keys() - thresholds.keys())}.")
     return ClassMapping(
         name=which,
         labels=tuple(groups),
@@ -86,7 +88,7 @@ def load_mapping(which: str, sources: Sequence[str], mids: Sequence[str] = ()) -
 
 def _place(which: str, label: str, item: Any, places: Mapping[str | int, int]) -> int:
     if not isinstance(item, (str, int)) or isinstance(item, bool) or item not in places:
-        raise ValueError(
+        raise UserError(
             f"The mapping {which}, {label}: {item!r} is no class of the network; name its classes as it does, by "
             f"AudioSet's id, or by number, 0 to {sum(isinstance(key, int) for key in places) - 1}."
         )
@@ -94,7 +96,7 @@ def _place(which: str, label: str, item: Any, places: Mapping[str | int, int]) -
 
 
 def _check_overlaps(which: str, groups: Mapping[str, Sequence[int]], sources: Sequence[str]) -> None:
-    """Raise ValueError for classes that stand in two groups, or twice in one."""
+    """Raise UserError for classes that stand in two groups, or twice in one."""
     found: dict[int, str] = {}
     twice = []
     for label, group in groups.items():
@@ -103,21 +105,21 @@ def _check_overlaps(which: str, groups: Mapping[str, Sequence[int]], sources: Se
                 twice.append(f"{sources[source]!r} (in {found[source]} and {label})")
             found[source] = label
     if twice:
-        raise ValueError(f"The mapping {which} uses classes twice: {', '.join(twice)}.")
+        raise UserError(f"The mapping {which} uses classes twice: {', '.join(twice)}.")
 
 
 def _read(which: str) -> dict[str, dict[str, Any]]:
-    """The classes of a mapping file, each as {"from": [...], ...}. Raises ValueError where it is none."""
+    """The classes of a mapping file, each as {"from": [...], ...}. Raises UserError where it is none."""
     path = NAMED.get(which, Path(which))
     if not path.is_file():
-        raise ValueError(f"There is no mapping {which}: give {', '.join(NAMED)}, or the path of a JSON file.")
+        raise UserError(f"There is no mapping {which}: give {', '.join(NAMED)}, or the path of a JSON file.")
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is no JSON: {error}") from None
     classes = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(classes, dict) or not classes:
-        raise ValueError(f'{path} is no mapping: it needs {{"classes": {{NAME: {{"from": [...]}}}}}}.')
+        raise UserError(f'{path} is no mapping: it needs {{"classes": {{NAME: {{"from": [...]}}}}}}.')
     return {str(label): _entry(which, label, entry) for label, entry in classes.items()}
 
 
@@ -133,10 +135,10 @@ def _entry(which: str, label: str, entry: Any) -> dict[str, Any]:
             "why",
         }
     ):
-        raise ValueError(f"The mapping {which}, {label}: from, threshold and why are known, and from is a list.")
+        raise UserError(f"The mapping {which}, {label}: from, threshold and why are known, and from is a list.")
     if not entry["from"]:
-        raise ValueError(f"The mapping {which}: the group of {label} is empty.")
+        raise UserError(f"The mapping {which}: the group of {label} is empty.")
     threshold = entry.get("threshold", 0.5)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise ValueError(f"The mapping {which}, {label}: the threshold {threshold!r} must be a number from 0 to 1.")
+        raise UserError(f"The mapping {which}, {label}: the threshold {threshold!r} must be a number from 0 to 1.")
     return entry

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import median_filter
 
+from settings import UserError
+
 EVENT_COLUMNS = ["filename", "onset", "offset", "event_label"]
 DEFAULT_THRESHOLD = 0.5
 
@@ -19,7 +21,7 @@ class PostProcessing:
     thresholds: a frame whose score lies above is on; median_filter: length in frames, odd, 1 for none;
     minimum_duration: shorter events are left out, in seconds; maximum_gap: events of one class that are so close are
     one, in seconds; interpolation: parts into which each frame is divided, with scores on straight lines between the
-    frames' middles, 1 for none. source: who chose this. Raises ValueError for values that are not allowed.
+    frames' middles, 1 for none. source: who chose this. Raises UserError for values that are not allowed.
     """
 
     labels: tuple[str, ...]
@@ -35,7 +37,7 @@ class PostProcessing:
         for name, kind in PER_CLASS.items():
             values = np.atleast_1d(np.asarray(getattr(self, name)))
             if len(values) not in (1, len(self.labels)):
-                raise ValueError(
+                raise UserError(
                     f"{name} has {len(values)} values: give 1, or one for each of the {len(self.labels)} classes "
                     f"{', '.join(self.labels)}."
                 )
@@ -59,10 +61,10 @@ class PostProcessing:
         return smoothed, seconds_per_frame / self.interpolation
 
     def for_labels(self, labels: Sequence[str]) -> "PostProcessing":
-        """The same for classes in another order, or some of them. Raises ValueError, with its name, for a new class."""
+        """The same for classes in another order, or some of them. Raises UserError, with its name, for a new class."""
         unknown = [label for label in labels if label not in self.labels]
         if unknown:
-            raise ValueError(f"The post-processing ({self.source}) does not know the classes {', '.join(unknown)}.")
+            raise UserError(f"The post-processing ({self.source}) does not know the classes {', '.join(unknown)}.")
         place = [self.labels.index(label) for label in labels]
         values = {name: tuple(getattr(self, name)[k] for k in place) for name in PER_CLASS}
         return PostProcessing(tuple(labels), interpolation=self.interpolation, source=self.source, **values)
@@ -73,10 +75,10 @@ class PostProcessing:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PostProcessing":
-        """What as_dict wrote. Raises ValueError where something else is there."""
+        """What as_dict wrote. Raises UserError where something else is there."""
         known = {field.name for field in fields(cls)}
         if set(content) - known or "labels" not in content:
-            raise ValueError(f"This is no post-processing: it has {', '.join(content)}, known are {', '.join(known)}.")
+            raise UserError(f"This is no post-processing: it has {', '.join(content)}, known are {', '.join(known)}.")
         return cls(**content)
 
 
@@ -90,15 +92,15 @@ PER_CLASS: dict[str, type] = {
 
 def _check_ranges(post: PostProcessing) -> None:
     if not np.isfinite(post.thresholds).all():
-        raise ValueError(f"thresholds {post.thresholds} must be finite numbers.")
+        raise UserError(f"thresholds {post.thresholds} must be finite numbers.")
     if any(length < 1 or length % 2 == 0 for length in post.median_filter):
-        raise ValueError(f"median_filter {post.median_filter}: lengths are odd numbers of frames, 1 for no filter.")
+        raise UserError(f"median_filter {post.median_filter}: lengths are odd numbers of frames, 1 for no filter.")
     if any(not 0 <= seconds < np.inf for seconds in (*post.minimum_duration, *post.maximum_gap)):
-        raise ValueError(
+        raise UserError(
             f"minimum_duration {post.minimum_duration} and maximum_gap {post.maximum_gap} are seconds, 0 or more."
         )
     if int(post.interpolation) != post.interpolation or post.interpolation < 1:
-        raise ValueError(
+        raise UserError(
             f"interpolation = {post.interpolation} is not allowed: give 1 for none, or the parts of a frame."
         )
 

@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 
 from evaluation.postprocess import PostProcessing
+from settings import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,10 +53,10 @@ class Scores:
         return None if not stored else PostProcessing.from_dict(json.loads(str(stored))).for_labels(self.labels)
 
     def select_classes(self, names: Sequence[str]) -> "Scores":
-        """Some of the classes, in the order of `names`. Raises ValueError for unknown ones."""
+        """Some of the classes, in the order of `names`. Raises UserError for unknown ones."""
         unknown = [name for name in names if name not in self.labels]
         if unknown:
-            raise ValueError(f"The scores know no class {', '.join(unknown)}; they have {', '.join(self.labels)}.")
+            raise UserError(f"The scores know no class {', '.join(unknown)}; they have {', '.join(self.labels)}.")
         place = [self.labels.index(name) for name in names]
         number = {old: new for new, old in enumerate(place)}
         events = None if self.events is None else [
@@ -90,17 +91,17 @@ class Scores:
 
 
 def load_scores(path: Path) -> Scores:
-    """Read a score store, or join its shards. Raises ValueError where it is missing, cut off, or is none."""
+    """Read a score store, or join its shards. Raises UserError where it is missing, cut off, or is none."""
     shards = find_shards(path)
     if not path.is_file():
         if shards:
             return join_shards(path)
-        raise ValueError(
+        raise UserError(
             f"There is no score file {path}. `python main.py test --fl_local True --resume_checkpoint ...` writes it; "
             f"heatmap_dir and test_file say where."
         )
     if shards:
-        raise ValueError(
+        raise UserError(
             f"There are both {path} and {', '.join(shard.name for shard in shards)}: remove what is out of date."
         )
     return _read(path)
@@ -130,7 +131,7 @@ def _read(path: Path) -> Scores:
                 attributes={key: value for key, value in file.attrs.items() if key not in own},
             )
     except (OSError, KeyError) as error:
-        raise ValueError(f"{path} is no score file, or it is cut off: {error}") from None
+        raise UserError(f"{path} is no score file, or it is cut off: {error}") from None
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:
@@ -147,29 +148,29 @@ def find_shards(path: Path) -> list[Path]:
 def join_shards(path: Path) -> Scores:
     """The scores of all shards of `path`, in the order of the split; a clip that several have is taken once.
 
-    Raises ValueError that names the shards which are missing, cut off, or of another run (other weights or clips), and
+    Raises UserError that names the shards which are missing, cut off, or of another run (other weights or clips), and
     where clips are missing all the same.
     """
     found = find_shards(path)
     counts = {int(name.stem.rpartition("of")[2]) for name in found}
     if len(counts) != 1:
-        raise ValueError(f"Shards of different tests lie beside {path}: {', '.join(p.name for p in found)}.")
+        raise UserError(f"Shards of different tests lie beside {path}: {', '.join(p.name for p in found)}.")
     expected = [shard_path(path, number + 1, *counts) for number in range(*counts)]
     missing = [shard.name for shard in expected if shard not in found]
     if missing:
-        raise ValueError(f"{path} is not complete: {', '.join(missing)} is missing; test with that test_shard.")
+        raise UserError(f"{path} is not complete: {', '.join(missing)} is missing; test with that test_shard.")
     parts = [_read(shard) for shard in expected]
     runs = [str(part.attributes.get("run_id")) for part in parts]
     stale = [shard.name for shard, run in zip(expected, runs, strict=True) if run != runs[0]]
     if stale:
-        raise ValueError(
+        raise UserError(
             f"The shards of {path} are of different runs: {expected[0].name} of {runs[0]}, not so {', '.join(stale)}. "
             f"Test again what is out of date."
         )
     joined = _concatenate(parts)
     wanted = int(parts[0].attributes["split_clips"])
     if len(joined.names) != wanted:
-        raise ValueError(f"The shards of {path} hold {len(joined.names)} clips of {wanted}: test again.")
+        raise UserError(f"The shards of {path} hold {len(joined.names)} clips of {wanted}: test again.")
     return joined
 
 
@@ -197,7 +198,7 @@ def _concatenate(parts: list[Scores]) -> Scores:
 def export_tables(scores: Scores, folder: Path) -> None:
     """Write frame scores as sed_scores_eval reads them: a folder of <clip>.tsv with onset, offset and the classes.
 
-    A clip is called there as its file without the ending. Raises ValueError where that is not unique, or the folder
+    A clip is called there as its file without the ending. Raises UserError where that is not unique, or the folder
     has other files.
     """
     from sed_scores_eval.base_modules.io import write_sed_scores
@@ -205,16 +206,16 @@ def export_tables(scores: Scores, folder: Path) -> None:
     from evaluation.detection import score_tables  # here: reading a store shall not import all metrics
 
     if scores.framewise is None:
-        raise ValueError("The score file has no frame scores: run test with --fl_local True.")
+        raise UserError("The score file has no frame scores: run test with --fl_local True.")
     tables = score_tables(
         scores.framewise, names=[table_name(name) for name in scores.names], labels=scores.labels,
         durations=scores.durations, seconds_per_frame=scores.seconds_per_frame,
     )  # fmt: skip
     if len(tables) < len(scores.names):
-        raise ValueError("Some clips have the same name but for folder and ending: their tables would be one file.")
+        raise UserError("Some clips have the same name but for folder and ending: their tables would be one file.")
     others = [p.name for p in folder.glob("*") if p.name.removesuffix(".tsv") not in tables] if folder.is_dir() else []
     if others:
-        raise ValueError(f"{folder} holds other files ({', '.join(others[:3])}, ...): give a new or empty folder.")
+        raise UserError(f"{folder} holds other files ({', '.join(others[:3])}, ...): give a new or empty folder.")
     write_sed_scores(tables, folder)
 
 
@@ -227,17 +228,17 @@ def import_tables(folder: Path, truth: Scores) -> Scores:
     """Frame scores of any system, as export_tables writes them, for the clips and with the truth of a score store.
 
     The frames of all tables must have one length, the last one of a clip may be shorter; a clip's score is its
-    frames' highest. Raises ValueError, with their names, for clips and classes that only one side knows.
+    frames' highest. Raises UserError, with their names, for clips and classes that only one side knows.
     """
     from sed_scores_eval.base_modules.io import read_sed_scores
 
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}: --import_scores names a folder of <clip>.tsv files.")
+        raise UserError(f"There is no folder {folder}: --import_scores names a folder of <clip>.tsv files.")
     tables: dict[str, pd.DataFrame] = read_sed_scores(folder)
     names = [table_name(name) for name in truth.names]
     if set(names) != tables.keys():
         ours, theirs = sorted(set(names) - tables.keys()), sorted(tables.keys() - set(names))
-        raise ValueError(
+        raise UserError(
             f"{folder} and the score file know different clips: only in the folder {theirs[:4]}, only in the score "
             f"file {ours[:4]}."
         )
@@ -246,7 +247,7 @@ def import_tables(folder: Path, truth: Scores) -> Scores:
     for clip, name in enumerate(names):
         classes = list(tables[name].columns[2:])
         if set(classes) != set(truth.labels):
-            raise ValueError(
+            raise UserError(
                 f"{name}.tsv has the classes {', '.join(classes)}, the score file {', '.join(truth.labels)}."
             )
         framewise[clip, : len(tables[name])] = tables[name][truth.labels].to_numpy()
@@ -257,12 +258,10 @@ def import_tables(folder: Path, truth: Scores) -> Scores:
 
 
 def _frame_seconds(tables: "Mapping[str, pd.DataFrame]") -> float:
-    """The length in seconds of the frames of all tables. Raises ValueError where it is not one."""
+    """The length in seconds of the frames of all tables. Raises UserError where it is not one."""
     lengths = {name: (table.offset - table.onset).to_numpy() for name, table in tables.items()}
     step = float(max(length.max() for length in lengths.values()))
     for name, length in lengths.items():
         if not np.allclose(length[:-1], step, rtol=0, atol=1e-5) or abs(tables[name].onset.iloc[0]) > 1e-5:
-            raise ValueError(
-                f"{name}.tsv: frames of one length ({step} s, as others have it), from 0 s on, are needed."
-            )
+            raise UserError(f"{name}.tsv: frames of one length ({step} s, as others have it), from 0 s on, are needed.")
     return step

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from model.htsat import HTSAT_Swin_Transformer
+from model.encoders.htsat import HTSAT_Swin_Transformer
 
 
 def build_model(settings: Any) -> HTSAT_Swin_Transformer:
-    """The network that `settings` (a Config of settings.resolve) describe. Raises ValueError for sizes that clash."""
+    """The network that `settings` (a Config of settings.resolve) describe. Raises UserError for sizes that clash."""
     return HTSAT_Swin_Transformer(
         num_classes=settings.classes_num,
         sample_rate=settings.sample_rate,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from model.foreign import PREFIX as PREFIX
 from model.foreign import Kind, heads, identify
-from model.layers import SwinBlock
-from settings import FRONTEND_SETTINGS
+from model.layers.swin import SwinBlock
+from settings import FRONTEND_SETTINGS, UserError
 
 CLASSIFIER = ("tscam_conv.", "head.")  # keys whose shape follows the number of classes
 ADDED = ("readout.", "sequence_head.")  # parts that published networks do not have
@@ -84,19 +84,19 @@ class LoadReport:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file of weights and tell its kind from what it holds, whatever its name (see model/foreign.py).
 
-    The tensors of a file of today's torch.save, or of safetensors, are mapped into memory, not read. Raises ValueError
+    The tensors of a file of today's torch.save, or of safetensors, are mapped into memory, not read. Raises UserError
     where there is no such file, where it is none of the known kinds, or where reading it would run code.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no checkpoint {path}: give the path of a .ckpt file, as train prints it.")
+        raise UserError(f"There is no checkpoint {path}: give the path of a .ckpt file, as train prints it.")
     content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, where a checkpoint or a state dict is needed.")
+        raise UserError(f"{path} holds a {type(content).__name__}, where a checkpoint or a state dict is needed.")
     try:
         weights = identify(content)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}.") from None
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}.") from None
     settings = _described(path, weights.settings, "settings", Mapping)
     about = {name: settings[name] for name in FRONTEND_SETTINGS if name in settings} if settings else None
     own = weights.kind == "HTS-AT of this project"
@@ -117,29 +117,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _described(path: Path, value: Any, name: str, kind: type) -> Any:
-    """What a file says about itself, or None. Raises ValueError for a wrong type."""
+    """What a file says about itself, or None. Raises UserError for a wrong type."""
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{path} is damaged: its entry {name} is a {type(value).__name__}.")
+        raise UserError(f"{path} is damaged: its entry {name} is a {type(value).__name__}.")
     return value
 
 
 def _read_torch(path: Path) -> Any:
-    """The content of a file of torch.save: tensors and plain values, or a ValueError."""
+    """The content of a file of torch.save: tensors and plain values, or a UserError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-                raise ValueError(f"{path} is no checkpoint: it is no file of torch.save, nor of safetensors.") from None
+                raise UserError(f"{path} is no checkpoint: it is no file of torch.save, nor of safetensors.") from None
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise ValueError(
+        raise UserError(
             f"{path} holds more than tensors and plain values{f' (it wants {wanted[1]})' if wanted else ''}, and "
             f"loading it could run code: refused. Have its weights alone saved where it was made: the tensors of its "
             f"state_dict (of a Swin, of its model), by torch.save or as safetensors; such a file is taken here."
         ) from None
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is no checkpoint, or it is cut off: {reason}") from None
+        raise UserError(f"{path} is no checkpoint, or it is cut off: {reason}") from None
 
 
 def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
@@ -151,7 +151,7 @@ def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
     path = Path(path)
     read_checkpoint(path)
     if _is_safetensors(path):
-        raise ValueError(f"{path} is a safetensors file: {name} can be kept in a .ckpt file only.")
+        raise UserError(f"{path} is a safetensors file: {name} can be kept in a .ckpt file only.")
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)  # it might be another name of the file that is being read
     torch.save({**_read_torch(path), name: value}, partial)
@@ -173,12 +173,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             keys = file.keys()
             state_dict = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no checkpoint, or it is cut off: {error}") from None
+        raise UserError(f"{path} is no checkpoint, or it is cut off: {error}") from None
     names = [name for name in ("settings", "labels", "frontend", "postprocessing") if name in about]
     try:
         return {"state_dict": state_dict, **{name: json.loads(about[name]) for name in names}}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: its metadata {', '.join(names)} should be JSON: {error}") from None
+        raise UserError(f"{path} is damaged: its metadata {', '.join(names)} should be JSON: {error}") from None
 
 
 def save_safetensors(
@@ -229,18 +229,18 @@ def load_network(
     the network) and `file_labels` (the checkpoint's own, unless given) are both known and differ; and its own readout
     and sequence head where the file has none, or others. Otherwise every parameter must come from the file.
     frontend_from: auto takes the file's front-end, but the network's in fine-tuning. configured: FRONTEND_SETTINGS of
-    the network, to name what differs in the warning that is then given. Raises ValueError when too little matches, and
+    the network, to name what differs in the warning that is then given. Raises UserError when too little matches, and
     where ImageNet's weights are to be evaluated.
     """
     if checkpoint.kind == "ImageNet Swin" and not new_classifier:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} holds an ImageNet Swin, which knows no sounds. Train from it with "
             f"--swin_pretrain_path, and use what that training writes."
         )
     own, given = network.state_dict(), checkpoint.state_dict
     broken = next((k for k, v in given.items() if v.is_floating_point() and not v.isfinite().all()), None)
     if broken is not None:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} holds weights that are no finite numbers ({broken}): its training had diverged. Use an "
             f"earlier checkpoint."
         )
@@ -306,7 +306,7 @@ def _keeps_frontend(
         return False
     keeps = frontend_from == "settings" or (frontend_from == "auto" and fine_tuning)
     if fine_tuning and not keeps and not theirs:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} has another filterbank or window than the settings describe, and does not say which "
             f"sample_rate and mel bands they are for: leave frontend_from = checkpoint out, or set them as it was "
             f"trained."
@@ -346,13 +346,13 @@ def _choose_classifier(
 
 
 def _check(report: LoadReport, own: Mapping[str, Tensor], given: Mapping[str, Tensor], kept: tuple[str, ...]) -> None:
-    """Raise ValueError where a file leaves out, or has in another shape, what must come from it."""
+    """Raise UserError where a file leaves out, or has in another shape, what must come from it."""
     spare = (*kept, *FRONTEND, *(["head."] if "tscam_conv.weight" in own else []))  # what a file may leave out
     needed = [key for key in report.reshaped if not key.startswith(kept)]
     needed += [key for key in report.missing if not key.startswith(spare)]
     needed = [key for key in needed if not key.endswith(COMPUTED)]
     if report.share < LEAST_MATCHED or needed:
-        raise ValueError(
+        raise UserError(
             f"{report}. This file does not fit the network; its kind seems to be: {report.kind}. "
             f"{_advice(report, heads(own), heads(given))} "
             f"Keys that are needed: {', '.join(needed[:4])}{', ...' if len(needed) > 4 else ''}"

@@ -21,9 +21,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.frontend import POWER_FLOOR, bicubic_matrix
-from model.htsat import HTSAT_Swin_Transformer
-from model.layers import SwinBlock, WindowAttention, attend
+from model.layers.swin import SwinBlock, WindowAttention, attend
+from settings import UserError
 
 OUTPUTS = ("clipwise", "framewise", "embedding")  # as HTSAT_Swin_Transformer.probabilities returns them
 OPSET = 20  # the first with GELU
@@ -125,7 +126,7 @@ def build_onnx(network: HTSAT_Swin_Transformer, clip_samples: int) -> tuple[Any,
     """Two ONNX models for clips of clip_samples: waveform -> log-mel spectrogram, and from there to the outputs.
 
     Inputs: waveform (batch, clip_samples) in [-1, 1], or logmel (batch, T, F) in dB. Outputs: logmel, and OUTPUTS.
-    `join` makes one model of the two. Raises ValueError where the packages for it are missing, or where the network is
+    `join` makes one model of the two. Raises UserError where the packages for it are missing, or where the network is
     too large for one file.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):  # told now, not after minutes of work
@@ -139,7 +140,7 @@ def build_onnx(network: HTSAT_Swin_Transformer, clip_samples: int) -> tuple[Any,
         bicubic_matrix(logmel.shape[2], network.image_bands, torch.device("cpu"))
     body = _trace(Probabilities(network), logmel, "logmel", OUTPUTS)
     if body.ByteSize() > LARGEST_FILE:
-        raise ValueError(f"The network has {body.ByteSize():,} bytes, an ONNX file has at most {LARGEST_FILE:,}.")
+        raise UserError(f"The network has {body.ByteSize():,} bytes, an ONNX file has at most {LARGEST_FILE:,}.")
     start = _trace(frontend, waveform, "waveform", ("logmel",))
     return start, body
 
@@ -238,8 +239,8 @@ def save_onnx(model: Any, path: Path, about: Mapping[str, Any]) -> None:
 
 
 def require(package: str) -> Any:
-    """Import a package that not everyone has. Raises ValueError that says how to install it."""
+    """Import a package that not everyone has. Raises UserError that says how to install it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise ValueError(f"This needs the package {error.name}, which is not installed: {INSTALL}") from None
+        raise UserError(f"This needs the package {error.name}, which is not installed: {INSTALL}") from None

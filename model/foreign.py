@@ -7,6 +7,8 @@ from typing import Any, Literal, Optional
 
 from torch import Tensor
 
+from settings import UserError
+
 Kind = Literal["HTS-AT of this project", "published HTS-AT", "ImageNet Swin", "LAION-CLAP", "state dict"]
 
 PREFIX = "sed_model."  # of the network's keys in a Lightning checkpoint
@@ -41,7 +43,7 @@ class Weights:
 def identify(content: Mapping[Any, Any]) -> Weights:
     """Tell what kind of file `content` was, and rename its weights: {key: tensor}, tensors are not copied.
 
-    content: what torch.load gave, or the tensors of a safetensors file beside its metadata. Raises ValueError with the
+    content: what torch.load gave, or the tensors of a safetensors file beside its metadata. Raises UserError with the
     reason where there are no weights, or where they cannot work in this network.
     """
     weights = _tensors(content)
@@ -62,7 +64,7 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     found = next((content[name] for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)), content)
     weights = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not weights:
-        raise ValueError(f"it holds no weights: its keys are {', '.join(map(str, list(content)[:8])) or 'none'}")
+        raise UserError(f"it holds no weights: its keys are {', '.join(map(str, list(content)[:8])) or 'none'}")
     return weights
 
 
@@ -88,13 +90,13 @@ def _clap(weights: Mapping[str, Tensor]) -> Weights:
     branch = {AUDIO_BRANCH.sub("", key): value for key, value in weights.items() if AUDIO_BRANCH.match(key)}
     fused = [key for key in branch if any(part in key for part in FUSION)]
     if fused:
-        raise ValueError(
+        raise UserError(
             f"it is a LAION-CLAP with feature fusion ({fused[0]}), whose audio network looks at a whole recording and "
             f"three stretches of it at once; this network takes one stretch. Use a CLAP checkpoint without fusion"
         )
     classes = branch.get("tscam_conv.weight")
     if PATCHES not in branch or classes is None or not heads(branch):
-        raise ValueError("it is a LAION-CLAP whose audio branch is no HTS-AT. Use a CLAP checkpoint with HTSAT-tiny")
+        raise UserError("it is a LAION-CLAP whose audio branch is no HTS-AT. Use a CLAP checkpoint with HTSAT-tiny")
     found = heads(branch)
     sizes = {
         "classes_num": len(classes),

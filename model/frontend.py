@@ -10,6 +10,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from settings import UserError
+
 POWER_FLOOR = 1e-10  # of the mel power, before the logarithm: -100 dB
 
 
@@ -51,7 +53,7 @@ class Spectrogram(nn.Module):
     def forward(self, waveform: Tensor) -> Tensor:
         window = self.stft.window
         if waveform.shape[-1] <= len(window) // 2:
-            raise ValueError(
+            raise UserError(
                 f"A waveform of {waveform.shape[-1]} samples is too short: the STFT needs more than {len(window) // 2}."
             )
         spectrum = torch.stft(
@@ -142,9 +144,9 @@ def bicubic_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
 
 
 def stretch(logmel: Tensor, bands: int, frames: int) -> Tensor:
-    """(B, F, T) -> (B, bands, frames), bicubic. Raises ValueError where it would have to shrink."""
+    """(B, F, T) -> (B, bands, frames), bicubic. Raises UserError where it would have to shrink."""
     if logmel.shape[1] > bands or logmel.shape[2] > frames:
-        raise ValueError(
+        raise UserError(
             f"The log-mel spectrogram has {logmel.shape[1]} bands and {logmel.shape[2]} frames; the network takes at "
             f"most {bands} and {frames}: lower mel_bins or raise htsat_spec_size."
         )

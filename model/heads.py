@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.layers import Mlp
+from model.layers.swin import Mlp
+from settings import UserError
 
 HEAD_CHANNELS = 64  # of one attention head
 DROPOUT = 0.1  # of each residual branch, and between the layers of a GRU, in training
@@ -23,7 +24,7 @@ class SequenceHead(nn.Module):
     """(B, C, f, T) -> the same, with what a sequence model of its mean over frequency adds.
 
     kind: a bidirectional gru, attention (self-attention with rotary positions), or transformer (the same with an MLP in
-    each layer). layers: how many; dim: D; steps: T. Raises ValueError for a dim that the kind cannot have.
+    each layer). layers: how many; dim: D; steps: T. Raises UserError for a dim that the kind cannot have.
     """
 
     def __init__(self, kind: Kind, *, channels: int, layers: int, dim: int, steps: int) -> None:
@@ -110,9 +111,9 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def _check_dim(kind: Kind, dim: int) -> None:
     if dim % 2:
-        raise ValueError(f"sequence_dim {dim} must be even, for sequence_head = {kind}.")
+        raise UserError(f"sequence_dim {dim} must be even, for sequence_head = {kind}.")
     if kind != "gru" and dim > HEAD_CHANNELS and dim % HEAD_CHANNELS:
-        raise ValueError(
+        raise UserError(
             f"sequence_dim {dim} must be a multiple of {HEAD_CHANNELS}, the channels of an attention head, or an even "
             f"number below it, for sequence_head = {kind}."
         )

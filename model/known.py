@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from settings import UserError
+
 KNOWN = Path(__file__).parents[1] / "assets" / "checkpoints.json"
 FOLDER_VARIABLE = "HTSAT_CHECKPOINTS"
 DEFAULT_FOLDER = "~/.cache/hts-at"
@@ -14,7 +16,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file of a path or of a known name (htsat-audioset, ...), and the settings that the name brings.
 
     Known names, those of assets/checkpoints.json, are looked up in the folder that the environment variable
-    HTSAT_CHECKPOINTS names, or in ~/.cache/hts-at. Raises ValueError, with what to download and where to put it, where
+    HTSAT_CHECKPOINTS names, or in ~/.cache/hts-at. Raises UserError, with what to download and where to put it, where
     the file of a known name is not there.
     """
     known = json.loads(KNOWN.read_text())
@@ -25,7 +27,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
     for file in (folder / name for name in entry["files"]):
         if file.is_file():
             return file, dict(entry["settings"])
-    raise ValueError(
+    raise UserError(
         f"{path} ({entry['about']}) is not in {folder}. Download {' or '.join(entry['files'])} from the published "
         f"checkpoints of the paper ({known['source']}) and put it there, or set the environment variable "
         f"{FOLDER_VARIABLE} to the folder that has it."

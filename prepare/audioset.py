@@ -20,9 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from prepare.audio import SUFFIXES, read_int16
-from prepare.clip_store import Clip, ClipStoreWriter, Waveforms, open_store
+from data.audio import SUFFIXES, read_int16
+from data.clip_store import Clip, ClipStoreWriter, Waveforms, open_store
 from prepare.report import PrepareReport
+from settings import UserError
 
 SOURCE = "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
 LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
@@ -110,7 +111,7 @@ def prepare_audioset(
 
     segments: balanced_train*.csv, eval*.csv or unbalanced_train*.csv, as AudioSet comes. raw: searched with its
     folders for `<YTID>` or `Y<YTID>`, also with the start (`_30`, `_30.000`, `_30000`), of any format of
-    prepare.audio; `find_start` says what is taken of a longer file. Writes below dataset_path
+    data.audio; `find_start` says what is taken of a longer file. Writes below dataset_path
     hdf5s/waveforms/{balanced_train,eval}.h5, or hdf5s/waveforms/unbalanced_train/unbalanced_train_partNN.h5 of
     clips_per_part lines each, with clips padded with zeros to 10 s, and a table hdf5s/reports/<split>.csv of the clips
     that are missing, corrupt, short or cut. A file that is whole is kept; one without any clip is not written.
@@ -119,12 +120,12 @@ def prepare_audioset(
     """
     split = _split_of(segments)
     if clips_per_part < 1:
-        raise ValueError(f"clips_per_part = {clips_per_part} must be at least 1.")
+        raise UserError(f"clips_per_part = {clips_per_part} must be at least 1.")
     rows = read_segments(segments)
     audio = index_audio(raw)
     files = [find_audio(row, audio) for row in rows]
     if not any(files):
-        raise ValueError(
+        raise UserError(
             f"None of the {len(rows)} clips of {segments} is in {raw}, which has {len(audio)} audio files "
             f"({', '.join(SUFFIXES)}). A clip is named <YTID> or Y<YTID>, with or without _<start>: "
             f"{rows[0].ytid}.wav, Y{rows[0].ytid}_{_seconds(rows[0].start)}.flac."
@@ -140,7 +141,7 @@ def prepare_audioset(
         report.add(done)
     write_details(report, dataset_path / "hdf5s" / "reports" / f"{split}.csv")
     if report.clips == 0:
-        raise ValueError(f"None of the clips could be read.\n{report}")
+        raise UserError(f"None of the clips could be read.\n{report}")
     return report
 
 
@@ -148,17 +149,17 @@ def _split_of(segments: Path) -> str:
     split = next((split for split in SPLITS if segments.name.startswith(split)), None)
     if split is None or segments.suffix.lower() != ".csv":
         names = ", ".join(f"{split}*.csv" for split in SPLITS)
-        raise ValueError(f"{segments} does not say by its name which clips it lists: it must be one of {names}.")
+        raise UserError(f"{segments} does not say by its name which clips it lists: it must be one of {names}.")
     return split
 
 
 def read_segments(path: Path) -> list[Segment]:
     """The lines `YTID, start, end, "mid,mid"` of a segments table; lines that begin with # are comments.
 
-    Raises ValueError, with the line, for a wrong number of columns, start, class or an id that comes twice.
+    Raises UserError, with the line, for a wrong number of columns, start, class or an id that comes twice.
     """
     if not path.is_file():
-        raise ValueError(f"There is no {path}: give one of AudioSet's tables of segments (balanced_train*.csv, ...).")
+        raise UserError(f"There is no {path}: give one of AudioSet's tables of segments (balanced_train*.csv, ...).")
     found: dict[str, Segment] = {}
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -166,12 +167,12 @@ def read_segments(path: Path) -> list[Segment]:
                 if line.strip() and not line.startswith("#"):
                     segment = _parse_segment(line, f"{path}, line {number}")
                     if segment.ytid in found:
-                        raise ValueError(f"{path}, line {number}: {segment.ytid} is listed twice.")
+                        raise UserError(f"{path}, line {number}: {segment.ytid} is listed twice.")
                     found[segment.ytid] = segment
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text file; a table of segments is needed.") from None
+        raise UserError(f"{path} is no text file; a table of segments is needed.") from None
     if not found:
-        raise ValueError(f'{path} lists no segments; its lines must read YTID, start, end, "mid,mid".')
+        raise UserError(f'{path} lists no segments; its lines must read YTID, start, end, "mid,mid".')
     return list(found.values())
 
 
@@ -179,20 +180,20 @@ def _parse_segment(line: str, where: str) -> Segment:
     try:
         columns = next(csv.reader([line], skipinitialspace=True, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{where}: {error}.") from None
+        raise UserError(f"{where}: {error}.") from None
     if len(columns) != 4:
-        raise ValueError(f'{where}: {len(columns)} columns; there must be 4: YTID, start, end, "mid,mid".')
+        raise UserError(f'{where}: {len(columns)} columns; there must be 4: YTID, start, end, "mid,mid".')
     ytid, start, end, mids = (column.strip() for column in columns)
     try:
         first, last = float(start), float(end)
     except ValueError:
         first = last = math.nan
     if not ytid or not 0 <= first < last < math.inf:
-        raise ValueError(f"{where}: {ytid!r} with start {start!r}, end {end!r}; an id and rising seconds are needed.")
+        raise UserError(f"{where}: {ytid!r} with start {start!r}, end {end!r}; an id and rising seconds are needed.")
     labels = []
     for mid in mids.split(","):
         if mid.strip() not in CLASS_OF_MID:
-            raise ValueError(
+            raise UserError(
                 f"{where}: class {mid.strip()!r} is not one of AudioSet's {len(LABELS)}, which "
                 f"assets/audioset_labels.json lists, as /m/09x0r (Speech)."
             )
@@ -203,7 +204,7 @@ def _parse_segment(line: str, where: str) -> Segment:
 def index_audio(raw: Path) -> dict[str, str]:
     """Stem -> path of every audio file below `raw`; of several with one stem, the first by name of its path."""
     if not raw.is_dir():
-        raise ValueError(f"There is no folder {raw}: --raw must be the folder of AudioSet's audio files.")
+        raise UserError(f"There is no folder {raw}: --raw must be the folder of AudioSet's audio files.")
     found: dict[str, str] = {}
     for folder, _, names in os.walk(raw):
         for name in names:
@@ -236,7 +237,7 @@ def _seconds(start: float) -> str:
 def part_paths(dataset_path: Path, split: str, clips: int, clips_per_part: int) -> list[Path]:
     """The files of a split, in the order of its table.
 
-    Raises ValueError where the folder has parts that are not among them, which an index would take in as well.
+    Raises UserError where the folder has parts that are not among them, which an index would take in as well.
     """
     waveforms = dataset_path / "hdf5s" / "waveforms"
     if split != "unbalanced_train":
@@ -246,7 +247,7 @@ def part_paths(dataset_path: Path, split: str, clips: int, clips_per_part: int) 
     paths = [waveforms / split / f"{split}_part{number:0{digits}}.h5" for number in range(count)]
     others = sorted(set((waveforms / split).glob("*.h5")) - set(paths))
     if others:
-        raise ValueError(
+        raise UserError(
             f"{others[0]} is not one of the {count} parts that {clips_per_part} clips a part make: delete it, or "
             f"give another dataset_path or the clips_per_part with which it was packed."
         )
@@ -266,7 +267,7 @@ def pack_parts(parts: Sequence[Part], processes: int) -> list[AudiosetReport]:
                 reports[report.path] = report
                 print(f"{report.path.name} ({len(reports)} of {len(parts)}): {report.counts()}", file=sys.stderr)
     except (BrokenProcessPool, OSError) as error:  # out of memory; disk full
-        raise ValueError(
+        raise UserError(
             f"Packing with {workers} processes stopped ({error}): are disk and memory large enough? The files that "
             f"are whole are kept: run prepare again to go on, if memory ran out with fewer processes."
         ) from None
@@ -292,7 +293,7 @@ def read_packed(part: Part) -> Optional[AudiosetReport]:
     """The report of a part that is whole already; None where it is missing or cut off.
 
     What lacks in it is missing where there is no audio for it even now, and corrupt otherwise.
-    Raises ValueError where the file holds other clips than those of the part, or other lengths.
+    Raises UserError where the file holds other clips than those of the part, or other lengths.
     """
     try:
         h5py.File(part.path, "r").close()
@@ -308,7 +309,7 @@ def read_packed(part: Part) -> Optional[AudiosetReport]:
     names = {segment.name for segment in part.segments}
     same = fingerprint == part.fingerprint() if fingerprint else names.issuperset(packed)  # PANNs' have none
     if not same or samples != CLIP_SECONDS * part.sample_rate:
-        raise ValueError(
+        raise UserError(
             f"{part.path} exists and holds {len(packed)} clips of {samples} samples that are not those of this table "
             f"at {part.sample_rate} Hz, or were packed with another clips_per_part: delete it, or give another "
             f"dataset_path."
@@ -369,8 +370,8 @@ def read_clips(part: Part, report: AudiosetReport, advance: Callable[[int], None
         try:
             waveform = read_int16(Path(file), part.sample_rate)
             if len(waveform) == 0:  # a sample or two that resampling leaves nothing of
-                raise ValueError(f"{file} holds no samples at {part.sample_rate} Hz.")
-        except ValueError as error:
+                raise UserError(f"{file} holds no samples at {part.sample_rate} Hz.")
+        except UserError as error:
             report.skipped.append((file, str(error)))
             continue
         seconds, wanted = len(waveform) / part.sample_rate, min(segment.end - segment.start, CLIP_SECONDS)

@@ -13,7 +13,8 @@ from typing import Optional
 from rich.console import Console
 from rich.progress import Progress
 
-from prepare.audio import SUFFIXES
+from data.audio import SUFFIXES
+from data.clip_store import STRONG, Clip, ClipStoreWriter, Event
 from prepare.audioset import (
     CLASS_OF_MID,
     CLIP_SECONDS,
@@ -27,7 +28,7 @@ from prepare.audioset import (
     write_details,
 )
 from prepare.audioset import LABELS as AUDIOSET_LABELS
-from prepare.clip_store import STRONG, Clip, ClipStoreWriter, Event
+from settings import UserError
 
 SOURCE = (
     "S. Hershey et al.: The Benefit of Temporally-Strong Labels in Audio Event Classification, ICASSP 2021 (labels); "
@@ -99,12 +100,12 @@ def prepare_audioset_strong(
     527 classes where they are among them, else by mid. The classes are those of `strong`; events of others in `table`
     are left out and counted. Audio is found, and cut from longer files, as prepare.audioset does it. Events end with
     their clip, at 10 s at the latest. A table of the clips that are missing, corrupt, short or cut lies beside the
-    store. Raises ValueError where a table or folder is missing or wrong, and where no audio is found.
+    store. Raises UserError where a table or folder is missing or wrong, and where no audio is found.
     """
     segments = {"train": read_strong(strong), "test": read_strong(table) if table else []}
     both = {one.segment.ytid for one in segments["train"]} & {one.segment.ytid for one in segments["test"]}
     if both:
-        raise ValueError(f"{strong} and {table} both list {min(both)}: a clip must not be trained and tested.")
+        raise UserError(f"{strong} and {table} both list {min(both)}: a clip must not be trained and tested.")
     mids, labels = name_classes({event.mid for one in segments["train"] for event in one.events}, class_names)
     audio = index_audio(raw)
     found = {
@@ -115,7 +116,7 @@ def prepare_audioset_strong(
     names = [one.segment.name for rows in segments.values() for one in rows]
     report = StrongReport(store, missing=[name for name in names if name not in there])
     if not found["train"]:
-        raise ValueError(
+        raise UserError(
             f"None of the {len(segments['train'])} clips of {strong} is in {raw}, which has {len(audio)} audio files "
             f"({', '.join(SUFFIXES)}). A clip is named <YTID> or Y<YTID>, with or without _<start>, as in "
             f"Y{segments['train'][0].segment.ytid}.wav."
@@ -133,7 +134,7 @@ def prepare_audioset_strong(
     ) as writer:  # fmt: skip
         _write(writer, splits, numbers, report)
         if report.clips == 0:
-            raise ValueError(f"None of the clips could be read.\n{report}")
+            raise UserError(f"None of the clips could be read.\n{report}")
     write_details(report, store.with_name(f"{store.stem}_report.csv"))
     return report
 
@@ -142,46 +143,46 @@ def read_strong(path: Path) -> list[StrongSegment]:
     """The segments of a strong table and their events, in its order.
 
     A line is segment_id (the video's id, `_`, the start in ms), start_time_seconds and end_time_seconds (from the
-    segment's start) and label (a mid), with tabs between. Raises ValueError, with the line, where one is not, and where
+    segment's start) and label (a mid), with tabs between. Raises UserError, with the line, where one is not, and where
     a video has two segments.
     """
     if not path.is_file():
-        raise ValueError(f"There is no {path}: give audioset_train_strong.tsv or audioset_eval_strong.tsv.")
+        raise UserError(f"There is no {path}: give audioset_train_strong.tsv or audioset_eval_strong.tsv.")
     events: dict[str, list[TimedMid]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             header = next(reader, [])
             if tuple(header) != COLUMNS:
-                raise ValueError(f"{path} must begin with {', '.join(COLUMNS)}, with tabs between; it has {header}.")
+                raise UserError(f"{path} must begin with {', '.join(COLUMNS)}, with tabs between; it has {header}.")
             for row in reader:
                 name, event = _parse_event(row, f"{path}, line {reader.line_num}")
                 events.setdefault(name, []).append(event)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as a TSV in UTF-8: {error}") from None
+        raise UserError(f"{path} cannot be read as a TSV in UTF-8: {error}") from None
     if not events:
-        raise ValueError(f"{path} lists no events.")
+        raise UserError(f"{path} lists no events.")
     segments: dict[str, StrongSegment] = {}
     for name, mine in events.items():
         segment = _parse_segment(name)
         if segment.ytid in segments:
-            raise ValueError(f"{path}: {name} is the second segment of its video; there must be one at most.")
+            raise UserError(f"{path}: {name} is the second segment of its video; there must be one at most.")
         segments[segment.ytid] = StrongSegment(segment, mine)
     return list(segments.values())
 
 
 def _parse_event(row: list[str], place: str) -> tuple[str, TimedMid]:
     if len(row) != len(COLUMNS):
-        raise ValueError(f"{place}: {len(row)} columns; there must be {len(COLUMNS)}: {', '.join(COLUMNS)}.")
+        raise UserError(f"{place}: {len(row)} columns; there must be {len(COLUMNS)}: {', '.join(COLUMNS)}.")
     name, start, end, mid = (cell.strip() for cell in row)
     if not SEGMENT_ID.fullmatch(name):
-        raise ValueError(f"{place}: {name!r} is no segment_id, as b0RFKhbpFJA_30000: id, _ and the start in ms.")
+        raise UserError(f"{place}: {name!r} is no segment_id, as b0RFKhbpFJA_30000: id, _ and the start in ms.")
     try:
         onset, offset = float(start), float(end)
     except ValueError:
         onset = offset = -1.0
     if not 0 <= onset <= offset < float("inf") or not mid:
-        raise ValueError(
+        raise UserError(
             f"{place}: an event from {start!r} to {end!r} s of {mid!r}; rising seconds and a mid are needed."
         )
     return name, TimedMid(sys.intern(mid), onset, offset)  # one text for each class, not one a line
@@ -197,7 +198,7 @@ def _parse_segment(name: str) -> Segment:
 def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str], list[str]]:
     """The classes in their order, and their names, no two alike; see prepare_audioset_strong for class_names.
 
-    Raises ValueError where class_names lacks one of the classes, or is no such table.
+    Raises UserError where class_names lacks one of the classes, or is no such table.
     """
     names = {mid: AUDIOSET_LABELS[number] for mid, number in CLASS_OF_MID.items()}
     order = sorted(mids)
@@ -205,7 +206,7 @@ def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str]
         given = _read_names(class_names)
         lacking = sorted(mids - set(given))
         if lacking:
-            raise ValueError(f"{class_names} lacks {len(lacking)} of {len(mids)} classes: {', '.join(lacking[:5])}.")
+            raise UserError(f"{class_names} lacks {len(lacking)} of {len(mids)} classes: {', '.join(lacking[:5])}.")
         order, names = [mid for mid in given if mid in mids], given
     shown = [names.get(mid, mid) for mid in order]
     count = Counter(shown)
@@ -214,12 +215,12 @@ def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str]
 
 def _read_names(path: Path) -> dict[str, str]:
     if not path.is_file():
-        raise ValueError(f"There is no {path}: --class_names must be mid_to_display_name.tsv.")
+        raise UserError(f"There is no {path}: --class_names must be mid_to_display_name.tsv.")
     names: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         mid, _, name = line.partition("\t")
         if not mid.strip() or not name.strip() or mid.strip() in names:
-            raise ValueError(f"{path}, line {number}: {line!r}; a mid, a tab and a name are needed, each mid once.")
+            raise UserError(f"{path}, line {number}: {line!r}; a mid, a tab and a name are needed, each mid once.")
         names[mid.strip()] = name.strip()
     return names
 

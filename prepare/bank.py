@@ -11,11 +11,12 @@ from typing import Optional
 
 import numpy as np
 
-from prepare.audio import mono_waveform, read_audio
-from prepare.clip_store import SPLITS, Waveforms, open_store, read_store_table
+from data.audio import mono_waveform, read_audio
+from data.clip_store import SPLITS, Waveforms, open_store, read_store_table
 from prepare.demo import GAP_SECONDS, SHARES
 from prepare.folder import read_class_folders
 from prepare.report import PrepareReport
+from settings import UserError
 
 FRAME_SECONDS = 0.01
 QUIET_DB = 30.0  # a frame of 10 ms that lies so far below the loudest one of its clip does not sound
@@ -28,7 +29,7 @@ ESC_NAME = re.compile(r"\d+-(\d+)-[A-Z]-\d+\.\w+")  # fold, Freesound's number o
 class Sounds:
     """The clips of a bank as they lie on the disk. read: number of a clip -> (samples,) float32 at the rate asked for.
 
-    Raises ValueError or OSError where a clip cannot be read.
+    Raises UserError or OSError where a clip cannot be read.
     """
 
     names: list[str]
@@ -73,7 +74,7 @@ class Bank:
 def open_sounds(path: Path, sample_rate: int, report: PrepareReport) -> Iterator[Sounds]:
     """The clips of a clip store, or of a folder with one folder of audio a class, at `sample_rate`.
 
-    Files beside the class folders are reported as skipped. Raises ValueError where there is neither, or no clip.
+    Files beside the class folders are reported as skipped. Raises UserError where there is neither, or no clip.
     """
     if path.is_dir():
         yield _folder_sounds(path, sample_rate, report)
@@ -81,7 +82,7 @@ def open_sounds(path: Path, sample_rate: int, report: PrepareReport) -> Iterator
     table = read_store_table(path)
     labels = table.labels or [f"class {number}" for number in range(table.targets.shape[1])]
     if len(table) == 0:
-        raise ValueError(f"{path} has no clips: it cannot be the bank of soundscapes.")
+        raise UserError(f"{path} has no clips: it cannot be the bank of soundscapes.")
     with open_store(path) as file:
         waveforms = Waveforms(file)
         yield Sounds(
@@ -119,23 +120,23 @@ def build_bank(
     folds: those for train/validation/test, as `1,2/3/4`; with none in the middle, `1,2,3//4`, a fifth of the sources of
     each class of the training folds serves validation. None: esc_fold for testing, the next one for validation, the
     others for training, as a training on the bank itself does. Clips of one source (ESC-50 names it) stay together.
-    Clips that have not exactly one class, are silent or cannot be read are reported as skipped. Raises ValueError for
+    Clips that have not exactly one class, are silent or cannot be read are reported as skipped. Raises UserError for
     folds that there are not or that are given twice, and where a split has no clip.
     """
     usable, sounding = [], {}
     for number, name in enumerate(sounds.names):
         try:
             if sounds.targets[number].sum() != 1:
-                raise ValueError("It has not exactly one class.")
+                raise UserError("It has not exactly one class.")
             sounding[number] = sounding_frames(sounds.read(number), sample_rate)
             if not sounding[number].any():
-                raise ValueError("It is silent.")
+                raise UserError("It is silent.")
         except (ValueError, OSError) as error:
             report.skipped.append((name, str(error)))
             continue
         usable.append(number)
     if not usable:
-        raise ValueError(f"The bank has no clip that sounds and has exactly one class.\n{report}")
+        raise UserError(f"The bank has no clip that sounds and has exactly one class.\n{report}")
     splits = _splits(sounds, np.array(usable), folds, esc_fold, seed)
     classes = [k for k in range(len(sounds.labels)) if sounds.targets[usable, k].any()]
     foregrounds = [
@@ -145,7 +146,7 @@ def build_bank(
     ]
     for split in SPLITS:
         if not any(found.split == split for found in foregrounds):
-            raise ValueError(f"The bank has no clip for {split}: each split of the soundscapes needs clips of its own.")
+            raise UserError(f"The bank has no clip for {split}: each split of the soundscapes needs clips of its own.")
     return Bank([sounds.labels[k] for k in classes], foregrounds, sounds)
 
 
@@ -186,7 +187,7 @@ def _splits(sounds: Sounds, usable: np.ndarray, folds: Optional[str], esc_fold: 
     labels = sounds.targets[usable].argmax(axis=1)
     if (given != "").any() or not fold.any():
         if folds is not None:
-            raise ValueError(f"--bank_folds {folds} is not allowed: the clips of this bank have no folds.")
+            raise UserError(f"--bank_folds {folds} is not allowed: the clips of this bank have no folds.")
         return given if (given != "").any() else share_out(sources, labels, SHARES, seed)
     chosen = _default_folds(fold, esc_fold) if folds is None else _parse_folds(folds, fold)
     splits = np.full(len(usable), "", dtype="U10")
@@ -209,7 +210,7 @@ def _default_folds(fold: np.ndarray, esc_fold: int) -> tuple[list[int], list[int
     """As data_generator shares out the folds of a data set."""
     present = np.unique(fold).tolist()
     if len(present) < 3 or esc_fold not in present:
-        raise ValueError(
+        raise UserError(
             f"The bank has the folds {present}: esc_fold = {esc_fold} must be among three or more, or --bank_folds "
             f"must say which are for train/validation/test, as 1,2/3/4, or 1//2 to validate on clips of the training "
             f"folds that are kept apart."
@@ -227,7 +228,7 @@ def _parse_folds(text: str, fold: np.ndarray) -> list[list[int]]:
         chosen = []
     flat = [one for part in chosen for one in part]
     if len(chosen) != 3 or not (chosen[0] and chosen[2]) or len(set(flat)) != len(flat) or set(flat) - set(present):
-        raise ValueError(
+        raise UserError(
             f"--bank_folds {text!r} is not allowed: give the folds for train/validation/test, as 1,2/3/4, each once, "
             f"out of {', '.join(map(str, present))}. With none in the middle (1,2,3//4) clips of the training folds "
             f"are kept apart for validation."

@@ -12,7 +12,8 @@ from typing import Optional
 
 import numpy as np
 
-from prepare.clip_store import ClipTable, Waveforms, open_store
+from data.clip_store import ClipTable, Waveforms, open_store
+from settings import UserError
 
 FULL_SCALE = 32767  # largest int16 sample, as utils.float32_to_int16 writes it
 SILENT_PEAK = FULL_SCALE * 10 ** (-60 / 20)  # a clip whose samples all lie below -60 dBFS is silent
@@ -72,9 +73,9 @@ def check_tables(
     ValueError where no table is given, there is not one process, or one of them ends.
     """
     if not tables:
-        raise ValueError("There is no split to check.")
+        raise UserError("There is no split to check.")
     if processes < 1:
-        raise ValueError(f"processes = {processes} is not allowed: one at least must read the clips.")
+        raise UserError(f"processes = {processes} is not allowed: one at least must read the clips.")
     scans = {split: _Scan(len(table), table.sample_rate or sample_rate) for split, table in tables.items()}
     tasks = [task for split, table in tables.items() for task in _tasks(split, table, scans[split].sample_rate)]
     for task, scan in _read_all(tasks, processes):
@@ -136,7 +137,7 @@ def _read_all(tasks: Sequence[_Task], processes: int) -> Iterator[tuple[_Task, "
         try:
             yield from zip(tasks, pool.map(_Task.read, tasks), strict=True)
         except BrokenProcessPool:
-            raise ValueError(
+            raise UserError(
                 f"One of {workers} processes that read the clips was ended, perhaps for lack of memory: try fewer, as "
                 f"with --processes 1."
             ) from None
@@ -201,15 +202,15 @@ class _Scan:
 
 
 def _read_row(waveforms: Waveforms, row: int) -> np.ndarray:
-    """(samples,) int16 of a row. Raises ValueError, IndexError or OSError where training could not use it."""
+    """(samples,) int16 of a row. Raises UserError, IndexError or OSError where training could not use it."""
     stored = waveforms.rows
     if stored is not None and (stored.ndim != 2 or stored.dtype != np.int16):
-        raise ValueError(f"waveform is {stored.dtype} of the shape {stored.shape}, not int16 of (clips, samples)")
+        raise UserError(f"waveform is {stored.dtype} of the shape {stored.shape}, not int16 of (clips, samples)")
     if not 0 <= row < len(waveforms):
         raise IndexError(f"the file has {len(waveforms)} rows")
     waveform = waveforms.read(row)
     if len(waveform) == 0:
-        raise ValueError("the clip is empty")
+        raise UserError("the clip is empty")
     return waveform
 
 

@@ -8,7 +8,8 @@ import h5py
 import numpy as np
 import soundfile
 
-from prepare.clip_store import Waveforms, open_store
+from data.clip_store import Waveforms, open_store
+from settings import UserError
 
 FALLBACK_RATE = 32000  # written into the FLAC header where the store does not say its rate; nothing reads it
 
@@ -17,7 +18,7 @@ def compress_store(path: Path) -> tuple[int, int]:
     """Replace a store by one with FLAC sound; returns its size in bytes before and after.
 
     Each clip is decoded again and compared before the old file goes. A store that is compressed already is left as it
-    is. Raises ValueError where the file is no store or a clip does not come back unchanged.
+    is. Raises UserError where the file is no store or a clip does not come back unchanged.
     """
     before = path.stat().st_size
     partial = path.with_name(path.name + ".partial")
@@ -46,6 +47,6 @@ def _encode_all(waveforms: Waveforms, target: h5py.File, sample_rate: int) -> np
         soundfile.write(buffer, sound, sample_rate, format="FLAC", subtype="PCM_16")
         flac[row] = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
         if not np.array_equal(written.read(row), sound):
-            raise ValueError(f"Clip {row} does not come back unchanged: the store is left as it was.")
+            raise UserError(f"Clip {row} does not come back unchanged: the store is left as it was.")
         lengths[row] = len(sound)
     return lengths

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare.clip_store import SPLITS, Clip, ClipStoreWriter, Event
+from data.clip_store import SPLITS, Clip, ClipStoreWriter, Event
 from prepare.report import PrepareReport
+from settings import UserError
 from utils import float32_to_int16
 
 SOURCE = "synthesized by prepare/demo.py"
@@ -164,10 +165,10 @@ def synthesize_clip(name: str, split: str, rate: int, rng: Generator) -> Clip:
 def prepare_demo(store: Path, sample_rate: int, seed: int, clips: int) -> PrepareReport:
     """Write `clips` soundscapes, 70 % for training, 15 % each for validation and test.
 
-    A clip depends on the seed, its split and its number only. Raises ValueError for fewer than 10 clips.
+    A clip depends on the seed, its split and its number only. Raises UserError for fewer than 10 clips.
     """
     if clips < 10:
-        raise ValueError(f"--clips {clips} is not allowed: the demo needs at least 10, to fill its three splits.")
+        raise UserError(f"--clips {clips} is not allowed: the demo needs at least 10, to fill its three splits.")
     report = PrepareReport(store)
     with ClipStoreWriter(
         store, clip_samples=int(CLIP_SECONDS * sample_rate), sample_rate=sample_rate, labels=LABELS,

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
-from prepare.clip_store import STRONG, UNLABELLED, WEAK
+from data.clip_store import STRONG, UNLABELLED, WEAK
 from prepare.folder import Entry, find_audio, measure, read_event_rows, read_table, write_entries
 from prepare.report import PrepareReport
+from settings import UserError
 
 SOURCE = (
     "N. Turpault, R. Serizel, A. Parag Shah, J. Salamon: Sound event detection in domestic environments with weakly "
@@ -40,17 +41,17 @@ def prepare_desed(
     A file that is not directly in `raw` is looked for in its folders; of several with its name the one whose folders
     are named most like those of the table is taken. A training clip that comes twice is taken once, as what is known
     best of it. Clips are kept whole, whatever their length. Files that are missing or cannot be read are skipped and
-    reported. Raises ValueError, with the line, for classes other than DESED's ten, offsets that are not after their
+    reported. Raises UserError, with the line, for classes other than DESED's ten, offsets that are not after their
     onset, and events that end over 0.5 s after their clip (less is cut); and for a clip of train in another split.
     """
     if not raw.is_dir():
-        raise ValueError(f"There is no folder {raw}: --raw must be the folder of DESED's clips.")
+        raise UserError(f"There is no folder {raw}: --raw must be the folder of DESED's clips.")
     strong_sets = [*((path, "train") for path in strong), (validation, "validation"), (table, "test")]
     tables = [(path, split, read_strong) for path, split in strong_sets if path is not None]
     if weak is not None:
         tables.append((weak, "train", read_weak))
     if not tables:
-        raise ValueError("DESED needs a table: --strong, --weak, --validation or --table; only the rest is unlabelled.")
+        raise UserError("DESED needs a table: --strong, --weak, --validation or --table; only the rest is unlabelled.")
     sets = {str(path): _labelled(path, split, read) for path, split, read in tables}
     report = PrepareReport(store)
     sets = {name: measure(entries, raw, report, Path(name)) for name, entries in sets.items()}
@@ -63,7 +64,7 @@ def prepare_desed(
 
 
 def read_strong(table: Path) -> list[Entry]:
-    """The clips and events of a strong table. Raises ValueError, with the line, for a class that is not DESED's."""
+    """The clips and events of a strong table. Raises UserError, with the line, for a class that is not DESED's."""
     entries = read_event_rows(table, *read_table(table))
     for entry in entries:
         entry.labelling = STRONG
@@ -73,18 +74,16 @@ def read_strong(table: Path) -> list[Entry]:
 
 
 def read_weak(table: Path) -> list[Entry]:
-    """The clips and classes of a weak table. Raises ValueError for missing columns, and for a line without a class."""
+    """The clips and classes of a weak table. Raises UserError for missing columns, and for a line without a class."""
     columns, rows = read_table(table)
     lacking = [name for name in WEAK_COLUMNS if name not in columns]
     if lacking:
-        raise ValueError(
-            f"{table} lacks the columns {', '.join(lacking)} of a weak table; it has {', '.join(columns)}."
-        )
+        raise UserError(f"{table} lacks the columns {', '.join(lacking)} of a weak table; it has {', '.join(columns)}.")
     entries: dict[str, Entry] = {}
     for row in rows:
         name, labels = row.cells["filename"], [label.strip() for label in row.cells["event_labels"].split(",")]
         if not name:
-            raise ValueError(f"{row.place}: the filename is empty.")
+            raise UserError(f"{row.place}: the filename is empty.")
         for label in labels:
             _check_class(label, row.place)
         entries.setdefault(name, Entry(name, labelling=WEAK)).labels.update(labels)
@@ -95,7 +94,7 @@ def merge(sets: dict[str, list[Entry]], raw: Path) -> list[Entry]:
     """All entries of some tables and folders ({path: entries}), each file once, with names that no two share.
 
     A file in several sets is taken from the first: those that know most of their clips must come first. Where several
-    files have one name, theirs become their paths from `raw`. Raises ValueError where a file is in two splits, or twice
+    files have one name, theirs become their paths from `raw`. Raises UserError where a file is in two splits, or twice
     in one table.
     """
     taken: dict[Path, tuple[Entry, str]] = {}
@@ -104,7 +103,7 @@ def merge(sets: dict[str, list[Entry]], raw: Path) -> list[Entry]:
             path = entry.path.resolve()
             other, before = taken.setdefault(path, (entry, place))
             if other is not entry and (place == before or other.split != entry.split):
-                raise ValueError(
+                raise UserError(
                     f"{entry.path} is there twice: as {other.name} in {before} ({other.split}) and as {entry.name} in "
                     f"{place} ({entry.split}). Take it out of one of them."
                 )
@@ -125,13 +124,13 @@ def _labelled(table: Path, split: str, read: Callable[[Path], list[Entry]]) -> l
 
 def _unlabelled(folder: Path) -> list[Entry]:
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}: --unlabelled must be one, as it lies or below --raw.")
+        raise UserError(f"There is no folder {folder}: --unlabelled must be one, as it lies or below --raw.")
     names = [path.relative_to(folder).as_posix() for path in find_audio(folder)]
     if not names:
-        raise ValueError(f"{folder} has no audio files: --unlabelled must be the folder of the unlabelled clips.")
+        raise UserError(f"{folder} has no audio files: --unlabelled must be the folder of the unlabelled clips.")
     return [Entry(name, split="train", labelling=UNLABELLED) for name in names]
 
 
 def _check_class(label: str, place: str) -> None:
     if label not in LABELS:
-        raise ValueError(f"{place}: {label!r} is none of DESED's classes: {', '.join(LABELS)}.")
+        raise UserError(f"{place}: {label!r} is none of DESED's classes: {', '.join(LABELS)}.")

@@ -12,10 +12,11 @@ from typing import Optional
 import numpy as np
 import soundfile
 
-from prepare.audio import SUFFIXES, read_int16
-from prepare.clip_store import SPLITS, Clip, ClipStoreWriter, Event
+from data.audio import SUFFIXES, read_int16
+from data.clip_store import SPLITS, Clip, ClipStoreWriter, Event
 from prepare.report import PrepareReport
-from prepare.splits import stratified_split
+from prepare.stratify import stratified_split
+from settings import UserError
 
 MAX_SECONDS = 600.0  # each clip takes the room of the longest one in the store
 END_TOLERANCE = 0.5  # seconds that an event may reach beyond the end of its clip, as annotations round
@@ -72,7 +73,7 @@ def prepare_folder(
     stratified_split with `seed`. A filename is a path below `raw`, or the end of such a path where only one file has
     it; audio that the table does not name is left out. Files that are missing or cannot be read are skipped and
     reported. segment_seconds: cut recordings with a table of events into clips of so many seconds, named as media
-    fragments (forest.wav#t=10,20), all of a recording in one split. Raises ValueError for a wrong table, events beyond
+    fragments (forest.wav#t=10,20), all of a recording in one split. Raises UserError for a wrong table, events beyond
     their clip, clips over 10 minutes that are not to be cut, and no audio.
     """
     _check_folder(raw)
@@ -80,12 +81,12 @@ def prepare_folder(
     entries = read_class_folders(raw, report) if table is None else read_entries(table)
     labels = sorted(set().union(*(entry.labels for entry in entries)))
     if not labels:
-        raise ValueError(f"{table} names no class: at least one event is needed.")
+        raise UserError(f"{table} names no class: at least one event is needed.")
     entries = measure(entries, raw, report)
     if segment_seconds is None:
         _check_lengths(entries)
     elif segment_seconds <= 0 or table is None or any(entry.labels and not entry.events for entry in entries):
-        raise ValueError(
+        raise UserError(
             f"--segment_seconds {segment_seconds:g} needs a table of events (filename, onset, offset, event_label), "
             f"which says what each part of a recording holds, and a length above 0."
         )
@@ -101,7 +102,7 @@ def prepare_folder(
 def _check_lengths(entries: Sequence[Entry]) -> None:
     too_long = [f"{entry.name} ({entry.seconds:.0f} s)" for entry in entries if entry.seconds > MAX_SECONDS]
     if too_long:
-        raise ValueError(
+        raise UserError(
             f"Clips may be {MAX_SECONDS / 60:.0f} minutes long at most; longer are {', '.join(too_long[:5])}"
             f"{' and others' if len(too_long) > 5 else ''}. Cut them into shorter files, or with a table of events by "
             f"--segment_seconds 10."
@@ -112,18 +113,18 @@ def read_entries(table: Path) -> list[Entry]:
     """The clips of a table of clips or of events, whichever its columns say."""
     columns, rows = read_table(table)
     if "event_label" not in columns and {"onset", "offset"} & set(columns):
-        raise ValueError(f"{table} has times but no column event_label; it has {', '.join(columns)}.")
+        raise UserError(f"{table} has times but no column event_label; it has {', '.join(columns)}.")
     if {"label", "event_label"} <= set(columns):
-        raise ValueError(f"{table} has both columns label and event_label: keep one of them.")
+        raise UserError(f"{table} has both columns label and event_label: keep one of them.")
     if {"split", "fold"} <= set(columns):
-        raise ValueError(f"{table} has both columns split and fold: keep one of them.")
+        raise UserError(f"{table} has both columns split and fold: keep one of them.")
     entries = read_event_rows(table, columns, rows) if "event_label" in columns else _clip_rows(table, columns, rows)
     places: dict[str, tuple[str, int]] = {}
     for row in rows:
         place = (_split(row), _fold(row))
         name = row.cells["filename"]
         if places.setdefault(name, place) != place:
-            raise ValueError(f"{row.place}: {name} has another split or fold than in a line before.")
+            raise UserError(f"{row.place}: {name} has another split or fold than in a line before.")
     for entry in entries:
         entry.split, entry.fold = places[entry.name]
     return entries
@@ -132,10 +133,10 @@ def read_entries(table: Path) -> list[Entry]:
 def read_table(path: Path) -> tuple[list[str], list[Row]]:
     """Columns and lines of a CSV or TSV: tab, comma or semicolon, whichever its first line has most of.
 
-    Raises ValueError where the file is missing, no text, has no lines, or lines longer than the first.
+    Raises UserError where the file is missing, no text, has no lines, or lines longer than the first.
     """
     if not path.is_file():
-        raise ValueError(f"There is no table {path}.")
+        raise UserError(f"There is no table {path}.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
             header = file.readline()
@@ -145,20 +146,20 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
             reader.fieldnames = columns
             lines = [(reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as a CSV or TSV in UTF-8: {error}") from None
+        raise UserError(f"{path} cannot be read as a CSV or TSV in UTF-8: {error}") from None
     if not lines:
-        raise ValueError(f"{path} is empty: it needs a line of column names and a line for each clip or event.")
+        raise UserError(f"{path} is empty: it needs a line of column names and a line for each clip or event.")
     rows = []
     for number, cells in lines:
         place = f"{path}, line {number}"
         if None in cells:
-            raise ValueError(f"{place} has more cells than the {len(columns)} columns: quote those that hold commas.")
+            raise UserError(f"{place} has more cells than the {len(columns)} columns: quote those that hold commas.")
         rows.append(Row(place, {name: cell.strip() for name, cell in cells.items()}))
     return columns, rows
 
 
 def read_event_rows(table: Path, columns: Sequence[str], rows: Iterable[Row]) -> list[Entry]:
-    """Clips and their events, in the order of the table. Raises ValueError for missing columns and wrong times."""
+    """Clips and their events, in the order of the table. Raises UserError for missing columns and wrong times."""
     _check_columns(table, columns, EVENT_COLUMNS)
     entries: dict[str, Entry] = {}
     for row in rows:
@@ -167,10 +168,10 @@ def read_event_rows(table: Path, columns: Sequence[str], rows: Iterable[Row]) ->
         if not any((label, *times)):
             continue  # a clip without events
         if not label:
-            raise ValueError(f"{row.place}: the event from {times[0]} to {times[1]} s has no event_label.")
+            raise UserError(f"{row.place}: the event from {times[0]} to {times[1]} s has no event_label.")
         event = TimedLabel(row.place, label, *(_seconds(row.place, text) for text in times))
         if not 0 <= event.onset < event.offset:
-            raise ValueError(f"{row.place}: an event must have 0 <= onset < offset, not {times[0]} and {times[1]} s.")
+            raise UserError(f"{row.place}: an event must have 0 <= onset < offset, not {times[0]} and {times[1]} s.")
         entry.events.append(event)
         entry.labels.add(label)
     return list(entries.values())
@@ -186,7 +187,7 @@ def read_class_folders(raw: Path, report: PrepareReport) -> list[Entry]:
         else:
             entries.append(Entry("/".join(parts), {parts[0]}))
     if not entries:
-        raise ValueError(
+        raise UserError(
             f"No audio was found in folders of {raw}: without a table it must hold one folder a class. The endings are "
             f"{', '.join(SUFFIXES)}."
         )
@@ -200,20 +201,20 @@ def find_audio(raw: Path) -> list[Path]:
 
 
 def audio_seconds(path: Path) -> float:
-    """Duration as the file's header says. Raises ValueError where it is no audio or has no samples."""
+    """Duration as the file's header says. Raises UserError where it is no audio or has no samples."""
     try:
         info = soundfile.info(path)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as audio: {error}") from None
+        raise UserError(f"{path} cannot be read as audio: {error}") from None
     if info.frames == 0:
-        raise ValueError(f"{path} holds no samples.")
+        raise UserError(f"{path} holds no samples.")
     return info.frames / info.samplerate
 
 
 def measure(entries: Sequence[Entry], raw: Path, report: PrepareReport, table: Optional[Path] = None) -> list[Entry]:
     """The entries whose file is there, with path and duration; the others are reported as skipped.
 
-    table: see AudioFinder.find. Events that end up to 0.5 s after their clip are shortened. Raises ValueError where one
+    table: see AudioFinder.find. Events that end up to 0.5 s after their clip are shortened. Raises UserError where one
     ends later, and where no file is left.
     """
     finder = AudioFinder(raw)
@@ -222,13 +223,13 @@ def measure(entries: Sequence[Entry], raw: Path, report: PrepareReport, table: O
         try:
             entry.path = finder.find(entry.name, table)
             entry.seconds = audio_seconds(entry.path)
-        except ValueError as error:
+        except UserError as error:
             report.skipped.append((entry.name, str(error)))
             continue
         entry.events = [_within(event, entry) for event in entry.events]
         found.append(entry)
     if not found:
-        raise ValueError(f"None of the {len(entries)} audio files could be read.\n{report}")
+        raise UserError(f"None of the {len(entries)} audio files could be read.\n{report}")
     return found
 
 
@@ -246,7 +247,7 @@ class AudioFinder:
         return paths
 
     def find(self, name: str, table: Optional[Path] = None) -> Path:
-        """Path of the file. Raises ValueError where there is none, or several deeper ones.
+        """Path of the file. Raises UserError where there is none, or several deeper ones.
 
         table: of several, the one whose folders have most names in common with the folders and the name of this table.
         """
@@ -257,9 +258,9 @@ class AudioFinder:
         if len(deeper) > 1 and table is not None:
             deeper = self._nearest(deeper, table)
         if len(deeper) > 1:
-            raise ValueError(f"Several files have this name: {deeper[0]} and {deeper[1]}.")
+            raise UserError(f"Several files have this name: {deeper[0]} and {deeper[1]}.")
         if not deeper:
-            raise ValueError(f"There is no file {self.raw / name}, nor one of that name in its folders.")
+            raise UserError(f"There is no file {self.raw / name}, nor one of that name in its folders.")
         return deeper[0]
 
     def _nearest(self, paths: Sequence[Path], table: Path) -> list[Path]:
@@ -293,14 +294,14 @@ def write_entries(
             try:
                 waveform = read_int16(entry.path, sample_rate)
                 if abs(len(waveform) / sample_rate - entry.seconds) > END_TOLERANCE:
-                    raise ValueError(f"It ends after {len(waveform) / sample_rate:.2f} s of {entry.seconds:.2f} s.")
+                    raise UserError(f"It ends after {len(waveform) / sample_rate:.2f} s of {entry.seconds:.2f} s.")
                 for clip in _clips(entry, waveform, labels, sample_rate, segment_seconds):
                     writer.add(clip)
                     report.clips += 1
-            except ValueError as error:
+            except UserError as error:
                 report.skipped.append((entry.name, str(error)))
         if report.clips == 0:
-            raise ValueError(f"None of the {len(entries)} audio files could be read.\n{report}")
+            raise UserError(f"None of the {len(entries)} audio files could be read.\n{report}")
 
 
 def _clips(
@@ -328,13 +329,13 @@ def _clips(
 
 def _check_folder(raw: Path) -> None:
     if not raw.is_dir():
-        raise ValueError(f"There is no folder {raw}: --raw must be the folder of the audio.")
+        raise UserError(f"There is no folder {raw}: --raw must be the folder of the audio.")
 
 
 def _check_columns(table: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
     lacking = [name for name in needed if name not in columns]
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"{table} lacks the columns {', '.join(lacking)}; it has {', '.join(columns)}. A table of clips has "
             f"{', '.join(CLIP_COLUMNS)}, one of events {', '.join(EVENT_COLUMNS)}."
         )
@@ -346,7 +347,7 @@ def _clip_rows(table: Path, columns: Sequence[str], rows: Iterable[Row]) -> list
     entries: dict[str, Entry] = {}
     for row in rows:
         if not row.cells["label"]:
-            raise ValueError(f"{row.place}: the label is empty.")
+            raise UserError(f"{row.place}: the label is empty.")
         _entry(entries, row).labels.add(row.cells["label"])
     return list(entries.values())
 
@@ -355,7 +356,7 @@ def _entry(entries: dict[str, Entry], row: Row) -> Entry:
     """The entry of a line's clip, made where the line is the clip's first."""
     name = row.cells["filename"]
     if not name:
-        raise ValueError(f"{row.place}: the filename is empty.")
+        raise UserError(f"{row.place}: the filename is empty.")
     return entries.setdefault(name, Entry(name))
 
 
@@ -365,14 +366,14 @@ def _seconds(place: str, text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds):
-        raise ValueError(f"{place}: {text!r} is not a time in seconds.")
+        raise UserError(f"{place}: {text!r} is not a time in seconds.")
     return seconds
 
 
 def _split(row: Row) -> str:
     split = row.cells.get("split")
     if split is not None and split not in SPLITS:
-        raise ValueError(f"{row.place}: split {split!r} is not allowed: it must be {', '.join(SPLITS)}.")
+        raise UserError(f"{row.place}: split {split!r} is not allowed: it must be {', '.join(SPLITS)}.")
     return split or ""
 
 
@@ -381,14 +382,14 @@ def _fold(row: Row) -> int:
     if fold is None:
         return 0
     if not (fold.isdecimal() and 1 <= int(fold) <= 127):
-        raise ValueError(f"{row.place}: fold {fold!r} is not a whole number from 1 to 127.")
+        raise UserError(f"{row.place}: fold {fold!r} is not a whole number from 1 to 127.")
     return int(fold)
 
 
 def _within(event: TimedLabel, entry: Entry) -> TimedLabel:
-    """The event, cut at its clip's end. Raises ValueError where too much of it lies beyond, or all."""
+    """The event, cut at its clip's end. Raises UserError where too much of it lies beyond, or all."""
     if event.offset > entry.seconds + END_TOLERANCE or event.onset >= entry.seconds:
-        raise ValueError(
+        raise UserError(
             f"{event.place}: the event from {event.onset} to {event.offset} s does not fit into {entry.name}, which is "
             f"{entry.seconds:.2f} s long."
         )

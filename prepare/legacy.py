@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, NoReturn, Optional
 
 import numpy as np
 
-from prepare.clip_store import SPLITS, Clip, ClipStoreWriter
+from data.clip_store import SPLITS, Clip, ClipStoreWriter
 from prepare.report import PrepareReport
+from settings import UserError
 from utils import float32_to_int16
 
 NAME_KEYS = ("name", "audio_name", "filename")
@@ -49,7 +50,7 @@ def import_legacy(
     Other files each need a name in `splits`: train, validation or test. sample_rate in Hz: the files do not say
     theirs, so it must be the one they were made with. A clip without a target (DESED's) has no class in the store.
     Empty clips, and those with NaN or with float samples far outside [-1, 1], are skipped and reported. The files are
-    held in memory whole. Raises ValueError for a file that cannot be read, a class outside of `labels`, and splits
+    held in memory whole. Raises UserError for a file that cannot be read, a class outside of `labels`, and splits
     that do not fit the files.
     """
     files = [read_legacy(path) for path in paths]
@@ -65,12 +66,12 @@ def import_legacy(
             classes = class_numbers(clip, len(labels))
             try:
                 writer.add(Clip(clip.name, to_int16(clip.waveform), classes, fold=fold, split=split))
-            except ValueError as error:
+            except UserError as error:
                 report.skipped.append((clip.name, str(error)))
                 continue
             report.clips += 1
         if report.clips == 0:
-            raise ValueError(f"None of the {len(clips)} clips could be taken over.\n{report}")
+            raise UserError(f"None of the {len(clips)} clips could be taken over.\n{report}")
     return report
 
 
@@ -80,14 +81,14 @@ def _places(
     """(fold, split) of each clip of all files."""
     for path, folds in zip(paths, files, strict=True):
         if len(folds) > 1 and (splits is not None or len(paths) > 1):
-            raise ValueError(f"{path} holds {len(folds)} folds: import it alone, and without names of splits.")
+            raise UserError(f"{path} holds {len(folds)} folds: import it alone, and without names of splits.")
     if splits is None and len(files) == 1 and len(files[0]) > 1:
         if len(files[0]) > MOST_FOLDS:
-            raise ValueError(f"{paths[0]} holds {len(files[0])} folds; at most {MOST_FOLDS} can be stored.")
+            raise UserError(f"{paths[0]} holds {len(files[0])} folds; at most {MOST_FOLDS} can be stored.")
         return [(number, "") for number, fold in enumerate(files[0], start=1) for _ in fold]
     given = list(splits or [])
     if len(given) != len(files) or any(split not in SPLITS for split in given):
-        raise ValueError(
+        raise UserError(
             f"{len(files)} files hold no folds and need {len(files)} splits, each one of {', '.join(SPLITS)}; "
             f"{', '.join(given) or 'none'} given: say --legacy_splits, in the order of the files."
         )
@@ -97,31 +98,33 @@ def _places(
 def to_int16(waveform: np.ndarray) -> np.ndarray:
     """(samples,) numbers -> int16: fractions in [-1, 1] are scaled by 32767, whole numbers stay.
 
-    Raises ValueError for NaN, truth values, and samples outside of what was said.
+    Raises UserError for NaN, truth values, and samples outside of what was said.
     """
     if waveform.dtype.kind == "f":
+        if not np.isfinite(waveform).all():
+            raise UserError("The waveform holds NaN or infinite samples.")
         peak = np.abs(waveform).max(initial=0)
         if peak > LARGEST_PEAK:
-            raise ValueError(f"The waveform has samples up to {peak:.4g}, float samples must lie in [-1, 1].")
+            raise UserError(f"The waveform has samples up to {peak:.4g}, float samples must lie in [-1, 1].")
         return float32_to_int16(waveform)
     limits = np.iinfo(np.int16)
     if waveform.dtype.kind == "b" or waveform.min(initial=0) < limits.min or waveform.max(initial=0) > limits.max:
-        raise ValueError(f"The waveform's samples ({waveform.dtype}) are neither fractions nor 16-bit numbers.")
+        raise UserError(f"The waveform's samples ({waveform.dtype}) are neither fractions nor 16-bit numbers.")
     return waveform.astype(np.int16)
 
 
 def class_numbers(clip: LegacyClip, classes: int) -> list[int]:
-    """The classes of a clip, from its class number or its vector of 0 and 1. Raises ValueError for any other target."""
+    """The classes of a clip, from its class number or its vector of 0 and 1. Raises UserError for any other target."""
     target = clip.target
     if target is None:
         return []
     if target.ndim == 0 and target.dtype.kind != "b":
         number = float(target)
         if number not in range(classes):
-            raise ValueError(f"{clip.name} has class {number:g}; the classes are 0 to {classes - 1}.")
+            raise UserError(f"{clip.name} has class {number:g}; the classes are 0 to {classes - 1}.")
         return [int(number)]
     if target.shape != (classes,) or not np.isin(target, (0, 1)).all():
-        raise ValueError(
+        raise UserError(
             f"{clip.name} has a target of shape {target.shape} and type {target.dtype}; it must be a class number, or "
             f"{classes} values of 0 and 1, one for each class."
         )
@@ -132,40 +135,40 @@ def read_legacy(path: Path) -> list[list[LegacyClip]]:
     """The clips of a legacy file: one list for each of its folds, or a single list.
 
     The file holds a list of dicts, or a list of such lists (folds). A dict has a name (`name`, `audio_name` or
-    `filename`), a `waveform` and, but for DESED, a `target`; other entries are left out. Raises ValueError where
+    `filename`), a `waveform` and, but for DESED, a `target`; other entries are left out. Raises UserError where
     the file is missing, cut off, no .npy of objects, holds other things, or names what a pickle may not call.
     """
     rows = _rows(_load(path))
     folds = [rows] if any(isinstance(row, dict) for row in rows) else [_rows(row) for row in rows]
     if not rows or not all(isinstance(entry, dict) for fold in folds for entry in fold):
-        raise ValueError(f"{path} holds no list of clips (dicts), and no list of such lists: it is no legacy file.")
+        raise UserError(f"{path} holds no list of clips (dicts), and no list of such lists: it is no legacy file.")
     return [[_clip(entry, path) for entry in fold] for fold in folds]
 
 
 def _load(path: Path) -> Any:
     """What the .npy file holds, with stand-ins for arrays and NumPy's scalars."""
     if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
+        raise UserError(f"There is no file {path}.")
     with path.open("rb") as file:
         _read_header(file, path)
         try:
             return _Unpickler(file).load()
         except _RefusedError as error:
-            raise ValueError(f"{path} is refused, nothing of it was run: {error}.") from None
+            raise UserError(f"{path} is refused, nothing of it was run: {error}.") from None
         except Exception as error:  # a damaged pickle may raise anything
-            raise ValueError(f"{path} cannot be read, it may be cut off or damaged: {error}") from None
+            raise UserError(f"{path} cannot be read, it may be cut off or damaged: {error}") from None
 
 
 def _read_header(file: BinaryIO, path: Path) -> None:
-    """Go to where the pickle begins. Raises ValueError where there is none."""
+    """Go to where the pickle begins. Raises UserError where there is none."""
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         dtype = read(file)[2]
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no .npy file, or is cut off: {error}") from None
+        raise UserError(f"{path} is no .npy file, or is cut off: {error}") from None
     if dtype != np.dtype(object):
-        raise ValueError(f"{path} is an array of {dtype}; a legacy file holds dicts, with name, waveform and target.")
+        raise UserError(f"{path} is an array of {dtype}; a legacy file holds dicts, with name, waveform and target.")
 
 
 def _rows(value: Any) -> list[Any]:
@@ -183,17 +186,17 @@ def _rows(value: Any) -> list[Any]:
 def _clip(entry: dict[Any, Any], path: Path) -> LegacyClip:
     key = next((key for key in NAME_KEYS if key in entry), None)
     if key is None or "waveform" not in entry:
-        raise ValueError(
+        raise UserError(
             f"{path} holds an entry with {', '.join(map(str, entry)) or 'nothing'}; a clip needs waveform and one of "
             f"{', '.join(NAME_KEYS)}."
         )
     name = _plain(entry[key])
     if not isinstance(name, str):
-        raise ValueError(f"{path}: the name of a clip must be text; {type(name).__name__} was found.")
+        raise UserError(f"{path}: the name of a clip must be text; {type(name).__name__} was found.")
     target = _numbers(entry["target"], f"{path}: target of {name}") if "target" in entry else None
     waveform = _numbers(entry["waveform"], f"{path}: waveform of {name}")
     if waveform.size != max(waveform.shape, default=0):
-        raise ValueError(f"{path}: the waveform of {name} has the shape {waveform.shape}; it must be one channel.")
+        raise UserError(f"{path}: the waveform of {name} has the shape {waveform.shape}; it must be one channel.")
     return LegacyClip(name, waveform.ravel(), target)
 
 
@@ -206,7 +209,7 @@ def _numbers(value: Any, place: str) -> np.ndarray:
     except ValueError:  # lists of unequal lengths
         numbers = np.asarray(None)
     if numbers.dtype.kind not in NUMBER_KINDS:
-        raise ValueError(f"{place} must be numbers; {type(plain).__name__} of {numbers.dtype} was found.")
+        raise UserError(f"{place} must be numbers; {type(plain).__name__} of {numbers.dtype} was found.")
     return numbers
 
 

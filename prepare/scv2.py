@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from prepare.audio import SUFFIXES, read_int16
-from prepare.clip_store import Clip, ClipStoreWriter
+from data.audio import SUFFIXES, read_int16
+from data.clip_store import Clip, ClipStoreWriter
 from prepare.report import PrepareReport
+from settings import UserError
 
 SOURCE = "P. Warden: Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition, 2018, arXiv 1804.03209"
 LICENCE = "Creative Commons Attribution 4.0"
@@ -25,7 +26,7 @@ def prepare_scv2(raw: Path, store: Path, sample_rate: int, label_order: str = "s
     label_order: `sorted`, the words that are there in alphabetical order; `published`, the 35 words as the published
     checkpoint numbers them. Folders that begin with `_` or `.` are no words. Clips that no list names are for training.
     Clips over 1 s are cut; shorter ones keep their length and are filled when they are read. Files that cannot be read,
-    and those that a list names but that are absent, are skipped and reported. Raises ValueError for another
+    and those that a list names but that are absent, are skipped and reported. Raises UserError for another
     label_order, missing lists, a clip in both of them, and words that the published order lacks.
     """
     words = find_words(raw)
@@ -43,34 +44,34 @@ def prepare_scv2(raw: Path, store: Path, sample_rate: int, label_order: str = "s
             try:
                 waveform = read_int16(raw / name, sample_rate)
                 writer.add(Clip(name, waveform, [label], split=split_of.get(name, "train")))
-            except ValueError as error:
+            except UserError as error:
                 report.skipped.append((name, str(error)))
                 continue
             report.clips += 1
         if report.clips == 0:
-            raise ValueError(
+            raise UserError(
                 f"None of the {len(clips)} audio files in the word folders of {raw} could be read.\n{report}"
             )
     return report
 
 
 def find_words(raw: Path) -> list[str]:
-    """The names of the word folders, sorted. Raises ValueError where there are none."""
+    """The names of the word folders, sorted. Raises UserError where there are none."""
     if not raw.is_dir():
-        raise ValueError(f"There is no folder {raw}: --raw must be the unpacked Speech Commands V2.")
+        raise UserError(f"There is no folder {raw}: --raw must be the unpacked Speech Commands V2.")
     words = sorted(path.name for path in raw.iterdir() if path.is_dir() and not path.name.startswith(("_", ".")))
     if not words:
-        raise ValueError(f"{raw} has no folders: --raw must hold one folder a word, as Speech Commands V2 comes.")
+        raise UserError(f"{raw} has no folders: --raw must hold one folder a word, as Speech Commands V2 comes.")
     return words
 
 
 def read_lists(raw: Path) -> dict[str, str]:
-    """{word/file: test or validation} of the two lists. Raises ValueError for a missing or contradicting list."""
+    """{word/file: test or validation} of the two lists. Raises UserError for a missing or contradicting list."""
     split_of: dict[str, str] = {}
     for split, name in LISTS.items():
         path = raw / name
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"There is no {path}: --raw must be the folder with the words, {' and '.join(LISTS.values())}."
             )
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -78,20 +79,20 @@ def read_lists(raw: Path) -> dict[str, str]:
             if not entry:
                 continue
             if entry.count("/") != 1:
-                raise ValueError(f"{path}, line {number}: {entry!r} is not of the form word/file.wav.")
+                raise UserError(f"{path}, line {number}: {entry!r} is not of the form word/file.wav.")
             if split_of.setdefault(entry, split) != split:
-                raise ValueError(f"{path}, line {number}: {entry} is in {LISTS[split_of[entry]]} as well.")
+                raise UserError(f"{path}, line {number}: {entry} is in {LISTS[split_of[entry]]} as well.")
     return split_of
 
 
 def _labels(words: list[str], label_order: str) -> list[str]:
     if label_order not in LABEL_ORDERS:
-        raise ValueError(f"label order {label_order!r} is not allowed: it must be {' or '.join(LABEL_ORDERS)}.")
+        raise UserError(f"label order {label_order!r} is not allowed: it must be {' or '.join(LABEL_ORDERS)}.")
     if label_order == "sorted":
         return words
     strange = [word for word in words if word not in PUBLISHED_LABELS]
     if strange:
-        raise ValueError(
+        raise UserError(
             f"The folders {', '.join(strange)} are none of the published checkpoint's 35 words: take them away, or use "
             f"the label order sorted."
         )

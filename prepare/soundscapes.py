@@ -6,12 +6,13 @@ from typing import Optional
 
 import numpy as np
 
-from prepare.audio import read_audio
+from data.audio import read_audio
+from data.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event
 from prepare.bank import FRAME_SECONDS, Bank, Foreground, build_bank, choose_stretch, open_sounds, share_out
-from prepare.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event
 from prepare.demo import CLIP_SECONDS, GAP_SECONDS, SHARES
 from prepare.folder import audio_seconds, find_audio
 from prepare.report import PrepareReport
+from settings import UserError
 from utils import float32_to_int16
 
 MOST_EVENTS = 6  # in a soundscape: 1 to so many are drawn
@@ -26,7 +27,7 @@ Generator = np.random.Generator
 
 @dataclass(frozen=True)
 class Mix:
-    """How soundscapes are mixed. Raises ValueError for what cannot be.
+    """How soundscapes are mixed. Raises UserError for what cannot be.
 
     polyphony: events at once, at most. snr: dB of an event above the background, lowest and highest, both as root mean
     squares. event_seconds: shortest and longest event.
@@ -40,16 +41,16 @@ class Mix:
 
     def __post_init__(self) -> None:
         if self.polyphony < 1:
-            raise ValueError(f"--polyphony {self.polyphony} is not allowed: at least 1 event must have room.")
+            raise UserError(f"--polyphony {self.polyphony} is not allowed: at least 1 event must have room.")
         if not self.snr[0] <= self.snr[1] < np.inf or not np.isfinite(self.snr[0]):
-            raise ValueError(f"--snr {_pair(self.snr)} is not allowed: give the lowest and the highest dB, as 6,24.")
+            raise UserError(f"--snr {_pair(self.snr)} is not allowed: give the lowest and the highest dB, as 6,24.")
         if not FRAME_SECONDS <= self.event_seconds[0] <= self.event_seconds[1] <= CLIP_SECONDS:
-            raise ValueError(
+            raise UserError(
                 f"--event_seconds {_pair(self.event_seconds)} is not allowed: give the shortest and the longest event, "
                 f"from {FRAME_SECONDS} to {CLIP_SECONDS:.0f} s, as 0.5,4."
             )
         if min(self.weak_share, self.unlabelled_share) < 0 or self.weak_share + self.unlabelled_share > 1:
-            raise ValueError(
+            raise UserError(
                 f"--weak_share {self.weak_share} and --unlabelled_share {self.unlabelled_share} are not allowed: they "
                 f"are shares of the training soundscapes, from 0 on and together at most 1."
             )
@@ -74,16 +75,16 @@ class Backgrounds:
     """Where backgrounds come from: recordings below a folder, each for one split only, or coloured noise."""
 
     def __init__(self, folder: Optional[Path], sample_rate: int, seed: int, report: PrepareReport) -> None:
-        """folder: None for noise. Files that cannot be read are reported; raises ValueError where 3 are not left."""
+        """folder: None for noise. Files that cannot be read are reported; raises UserError where 3 are not left."""
         self.sample_rate, self.recordings = sample_rate, folder is not None
         self.seconds: dict[Path, float] = {}
         for path in find_audio(folder) if folder else []:
             try:
                 self.seconds[path] = audio_seconds(path)
-            except ValueError as error:
+            except UserError as error:
                 report.skipped.append((path.name, str(error)))
         if folder and len(self.seconds) < len(SPLITS):
-            raise ValueError(
+            raise UserError(
                 f"{folder} has {len(self.seconds)} audio files that can be read: --backgrounds needs 3 at least, as no "
                 f"background serves two splits."
             )
@@ -191,13 +192,13 @@ def prepare_soundscapes(
     which split (prepare.bank.build_bank). backgrounds: a folder of recordings; None: coloured noise. The classes are
     those that the bank has clips of. A soundscape depends on the bank, the seed, its split and its number only; of the
     training ones the last are weak and then unlabelled, as `mix` says. Beside what every store has, event_source (E,)
-    names the clip of the bank that an event was cut from. Raises ValueError for fewer than 10 clips, and where bank,
+    names the clip of the bank that an event was cut from. Raises UserError for fewer than 10 clips, and where bank,
     folds or backgrounds are not as they must be.
     """
     if clips < 10:
-        raise ValueError(f"--clips {clips} is not allowed: soundscapes need at least 10, to fill their three splits.")
+        raise UserError(f"--clips {clips} is not allowed: soundscapes need at least 10, to fill their three splits.")
     if not raw.exists():
-        raise ValueError(
+        raise UserError(
             f"There is no {raw}: --raw must be the bank of the soundscapes, a clip store (.h5) or a folder with one "
             f"folder of audio a class."
         )

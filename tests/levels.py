@@ -8,8 +8,8 @@ from torch import Tensor
 
 from evaluation.postprocess import PostProcessing
 from inference import Tagger
+from inference.streaming import Event, Listener
 from settings import resolve
-from streaming import Event, Listener
 
 RATE, STEPS = 8000, 32
 STEP = 10 / STEPS  # seconds

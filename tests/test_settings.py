@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 import main
+from commands.command_line import COMMANDS, build_parser
 from settings import all_settings, resolve
 
 
@@ -95,9 +96,9 @@ def test_notebook_typo_is_refused(notebook_config: ModuleType) -> None:
 
 
 def test_every_setting_is_a_flag_with_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in main.COMMANDS:
+    for name in COMMANDS:
         with pytest.raises(SystemExit):
-            main.build_parser(name).parse_args([name, "--help"])
+            build_parser(name).parse_args([name, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
         for setting in all_settings().values():
             assert f"--{setting.name} " in shown

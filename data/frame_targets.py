@@ -1,0 +1,112 @@
+"""Events with times -> what a network learns in each of its steps, and the steps of one grid on another."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from settings import UserError
+
+TICKS = 1 << 16  # parts of a step: whole numbers add up alike in any order and on any device
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of a batch, in any order, all tensors on one device.
+
+    clip: (E,) int64 place in the batch; label: (E,) int64 class; onset, offset: (E,) float32 seconds from the clip's
+    beginning. What lies outside the clip counts for nothing, and neither does an event whose offset is its onset.
+    """
+
+    clip: Tensor
+    label: Tensor
+    onset: Tensor
+    offset: Tensor
+
+    def __post_init__(self) -> None:
+        lengths = [len(self.clip), len(self.label), len(self.onset), len(self.offset)]
+        if len(set(lengths)) != 1:
+            raise UserError(f"Events need a clip, a label, an onset and an offset each, not {lengths} of them.")
+
+    def to(self, device: torch.device | str) -> "Events":
+        """The same events on another device."""
+        return Events(self.clip.to(device), self.label.to(device), self.onset.to(device), self.offset.to(device))
+
+
+def rasterize(
+    events: Events, *, clips: int, classes: int, steps: int, seconds: float, fractional: bool = True
+) -> Tensor:
+    """The share of each step that events of a class cover: (clips, steps, classes) float32 from 0 to 1.
+
+    seconds: time that all steps cover together. Events of one class that overlap count once. fractional=False: 1 for
+    steps of which at least half is covered, else 0. Times are taken to 1/65536 of a step. Clips and labels must be
+    below `clips` and `classes`.
+    """
+    _check_grid(steps, seconds)
+    line = events.clip * classes + events.label
+    onset, offset = _ticks(events.onset, steps, seconds), _ticks(events.offset, steps, seconds)
+    line, onset, offset = _without_overlap(line, onset, offset, steps * TICKS)
+    edge = torch.arange(steps, device=line.device) * TICKS  # where each step begins
+    covered = torch.minimum(offset[:, None], edge + TICKS) - torch.maximum(onset[:, None], edge)  # (E, steps)
+    clip, label = line // classes, line % classes
+    place = (clip[:, None] * steps + torch.arange(steps, device=line.device)) * classes + label[:, None]
+    flat = torch.zeros(clips * steps * classes, dtype=torch.int32, device=line.device)
+    flat.index_add_(0, place.flatten(), covered.clamp(min=0).flatten().int())
+    shares = flat.view(clips, steps, classes)
+    return shares.float() / TICKS if fractional else (2 * shares >= TICKS).float()
+
+
+def resample_steps(
+    values: Tensor, steps: int, seconds: float, *, shift: Tensor, length: Optional[float] = None
+) -> Tensor:
+    """Values of one grid of steps on another: the mean over each new step, (B, T, K) -> (B, steps, K) float32.
+
+    values: constant within each of T steps, which cover `seconds` together. shift: (B,) seconds by which a clip's
+    values are moved later first; what goes beyond the end comes in at the beginning. length: seconds from the beginning
+    that the new steps cover together, None: all. (So a crop that begins at s has the shift -s and the crop's length.)
+    """
+    _check_grid(steps, seconds)
+    if length is not None and not 0 < length <= seconds:
+        raise UserError(f"length = {length} s is not allowed: give more than 0 and at most the {seconds} s there are.")
+    frames = values.shape[1]
+    width = frames * ((length or seconds) / seconds) / steps
+    start = -shift.to(values.device).float() * (frames / seconds)
+    with torch.autocast(values.device.type, enabled=False):
+        return step_shares(start, width, frames=frames, steps=steps) @ values.float()
+
+
+def step_shares(start: Tensor, width: float, *, frames: int, steps: int) -> Tensor:
+    """What part of each new step lies in each of `frames` old ones, round the end: (B, steps, frames), rows sum to 1.
+
+    start: (B,) where the first new step begins, and width: how long it is, at most `frames`, both in old steps.
+    """
+    begin = start[:, None] + torch.arange(steps, device=start.device) * width  # (B, steps)
+    after = (begin[:, :, None] - torch.arange(frames, device=start.device)).remainder(frames)
+    end = after + width  # the new step is [after, end): an old one is [0, 1), and [frames, frames + 1) once round
+    overlap = (end.clamp(max=1) - after).clamp(min=0) + (end.clamp(max=frames + 1) - frames).clamp(min=0)
+    return overlap / width
+
+
+def _check_grid(steps: int, seconds: float) -> None:
+    if steps < 1 or not seconds > 0:
+        raise UserError(f"{steps} steps of {seconds} s together are no grid: give at least 1 step and more than 0 s.")
+
+
+def _ticks(times: Tensor, steps: int, seconds: float) -> Tensor:
+    """(E,) seconds -> int64 ticks from the clip's beginning, within the clip."""
+    return (times.float() * (steps * TICKS / seconds)).round().clamp(0, steps * TICKS).long()
+
+
+def _without_overlap(line: Tensor, onset: Tensor, offset: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Events of each line (clip and class) cut so that they cover the same time, and none of it twice.
+
+    In order of their onsets, an event begins no earlier than the furthest offset before it. The lines lie one after
+    another on a single axis, each `length` ticks long, so that one running maximum serves them all.
+    """
+    begin, order = torch.sort(line * length + onset)
+    line = line[order]
+    end = line * length + torch.maximum(offset, onset)[order]
+    reached = torch.cummax(end, dim=0).values if len(end) else end
+    begin = torch.cat([begin[:1], torch.maximum(begin[1:], reached[:-1])])
+    return line, begin - line * length, torch.maximum(begin, end) - line * length

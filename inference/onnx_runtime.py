@@ -1,0 +1,99 @@
+"""A network that `python main.py export` wrote as ONNX, run by onnxruntime: the same numbers without torch's graph."""
+
+import importlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from model.frontend import LogMel, Spectrogram
+from settings import Config, UserError, resolve
+
+INSTALL = "pip install onnxruntime"
+ABOUT = ("settings", "labels", "frontend")  # what the metadata of an exported file must hold
+
+
+class OnnxNetwork:
+    """What inference.Tagger needs of a network, from an ONNX file: `probabilities`, on the CPU.
+
+    loss_type, num_classes: as of the network that was exported.
+    """
+
+    def __init__(self, session: Any, settings: Config) -> None:
+        self.session, self.loss_type, self.num_classes = session, settings.loss_type, settings.classes_num
+        self.source = session.get_inputs()[0].name  # waveform or logmel
+        self._frontend: Optional[torch.nn.Module] = None
+        if self.source == "logmel":
+            self._frontend = torch.nn.Sequential(
+                Spectrogram(settings.window_size, settings.hop_size),
+                LogMel(settings.sample_rate, settings.window_size, settings.mel_bins, settings.fmin, settings.fmax),
+            )
+
+    @torch.inference_mode()
+    def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, samples) -> (B, K) of the clips, (B, steps, K) of the frames, embeddings (B, C).
+
+        The samples are clip_samples of the settings: other lengths raise UserError, inference.Tagger cuts and fills.
+        """
+        x = waveform.cpu().float()
+        if self._frontend is not None:
+            x = self._frontend(x)
+        shape = self.session.get_inputs()[0].shape
+        if list(x.shape[1:]) != shape[1:]:
+            raise UserError(f"The ONNX file takes {self.source} of shape {shape}; {list(x.shape)} was given.")
+        clipwise, framewise, embedding = self.session.run(None, {self.source: x.contiguous().numpy()})
+        return torch.from_numpy(clipwise), torch.from_numpy(framewise), torch.from_numpy(embedding)
+
+
+@dataclass(frozen=True)
+class LoadedOnnx:
+    """An ONNX file and what it says about itself."""
+
+    network: OnnxNetwork
+    settings: Config
+    labels: list[str]
+    postprocessing: Optional[dict[str, Any]]  # thresholds and filters, as `calibrate` stored them
+
+
+def load_onnx(path: str | Path, given: Optional[dict[str, Any]] = None, threads: int = 0) -> LoadedOnnx:
+    """Load what `export` wrote. given: settings, as for a checkpoint; threads: 0 lets onnxruntime choose.
+
+    Raises UserError where the file is missing, no export of this project or damaged, where onnxruntime is not
+    installed, and where `given` contradicts the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no file {path}: give the path of an .onnx file, as export prints it.")
+    session = open_session(path, threads)
+    found = session.get_modelmeta().custom_metadata_map
+    missing = [name for name in ABOUT if name not in found]
+    if missing:
+        raise UserError(
+            f"{path} is no export of this project: its metadata has no {', '.join(missing)}. `python main.py export` "
+            f"writes such files from a checkpoint."
+        )
+    try:
+        about = {name: json.loads(found[name]) for name in (*ABOUT, "postprocessing") if name in found}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: its metadata should be JSON: {error}") from None
+    settings = resolve(given or {}, checkpoint={**about["settings"], **about["frontend"]})
+    return LoadedOnnx(OnnxNetwork(session, settings), settings, list(about["labels"]), about.get("postprocessing"))
+
+
+def open_session(path: Path, threads: int = 0) -> Any:
+    """onnxruntime's session of a file, on the CPU. Raises UserError where it cannot be read."""
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+    except ModuleNotFoundError:
+        raise UserError(f"Running {path} needs onnxruntime, which is not installed: {INSTALL}") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common class of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read by onnxruntime: {reason}") from None

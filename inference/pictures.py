@@ -1,0 +1,89 @@
+"""A figure of a file of any length, whose sound is read block by block, averaged to what a figure can show."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.audio import stream_audio
+from evaluation.plots import ClipSound, ClipView, clip_figure, save_png
+from evaluation.postprocess import PostProcessing
+from inference.tagger import Tagged
+from inference.windows import frame_count
+from model.frontend import LogMel, Spectrogram
+from settings import Config
+
+MOST_COLUMNS = 3000  # of a spectrogram
+HOPS_AT_ONCE = 1024
+
+
+def draw_recording(
+    path: Path,
+    source: Path,
+    tagged: Tagged,
+    events: Sequence[tuple[float, float, str]],
+    post: PostProcessing,
+    settings: Config,
+) -> None:
+    """Write a picture: waveform and log-mel spectrogram of `source`, frame scores, and events (onset, offset, class).
+
+    What is true is not known. Raises UserError where the source cannot be read.
+    """
+    number = {label: k for k, label in enumerate(tagged.labels)}
+    scores, seconds_per_frame = post.smooth(
+        tagged.framewise[None], durations=np.array([tagged.duration]), seconds_per_frame=tagged.seconds_per_frame
+    )
+    frames = min(scores.shape[1], frame_count(round(tagged.duration * 1e9), seconds_per_frame * 1e9))
+    view = ClipView(
+        duration=tagged.duration,
+        labels=list(tagged.labels),
+        scores=scores[0, :frames],
+        seconds_per_frame=seconds_per_frame,
+        thresholds=post.thresholds,
+        truth=[],
+        found=[(number[label], onset, offset) for onset, offset, label in events],
+        sound=sound_of_file(source, settings, tagged.duration),
+        truth_known=False,
+    )
+    save_png(clip_figure(view), path)
+
+
+def sound_of_file(path: Path, settings: Config, duration: float) -> ClipSound:
+    """Log-mel spectrogram and waveform of an audio file of `duration` seconds, with the network's front-end settings.
+
+    A column of the spectrogram is the mean power of some hops; the waveform has the lowest and the highest sample of
+    each hop. Raises UserError where the file cannot be read.
+    """
+    hop, window, rate = settings.hop_size, settings.window_size, settings.sample_rate
+    spectrogram = Spectrogram(window, hop)
+    mel = LogMel(rate, window, settings.mel_bins, settings.fmin, settings.fmax)
+    pool = max(1, int(np.ceil(duration * rate / hop / MOST_COLUMNS)))  # hops in a column
+    size = hop * pool  # samples in a column
+    columns, extremes = [], []
+    for piece in pieces(stream_audio(path, rate), size * max(1, HOPS_AT_ONCE // pool)):
+        count = -(-len(piece) // size)
+        padded = np.pad(piece, (0, max(count * size, window) - len(piece)))
+        power = spectrogram(torch.from_numpy(padded)[None])[:, : count * pool]  # (1, hops, bins)
+        columns.append(mel(power.unflatten(1, (count, pool)).mean(dim=2))[0].numpy())
+        hops = padded[: count * size].reshape(-1, hop)[: -(-len(piece) // hop)]
+        extremes.append(np.stack([hops.min(axis=1), hops.max(axis=1)], axis=1).reshape(-1))
+    return ClipSound(
+        waveform=np.concatenate(extremes),
+        sample_rate=round(2 * rate / hop),
+        logmel=np.concatenate(columns),
+        band_hz=mel.melW.argmax(dim=0).numpy() * rate / window,
+    )
+
+
+def pieces(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Blocks of any lengths as pieces of `size` samples; the last one may be shorter."""
+    held = np.zeros(0, np.float32)
+    for block in blocks:
+        held = np.concatenate([held, block])
+        whole = len(held) // size * size
+        for start in range(0, whole, size):
+            yield held[start : start + size]
+        held = held[whole:]
+    if len(held):
+        yield held

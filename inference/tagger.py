@@ -1,0 +1,397 @@
+"""From a checkpoint and audio of any length to clip scores, frame scores and embeddings. The only inference path."""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional, Protocol, TypeVar
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from data.audio import mono_waveform, stream_audio
+from data.labels import published_labels
+from inference.onnx_runtime import load_onnx
+from inference.windows import OverlapAverage, Window, cut_windows, into_bins
+from model import build_model
+from model.checkpoint import LoadReport, decided_settings, load_network, read_checkpoint
+from model.encoders.htsat import HTSAT_Swin_Transformer
+from model.known import find_checkpoint
+from settings import Config, UserError, requested, resolve
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from evaluation.postprocess import PostProcessing
+
+Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
+Name = TypeVar("Name")
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+WINDOWS_AT_ONCE = {"cpu": 4, "cuda": 32}
+
+
+class Network(Protocol):
+    """What a Tagger listens with: the network, or a runtime of an exported one."""
+
+    def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, samples) -> (B, K) of the clips, (B, steps, K) of the frames, embeddings (B, C)."""
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """What was heard in one recording. K classes, T frames of seconds_per_frame, which cover it and end with it."""
+
+    clipwise: np.ndarray  # (K,) probabilities
+    framewise: np.ndarray  # (T, K) probabilities, frame t begins at t * seconds_per_frame
+    embedding: np.ndarray  # (C,), the mean over the windows
+    seconds_per_frame: float
+    duration: float  # seconds; the last frame may be shorter than the others
+    labels: tuple[str, ...] = ()
+    frame_embeddings: Optional[np.ndarray] = None  # (T, C), where they were asked for
+
+    def top(self, count: int, labels: Optional[Sequence[str]] = None) -> list[tuple[str, float]]:
+        """The `count` classes with the highest clip scores, best first."""
+        best = np.argsort(-self.clipwise, kind="stable")[:count]
+        return [((labels or self.labels)[k], float(self.clipwise[k])) for k in best]
+
+    def times(self) -> np.ndarray:
+        """(T, 2) seconds: where each frame begins and ends."""
+        begins = np.arange(len(self.framewise)) * self.seconds_per_frame
+        return np.stack([begins, np.minimum(begins + self.seconds_per_frame, self.duration)], axis=1)
+
+    def events(self, processing: "Optional[PostProcessing]" = None, name: str = "") -> "pd.DataFrame":
+        """A table of events: filename (`name`), onset, offset (seconds), event_label, by class and time.
+
+        processing: thresholds and filters, such as Tagger.postprocessing; None: a threshold of 0.5 alone.
+        """
+        from evaluation.postprocess import PostProcessing  # here: it brings pandas, which tags alone do not need
+
+        chosen = processing or PostProcessing(self.labels)
+        return chosen.decode(
+            self.framewise[None], names=[name], durations=np.array([self.duration]),
+            seconds_per_frame=self.seconds_per_frame,
+        )  # fmt: skip
+
+    def in_bins(self, seconds_per_bin: float, by: Literal["mean", "max"] = "mean") -> "Tagged":
+        """The same with frames of seconds_per_bin: the mean of the scores over each, or the highest."""
+
+        def binned(frames: np.ndarray, how: Literal["mean", "max"]) -> np.ndarray:
+            return into_bins(
+                frames, seconds_per_frame=self.seconds_per_frame, duration=self.duration,
+                seconds_per_bin=seconds_per_bin, by=how,
+            )  # fmt: skip
+
+        embeddings = None if self.frame_embeddings is None else binned(self.frame_embeddings, "mean")
+        return replace(
+            self,
+            framewise=binned(self.framewise, by),
+            frame_embeddings=embeddings,
+            seconds_per_frame=seconds_per_bin,
+        )
+
+
+class Recording:
+    """The scores of one recording, window after window: sums over the windows, and frames on one time axis."""
+
+    def __init__(self, settings: Config) -> None:
+        self.settings = settings
+        self.frames = OverlapAverage(settings.clip_samples)
+        self.clipwise, self.embedding = np.zeros(0), np.zeros(0)
+        self.steps, self.windows, self.samples = 1, 0, 0
+        self.waiting = 0  # windows that are cut and not yet scored
+        self.cut = False  # whether the last window is cut
+        self.error: Optional[UserError] = None
+
+    def add(self, window: Window, clipwise: np.ndarray, frames: np.ndarray, embedding: np.ndarray) -> None:
+        """The scores of the next window: (K,), (steps, K) and, beside them, (steps, C) if wanted; (C,)."""
+        self.waiting -= 1
+        if self.error is not None:
+            return
+        self.steps = len(frames)
+        self.frames.add(frames, window.start, window.recording)
+        clipwise, embedding = clipwise.astype(np.float64), embedding.astype(np.float64)
+        if self.windows == 0:
+            self.clipwise, self.embedding = clipwise, embedding
+        else:
+            highest = self.settings.clip_pooling == "max"
+            self.clipwise = np.maximum(self.clipwise, clipwise) if highest else self.clipwise + clipwise
+            self.embedding = self.embedding + embedding
+        self.windows += 1
+        self.samples = window.recording or window.start + self.settings.clip_samples
+
+    def result(self, labels: Sequence[str]) -> "Tagged | UserError":
+        """What was heard, or why nothing was."""
+        if self.error is not None:
+            return self.error
+        frames, classes = self.frames.result(), len(self.clipwise)
+        self.frames = OverlapAverage(self.settings.clip_samples)  # of a long recording the scores need not stay twice
+        rate, window = self.settings.sample_rate, self.settings.clip_samples
+        count = 1 if self.settings.clip_pooling == "max" else self.windows
+        return Tagged(
+            clipwise=(self.clipwise / count).astype(np.float32),
+            framewise=frames[:, :classes],
+            embedding=(self.embedding / self.windows).astype(np.float32),
+            seconds_per_frame=window / rate / self.steps,
+            duration=self.samples / rate,
+            labels=tuple(labels),
+            frame_embeddings=frames[:, classes:] if frames.shape[1] > classes else None,
+        )
+
+
+class Tagger:
+    """A network with its labels and front-end, ready to listen.
+
+    A recording is cut into windows of the length the network was trained on (clip_samples), which overlap by
+    window_overlap; the last one ends with the recording, and one that is shorter than a window is filled up as the
+    network's own training clips were (short_clips). Frame scores are averaged at their absolute times, those in the
+    middle of a window counting more. The clip scores of several windows become one by clip_pooling: the highest says
+    whether a class occurs anywhere, as a clip's label does; the mean, for single_label networks, what there is most of.
+    Audio is read as it is needed: of a long file only scores are kept.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        settings: Config,
+        labels: Sequence[str],
+        report: Optional[LoadReport] = None,
+        *,
+        precision: Precision = "auto",
+        postprocessing: Optional[Mapping[str, Any]] = None,
+    ) -> None:
+        """precision: auto takes the setting's. postprocessing: what `calibrate` put into the checkpoint."""
+        self.network, self.settings, self.labels, self.report = network, settings, list(labels), report
+        if isinstance(network, nn.Module):
+            network.eval()
+        self.precision = settings.precision if precision == "auto" else precision
+        self.calibrated = postprocessing
+        self.batch_size: Optional[int] = None  # windows in one step; None: what suits the device
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        precision: Precision = "auto",
+        given: Optional[Mapping[str, Any]] = None,
+    ) -> "Tagger":
+        """Load a checkpoint. path: a file, or a name of assets/checkpoints.json, which stands for a published file.
+
+        A file that ends in .onnx, as `export` writes it, is run by onnxruntime on the CPU, without torch's graph.
+        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ... A checkpoint that carries no settings (a
+        published one) takes them from config.py and `given`, as in {"dataset_type": "audioset"}. Raises UserError
+        where the file is missing or does not fit.
+        """
+        file, known = find_checkpoint(path)
+        given = {**known, **(given or {})}
+        if file.suffix == ".onnx":
+            loaded = load_onnx(file, given)
+            return cls(loaded.network, loaded.settings, loaded.labels, postprocessing=loaded.postprocessing)
+        checkpoint = read_checkpoint(file)
+        frontend_from = requested("frontend_from", given)
+        settings = resolve(given, checkpoint=decided_settings(checkpoint, frontend_from))
+        network = build_model(settings)
+        report = load_network(network, checkpoint, frontend_from=frontend_from, configured=settings.model_dump())
+        labels = checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
+        tagger = cls(network, settings, labels, report, precision=precision, postprocessing=checkpoint.postprocessing)
+        return tagger.to(device)
+
+    def to(self, device: str) -> "Tagger":
+        """Move the network to a device: auto, cpu, cuda, ... Raises UserError where there is no such device."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"This machine shows no GPU for device {device}: use cpu or auto.")
+        if isinstance(self.network, nn.Module):
+            try:
+                self.network.to(device)
+            except RuntimeError as error:  # an unknown name, a number that no GPU has, a GPU without room
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"The device {device} cannot be used ({reason}): use cpu or auto.") from None
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is. The runtime of an exported network takes its batches from the CPU."""
+        if isinstance(self.network, nn.Module):
+            return next(self.network.parameters()).device
+        return torch.device("cpu")
+
+    @property
+    def postprocessing(self) -> "PostProcessing":
+        """Thresholds and filters that turn frame scores into events: calibrated with the checkpoint, or 0.5 alone."""
+        from evaluation.postprocess import PostProcessing
+
+        default = PostProcessing(tuple(self.labels))
+        stored = default if self.calibrated is None else PostProcessing.from_dict(self.calibrated)
+        if set(self.labels) <= set(stored.labels):
+            return stored.for_labels(self.labels)
+        warnings.warn(
+            f"The post-processing of the checkpoint ({stored.source}) is for other classes than the network's, "
+            f"{', '.join(stored.labels[:3])}, ...: it does not count here, the threshold is 0.5.",
+            stacklevel=2,
+        )
+        return default
+
+    def tag_file(self, path: str | Path, *, frame_embeddings: bool = False) -> Tagged:
+        """Tag an audio file of any length, rate and number of channels. Raises UserError where it is unreadable."""
+        ((_, found),) = self.tag_files([path], frame_embeddings=frame_embeddings)
+        return _raised(found)
+
+    def tag(self, waveform: Any, sample_rate: Optional[int] = None, *, frame_embeddings: bool = False) -> Tagged:
+        """Tag (samples,) or (channels, samples) audio: float in [-1, 1] or int16, an array or a tensor.
+
+        sample_rate: of the waveform in Hz; None: settings.sample_rate. Raises UserError for empty or non-finite audio.
+        """
+        ((_, found),) = self.tag_waveforms([waveform], sample_rate, frame_embeddings=frame_embeddings)
+        return _raised(found)
+
+    def tag_files(
+        self,
+        paths: Iterable[str | Path],
+        *,
+        frame_embeddings: bool = False,
+        progress: Optional[Callable[[float], None]] = None,
+    ) -> Iterator[tuple[str | Path, Tagged | UserError]]:
+        """Tag files one after another, in order; windows of several share a batch. A bad file gives its error.
+
+        progress: called with the seconds of sound that each batch has gone on.
+        """
+        rate = self.settings.sample_rate
+        return self._tag_all(((path, stream_audio(path, rate)) for path in paths), frame_embeddings, progress)
+
+    def tag_waveforms(
+        self, waveforms: Iterable[Any], sample_rate: Optional[int] = None, *, frame_embeddings: bool = False
+    ) -> Iterator[tuple[int, Tagged | UserError]]:
+        """Tag arrays as `tag` takes them, in order, numbered from 0."""
+        rate = self.settings.sample_rate
+        sounds = ((k, _one_block(waveform, sample_rate, rate)) for k, waveform in enumerate(waveforms))
+        return self._tag_all(sounds, frame_embeddings, None)
+
+    def _tag_all(
+        self,
+        sounds: Iterable[tuple[Name, Iterator[np.ndarray]]],
+        frame_embeddings: bool,
+        progress: Optional[Callable[[float], None]],
+    ) -> Iterator[tuple[Name, Tagged | UserError]]:
+        size = self.batch_size or WINDOWS_AT_ONCE.get(self.device.type, 4)
+        batch: list[tuple[Recording, Window]] = []
+        open_ones: deque[tuple[Name, Recording]] = deque()  # in the order of `sounds`
+        for name, blocks in sounds:
+            recording = Recording(self.settings)
+            open_ones.append((name, recording))
+            for window in self._windows(blocks, recording):
+                if recording.error is not None:
+                    break
+                batch.append((recording, window))
+                recording.waiting += 1
+                if len(batch) == size:
+                    self._listen(batch, frame_embeddings, progress)
+                    batch = []
+            recording.cut = True
+            while open_ones and open_ones[0][1].cut and open_ones[0][1].waiting == 0:
+                done, recording = open_ones.popleft()
+                yield done, recording.result(self.labels)
+        self._listen(batch, frame_embeddings, progress)
+        for name, recording in open_ones:
+            yield name, recording.result(self.labels)
+
+    def _windows(self, blocks: Iterator[np.ndarray], recording: Recording) -> Iterator[Window]:
+        """The windows of a recording; where it cannot be read, its error is noted and there are no more."""
+        settings = self.settings
+        try:
+            yield from cut_windows(
+                blocks, window=settings.clip_samples, overlap=settings.window_overlap, short_clips=settings.short_clips
+            )
+        except UserError as error:
+            recording.error = error
+
+    @torch.inference_mode()
+    def _listen(
+        self,
+        batch: list[tuple[Recording, Window]],
+        frame_embeddings: bool,
+        progress: Optional[Callable[[float], None]],
+    ) -> None:
+        """Score windows of one or several recordings, and hand each its scores."""
+        if not batch:
+            return
+        waveform = torch.from_numpy(np.stack([window.samples for _, window in batch])).to(self.device)
+        with self._arithmetic(), kept_frames(self.network if frame_embeddings else None) as kept:
+            clipwise, framewise, embedding = self.network.probabilities(waveform)
+        if kept:
+            tokens = torch.stack(kept).mean(dim=0)  # the scores may have finer steps
+            framewise = torch.cat(
+                [framewise, tokens.repeat_interleave(framewise.shape[1] // tokens.shape[1], dim=1)], dim=2
+            )
+        columns = [part.float().cpu().numpy() for part in (clipwise, framewise, embedding)]
+        if not all(np.isfinite(column).all() for column in columns):
+            if len(batch) > 1:  # whose are they? Each by itself: 8-bit networks scale the windows of a batch together
+                for one in batch:
+                    self._listen([one], frame_embeddings, progress)
+                return
+            recording, window = batch[0]
+            recording.error = self._not_finite(window)
+        for (recording, window), *scores in zip(batch, *columns, strict=True):
+            heard = recording.samples
+            recording.add(window, *scores)
+            if progress is not None:
+                progress((recording.samples - heard) / self.settings.sample_rate)
+
+    def _not_finite(self, window: Window) -> UserError:
+        """The error of a recording that the network has no numbers for."""
+        return UserError(
+            f"The network's scores are not finite in precision {self.precision}, for samples of up to "
+            f"{np.abs(window.samples).max():g} (full scale is 1)"
+            + (": use precision 32." if self.precision in HALF else ": they are too loud to be sound.")
+        )
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """The precision in which the network computes. float32 means float32: no TF32 in cuDNN's convolutions."""
+        if self.precision in HALF:
+            with torch.autocast(self.device.type, dtype=HALF[self.precision]):
+                yield
+        elif self.device.type == "cuda":
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def kept_frames(network: Optional[Network]) -> Iterator[list[Tensor]]:
+    """While it lasts, a pass of the network leaves its frames' embeddings in the list: (B, steps, C) for each view.
+
+    They are the tokens before the classifier, averaged over frequency; their mean over time is the clip's embedding.
+    """
+    kept: list[Tensor] = []
+    if network is None:
+        yield kept
+        return
+    if not isinstance(network, HTSAT_Swin_Transformer):
+        raise UserError("An exported network gives no embeddings of frames: load the checkpoint itself.")
+    place = {"r": network.freq_ratio, "f": network.freq_bins}
+
+    def keep(module: nn.Module, inputs: Any, tokens: Tensor) -> None:
+        kept.append(rearrange(tokens, "b (r f t) c -> b f (r t) c", **place).mean(dim=1).float())
+
+    handle = network.norm.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def _one_block(waveform: Any, sample_rate: Optional[int], wanted_rate: int) -> Iterator[np.ndarray]:
+    yield mono_waveform(waveform, sample_rate or wanted_rate, wanted_rate)
+
+
+def _raised(found: Tagged | UserError) -> Tagged:
+    if isinstance(found, UserError):
+        raise found
+    return found

@@ -1,0 +1,150 @@
+"""What a test does so that its score file can be localized in: class mapping, post-processing, shares of a split."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+
+from data.clip_store import STRONG, UNLABELLED, ClipTable, labelling
+from data.labels import audioset_mids
+from data_generator import AUDIOSET_CLASSES, SEDDataModule
+from evaluation.mapping import ClassMapping, load_mapping
+from evaluation.postprocess import PostProcessing
+from evaluation.scores import shard_path
+from model.checkpoint import Checkpoint, read_checkpoint
+from runs.ledger import file_sha256
+from runs.records import is_first_process
+from sed_model import Evaluation
+from settings import FRONTEND_SETTINGS, Config, UserError
+
+
+@dataclass(frozen=True)
+class TestPlan:
+    """What a test scores, and what its score file says about it. name: of the files; share: clips of the split."""
+
+    name: str
+    split_clips: int
+    share: np.ndarray
+    attributes: dict[str, str | int | float]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.share) == self.split_clips
+
+
+def class_mapping(known: Sequence[str], settings: Config, table: ClipTable) -> Optional[ClassMapping]:
+    """From a network's classes `known` to those of the data, or None where they are not AudioSet's and the data's.
+
+    Raises UserError where fl_audioset_mapping does not lead from one to the other.
+    """
+    if len(known) != AUDIOSET_CLASSES or not table.labels or len(table.labels) == len(known):
+        return None
+    return load_mapping(settings.fl_audioset_mapping, known, audioset_mids()).in_order(table.labels)
+
+
+def plan_test(
+    module: Evaluation, settings: Config, data: SEDDataModule, checkpoints: Sequence[str], known: Sequence[str]
+) -> TestPlan:
+    """Give `module` its class mapping, and `data` the share of the clips that test_shard names.
+
+    known: the classes of the checkpoints. Raises UserError where test_shard is none.
+    """
+    table = data.tables[settings.test_split] = known_clips(settings, data.tables[settings.test_split])
+    module.mapping = class_mapping(known, settings, table)
+    if module.mapping is not None:
+        module.labels = list(module.mapping.labels)
+    number, count = _shard(settings.test_shard, len(table))
+    share = np.arange(number - 1, len(table), count)
+    name = settings.test_file if count == 1 else shard_path(Path(f"{settings.test_file}.h5"), number, count).stem
+    attributes: dict[str, str | int | float] = {
+        "dataset_type": settings.dataset_type,
+        "split": reported_split(settings),
+        "run_id": run_id(checkpoints, settings, table),
+        "split_clips": len(table),
+        "clip_store": str(table.paths[0]),
+        **{name: getattr(settings, name) for name in FRONTEND_SETTINGS},
+    }
+    members = [read_checkpoint(path) for path in checkpoints]
+    attributes["weights"] = weights_id(members)
+    post = stored_postprocessing(members, module)
+    if post is not None:
+        attributes["postprocessing"] = json.dumps(post.as_dict())
+    if count > 1:
+        data.tables[settings.test_split] = table.select(share)
+    return TestPlan(name, len(table), share, attributes)
+
+
+def known_clips(settings: Config, table: ClipTable) -> ClipTable:
+    """The clips of a table whose truth is known, as a test needs it; it says which are left out.
+
+    Those of which nothing is known, and with fl_local, where some clips have event times, those without: every event
+    found in them would be counted as a false alarm. Raises UserError where no clip is left.
+    """
+    kinds = labelling(table)
+    times = settings.fl_local and bool((kinds == STRONG).any())
+    known = kinds == STRONG if times else kinds != UNLABELLED
+    what = "event times" if times else "labels"
+    lacking = f"{(~known).sum()} of {len(table)} clips for {settings.test_split} have no {what}"
+    if not known.any():
+        raise UserError(f"{lacking} ({table.paths[0]}): there is nothing to test against.")
+    if known.all():
+        return table
+    if is_first_process():
+        print(f"{lacking}: they are left out.")
+    return table.select(known)
+
+
+def reported_split(settings: Config) -> str:
+    """The split that a test scores; under the protocol `paper` the validation clips are the test clips."""
+    shared = settings.protocol == "paper" and settings.test_split == "validation"
+    return "test" if shared else settings.test_split
+
+
+def _shard(test_shard: Sequence[int], clips: int) -> tuple[int, int]:
+    """Which share of how many. Raises UserError for what is no share."""
+    if not test_shard:
+        return 1, 1
+    if len(test_shard) != 2 or not 1 <= test_shard[0] <= test_shard[1] <= clips:
+        raise UserError(
+            f"test_shard = {list(test_shard)} is not allowed: give the number of a share and how many there are, as "
+            f"2,4, at most one for each of the {clips} clips."
+        )
+    return test_shard[0], test_shard[1]
+
+
+def run_id(checkpoints: Sequence[str], settings: Config, table: ClipTable) -> str:
+    """16 hexadecimal digits that the jobs of one test share: of the checkpoints, the clips and the class mapping."""
+    said = [*(file_sha256(path) for path in checkpoints), table.fingerprint(), settings.test_split]
+    said += [settings.fl_audioset_mapping, str(settings.fl_local), str(settings.tta_shifts)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+
+def weights_id(checkpoints: Sequence[Checkpoint]) -> str:
+    """16 hexadecimal digits of the weights alone: what `calibrate` adds to a file leaves them as they are."""
+    digest = hashlib.sha256()
+    for checkpoint in checkpoints:
+        for key, value in sorted(checkpoint.state_dict.items()):
+            digest.update(key.encode())
+            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def stored_postprocessing(checkpoints: Sequence[Checkpoint], module: Evaluation) -> Optional[PostProcessing]:
+    """The calibrated post-processing of a checkpoint, else the thresholds of the mapping, else None.
+
+    One that was calibrated for other classes does not count, and neither does that of one member of an ensemble.
+    """
+    calibrated = checkpoints[0].postprocessing if len(checkpoints) == 1 else None
+    if calibrated is not None:
+        post = PostProcessing.from_dict(calibrated)
+        if set(module.labels) <= set(post.labels):
+            return post.for_labels(module.labels)
+    if module.mapping is None or module.mapping.thresholds is None:
+        return None
+    source = f"thresholds of the mapping {module.mapping.name}"
+    return PostProcessing(module.mapping.labels, module.mapping.thresholds, source=source)

@@ -1,0 +1,153 @@
+"""python main.py benchmark: what it reports, what it counts, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from data_generator import SEDDataModule
+from runs.measure import (
+    WARM_UP,
+    Laps,
+    Repeated,
+    WholeBatches,
+    count_flops,
+    one_device,
+    peak_flops,
+    peak_memory,
+    release_and_reset_peak,
+    synthetic_batch,
+)
+from settings import Config, resolve
+from tests.helpers import TINY
+
+SMALL = {**TINY, "htsat_depth": "1,1", "htsat_num_head": "1,2", "htsat_spec_size": "64", "mel_bins": "32"}
+SMALL |= {"clip_samples": "8000", "performance": "manual"}
+SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", value)]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def settings(demo_workspace: Path) -> Config:
+    return one_device(resolve({**SMALL, "workspace": str(demo_workspace / "workspace"), "precision": "32"}))
+
+
+def test_report_and_profile(
+    demo_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_workspace)
+    words = ["--steps", "2", "--precisions", "32,bf16-mixed", "--json", str(tmp_path / "b.json")]
+    assert main.main(["benchmark", *SMALL_FLAGS, *words, "--profile", str(tmp_path / "trace")]) == 0
+    report = json.loads((tmp_path / "b.json").read_text())
+    rows = report["rows"]
+    kinds = [(row["precision"], row["work"], row["data"]) for row in rows]
+    assert kinds == [
+        (precision, work, data)
+        for precision in ("32", "bf16-mixed")
+        for work in ("training", "inference")
+        for data in ("memory", "store")
+    ]
+    assert (report["batch_size"], report["steps"]) == (4, 2)
+    for row in rows:
+        assert row["clips_per_second"] == pytest.approx(4 / row["step_seconds"])
+        assert 0 <= row["waiting"] < 1
+        assert row["memory"] > 2**20
+        assert 0 < row["share_of_peak"] < 1
+    flops = [row["flops_per_second"] / row["clips_per_second"] for row in rows]
+    assert flops[0] == pytest.approx(flops[1])  # of one clip
+    assert 2 < flops[0] / flops[2] <= 3  # a training step: forwards, and twice as much backwards
+
+    events = json.loads((tmp_path / "trace" / "training.json").read_text())["traceEvents"]
+    assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 3
+    assert [path.name for path in (tmp_path / "trace").iterdir()] == ["training.json"]
+    shown = capsys.readouterr().out
+    assert shown.count("aten::") >= 5
+    assert not (demo_workspace / "workspace" / "runs" / "htsat_demo").exists()  # it leaves no run behind
+
+
+def test_without_data_it_measures_memory_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["benchmark", *SMALL_FLAGS, "--steps", "1", "--json", "b.json"]) == 0
+    assert {row["data"] for row in json.loads(Path("b.json").read_text())["rows"]} == {"memory"}
+    assert "Nothing is read from a store: There is no file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--precisions", "64"], "64 is none of 32, bf16-mixed, 16-mixed"),
+        (["--compile_modes", "fast"], "fast is none of off, default"),
+        (["--steps", "0"], "must be 1 or more"),
+        (["--precisions", "16-mixed"], "needs a GPU"),
+    ],
+)
+def test_mistakes(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["benchmark", "--accelerator", "cpu", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_batches_are_whole_and_as_many_as_asked(settings: Config) -> None:
+    """14 clips make three whole batches of 4 an epoch; epochs differ."""
+    loader = SEDDataModule(settings, ("train",)).train_dataloader()
+    batches = list(WholeBatches(loader, 7))  # type: ignore[arg-type]
+    assert [len(batch["waveform"]) for batch in batches] == [4] * 7
+    epochs = [np.concatenate([batch["index"] for batch in batches[n : n + 3]]).tolist() for n in (0, 3)]
+    assert all(len(set(epoch)) == 12 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_laps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 2 s, pauses of 1 s before them; the warm-up takes 10 s a step and does not count."""
+    laps, now = Laps(CPU), 0.0
+    for step in range(WARM_UP + 4):
+        now += 1.0
+        laps.begins.append(now)
+        now += 10.0 if step < WARM_UP else 2.0
+        laps.ends.append(now)
+        laps.clips.append(5)
+    timing = laps.timing()
+    assert (timing.steps, timing.clips, timing.seconds, timing.waiting, timing.first_step) == (4, 20, 12.0, 4.0, 10.0)
+    assert timing.waiting_share == pytest.approx(1 / 3)
+    assert timing.clips_per_second == pytest.approx(20 / 12)
+
+
+def test_flops_of_a_network_that_can_be_counted_by_hand(settings: Config) -> None:
+    """2 x multiply-adds of each product, with attention, mel bands and the stretch in time."""
+    counted = count_flops(settings, training=False)
+    patches = 16 * 16
+    places = {0: patches, 1: patches // 4}  # tokens of each stage, of 16 and 32 channels
+    layers = sum(2 * places[k] * 12 * (16 * 2**k) ** 2 for k in (0, 1))  # qkv 3, proj 1, MLP 8
+    layers += 2 * places[1] * 64 * 32  # patch merging
+    layers += 2 * patches * 16 * 16  # patch embedding
+    attention = sum(2 * 2 * places[k] * 64 * 16 * 2**k for k in (0, 1))  # q k^T and its product with v
+    frames = 8000 // 320 + 1
+    mel = 2 * frames * 513 * 32
+    head = 2 * 16 * 32 * 4 * 3 * 10  # 16 steps, 4 rows by 3 steps of 32 channels, 10 classes
+    stretch = 2 * 32 * frames * 128  # in 32 bands, to 128 frames
+    assert counted == layers + attention + mel + stretch + head
+    assert count_flops(settings.model_copy(update={"gradient_checkpointing": True}), training=True) == count_flops(
+        settings, training=True
+    )
+
+
+def test_peak_of_the_device_and_its_memory(settings: Config) -> None:
+    assert peak_flops(settings) > 1e8
+    release_and_reset_peak(CPU)
+    before = peak_memory(CPU)
+    block = torch.ones(2**24)  # 64 MiB
+    assert peak_memory(CPU) - before >= 2**25
+    del block
+
+
+def test_synthetic_batches_are_a_loader_s(settings: Config) -> None:
+    """The keys and types that training steps read, in a batch of the store's."""
+    real = next(iter(SEDDataModule(settings, ("train",)).train_dataloader()))
+    made = synthetic_batch(settings, 4)
+    for name in ("waveform", "target", "index"):
+        assert (made[name].shape, made[name].dtype) == (real[name].shape, real[name].dtype)
+    assert len(list(Repeated(made, 3))) == len(Repeated(made, 3)) == 3

@@ -1,0 +1,115 @@
+"""The clip store: round trip, PANNs' files, and what is refused."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from data.clip_store import (
+    Clip,
+    ClipStoreWriter,
+    Event,
+    open_store,
+    read_events,
+    read_index_table,
+    read_store_table,
+)
+
+
+def write(path: Path) -> list[Clip]:
+    rng = np.random.default_rng(0)
+    clips = [
+        Clip(
+            f"clip{number}.wav",
+            rng.integers(-32768, 32767, 50 + number * 60).astype(np.int16),
+            [number % 3],
+            fold=number % 2 + 1,
+            split="train" if number else "test",
+            events=[Event(number % 3, 0.25, 0.5)],
+        )
+        for number in range(4)
+    ]
+    with ClipStoreWriter(path, clip_samples=200, sample_rate=100, labels=["a", "b", "c"], source="test") as writer:
+        for clip in clips:
+            writer.add(clip)
+    return clips
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "store.h5"
+    clips = write(path)
+    table = read_store_table(path)
+    assert table.names.tolist() == [clip.name.encode() for clip in clips]
+    assert table.targets.argmax(axis=1).tolist() == [0, 1, 2, 0]
+    assert table.fold.tolist() == [1, 2, 1, 2]
+    assert table.split.tolist() == [b"test", b"train", b"train", b"train"]
+    assert (table.labels, table.sample_rate, table.attributes) == (["a", "b", "c"], 100, {"source": "test"})
+    assert read_events(path)[2] == [Event(2, 0.25, 0.5)]
+    with h5py.File(path) as file:
+        assert file["real_len"][:].tolist() == [50, 110, 170, 200]
+        for row, clip in enumerate(clips):
+            kept = min(len(clip.waveform), 200)
+            assert np.array_equal(file["waveform"][row, :kept], clip.waveform[:kept])
+            assert not file["waveform"][row, kept:].any()
+
+
+def test_nothing_is_left_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "store.h5"
+    with pytest.raises(RuntimeError, match="interrupted"):
+        with ClipStoreWriter(path, clip_samples=10, sample_rate=100, labels=["a"]) as writer:
+            writer.add(Clip("x", np.ones(5, np.int16), [0]))
+            raise RuntimeError("interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_clips_are_refused(tmp_path: Path) -> None:
+    with ClipStoreWriter(tmp_path / "s.h5", clip_samples=10, sample_rate=100, labels=["a"]) as writer:
+        with pytest.raises(ValueError, match="no samples"):
+            writer.add(Clip("x", np.ones(0, np.int16), [0]))
+        with pytest.raises(ValueError, match="the classes are 0 to 0"):
+            writer.add(Clip("x", np.ones(5, np.int16), [1]))
+
+
+def test_fingerprint_changes_with_the_clips(tmp_path: Path) -> None:
+    write(tmp_path / "store.h5")
+    table = read_store_table(tmp_path / "store.h5")
+    assert table.fingerprint() == read_store_table(tmp_path / "store.h5").fingerprint()
+    assert table.fingerprint() != table.select(np.array([0, 1, 2])).fingerprint()
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no file"):
+        open_store(tmp_path / "missing.h5")
+    (tmp_path / "text.h5").write_text("no HDF5")
+    with pytest.raises(ValueError, match="cannot be read as HDF5"):
+        open_store(tmp_path / "text.h5")
+    write(tmp_path / "store.h5")
+    whole = (tmp_path / "store.h5").read_bytes()
+    (tmp_path / "cut.h5").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut off"):
+        read_store_table(tmp_path / "cut.h5")
+    with pytest.raises(ValueError, match="lacks hdf5_path"):
+        read_index_table(tmp_path / "store.h5", tmp_path)
+
+
+def test_panns_files_and_index_are_valid(tmp_path: Path) -> None:
+    """A part and an index as PANNs' scripts write them, after the folder has moved."""
+    part = tmp_path / "hdf5s" / "waveforms" / "part.h5"
+    index = tmp_path / "hdf5s" / "indexes" / "full_train.h5"
+    for path in (part, index):
+        path.parent.mkdir(parents=True)
+    targets = np.eye(3, dtype=bool)
+    names = np.array([b"Yone.wav", b"Ytwo.wav", b"Ythree.wav"])
+    with h5py.File(part, "w") as file:
+        file["audio_name"], file["target"] = names, targets
+        file["waveform"] = np.arange(30, dtype=np.int16).reshape(3, 10)
+    with h5py.File(index, "w") as file:
+        file["audio_name"], file["target"] = names[::-1], targets[::-1]
+        file["hdf5_path"] = np.array([b"/elsewhere/audioset/hdf5s/waveforms/part.h5"] * 3)
+        file["index_in_hdf5"] = np.array([2, 1, 0], dtype=np.int32)
+    assert read_store_table(part).names.tolist() == names.tolist()
+    table = read_index_table(index, tmp_path)
+    assert table.paths == [part]
+    assert table.row.tolist() == [2, 1, 0]
+    assert read_events(part) == [[], [], []]

@@ -1,0 +1,95 @@
+"""The functions of HEAR 2021, with its shapes and units."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from inference import Tagger, hear
+from model import build_model
+from settings import resolve
+
+TINY: dict[str, Any] = {"htsat_dim": 16, "htsat_depth": [1, 1, 1, 1], "htsat_num_head": [1, 2, 4, 8]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> hear.HearModel:
+    torch.manual_seed(0)
+    settings = resolve({**TINY, "sample_rate": 8000})
+    path = tmp_path_factory.mktemp("hear") / "tiny.ckpt"
+    weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
+    torch.save({"state_dict": weights, "settings": settings.model_dump()}, path)
+    return hear.load_model(str(path))
+
+
+def audio(sounds: int, seconds: float) -> torch.Tensor:
+    return 0.1 * torch.randn(sounds, round(seconds * 8000), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_model_says_what_it_takes_and_gives(model: hear.HearModel) -> None:
+    assert isinstance(model, torch.nn.Module)
+    assert model.sample_rate == 8000
+    assert model.scene_embedding_size == model.timestamp_embedding_size == 128
+    model.to("cpu")
+    assert sum(1 for _ in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("seconds", [0.05, 4, 10, 12.3])
+def test_shapes_and_times(model: hear.HearModel, seconds: float) -> None:
+    sounds = audio(3, seconds)
+    scenes = hear.get_scene_embeddings(sounds, model)
+    embeddings, times = hear.get_timestamp_embeddings(sounds, model)
+    steps = max(1, int(np.ceil(seconds / 0.3125 - 1e-9)))
+    assert scenes.shape == (3, 128)
+    assert embeddings.shape == (3, steps, 128)
+    assert times.shape == (3, steps)
+    for tensor in (scenes, embeddings, times):
+        assert tensor.dtype == torch.float32
+        assert not tensor.requires_grad
+        assert torch.isfinite(tensor).all()
+    assert (times.diff(dim=1) > 0).all()
+    assert times[0, 0] == pytest.approx(min(312.5, seconds * 1000) / 2)  # milliseconds
+    assert seconds * 1000 - 312.5 <= times[0, -1] < seconds * 1000
+
+
+def test_nothing_is_random_and_sounds_do_not_mix(model: hear.HearModel) -> None:
+    sounds = audio(5, 3)
+    model.train()  # as a tool may leave it
+    first = hear.get_scene_embeddings(sounds, model)
+    assert torch.equal(first, hear.get_scene_embeddings(sounds, model))
+    alone = hear.get_scene_embeddings(sounds[3:4], model)
+    torch.testing.assert_close(first[3:4], alone, atol=1e-5, rtol=0)
+    embeddings, _ = hear.get_timestamp_embeddings(sounds, model)
+    again, _ = hear.get_timestamp_embeddings(sounds, model)
+    assert torch.equal(embeddings, again)
+    assert (embeddings[0] - embeddings[1]).abs().max() > 1e-3
+
+
+def test_ten_seconds_average_to_the_scene(model: hear.HearModel) -> None:
+    sounds = audio(2, 10)
+    embeddings, _ = hear.get_timestamp_embeddings(sounds, model)
+    scenes = hear.get_scene_embeddings(sounds, model)
+    torch.testing.assert_close(embeddings.mean(dim=1), scenes, atol=1e-5, rtol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(scenes, model.network.eval()(sounds)["latent_output"], atol=1e-5, rtol=0)
+
+
+def test_mistakes(model: hear.HearModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="n_sounds, n_samples"):
+        hear.get_scene_embeddings(torch.zeros(8000), model)
+    with pytest.raises(ValueError, match="finite"):
+        hear.get_timestamp_embeddings(torch.full((1, 8000), torch.nan), model)
+    assert hear.get_scene_embeddings(torch.zeros(0, 8000), model).shape == (0, 128)
+    assert hear.get_timestamp_embeddings(torch.zeros(0, 8000), model)[0].shape == (0, 0, 128)
+    monkeypatch.setenv("HTSAT_CHECKPOINTS", str(tmp_path))
+    with pytest.raises(ValueError, match="htsat-audioset"):
+        hear.load_model()
+
+
+def test_an_exported_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = Tagger(object(), resolve({"sample_rate": 8000}), ["a"])  # type: ignore[arg-type]
+    monkeypatch.setattr(Tagger, "from_checkpoint", lambda *_, **__: exported)
+    with pytest.raises(ValueError, match="load the checkpoint itself"):
+        hear.load_model("model.onnx")

@@ -1,0 +1,314 @@
+"""Files of weights of every kind: told by what they hold, loaded to the golden outputs, or refused with the reason."""
+
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import main
+from commands.train import starting_weights
+from inference import Tagger
+from model.checkpoint import load_network, read_checkpoint, save_safetensors
+from model.encoders.htsat import HTSAT_Swin_Transformer
+from model.foreign import heads, identify
+from model.frontend import LogMel
+from settings import FRONTEND_SETTINGS, resolve
+from tests.helpers import TINY, TINY_FLAGS
+from tests.model.test_golden import FOLDER, build
+
+SMALL: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+ABOUT: dict[str, Any] = {
+    "settings": resolve().model_dump(),
+    "labels": [f"sound {k}" for k in range(50)],
+    "frontend": {name: getattr(resolve(), name) for name in FRONTEND_SETTINGS},
+}
+# Not among the weights of an ImageNet Swin.
+AUDIO_ONLY = ("spectrogram_extractor.", "logmel_extractor.", "bn0.", "tscam_conv.", "head.")
+Weights = dict[str, Tensor]
+
+
+def prefixed(prefix: str, weights: Weights) -> Weights:
+    return {prefix + key: value for key, value in weights.items()}
+
+
+def this_project(weights: Weights) -> dict[str, Any]:
+    return {"state_dict": prefixed("sed_model.", weights), "epoch": 3, "optimizer_states": [{"state": {}}], **ABOUT}
+
+
+def published(weights: Weights) -> dict[str, Any]:
+    """What Lightning 1.5 writes."""
+    return {
+        "epoch": 7,
+        "global_step": 100,
+        "pytorch-lightning_version": "1.5.9",
+        "state_dict": prefixed("sed_model.", weights),
+        "callbacks": {"ModelCheckpoint{'monitor': 'mAP'}": {"best_model_score": torch.tensor(0.47), "best_k": {}}},
+        "optimizer_states": [{"state": {0: {"step": 1, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}],
+        "lr_schedulers": [{"last_epoch": 7}],
+    }
+
+
+def without_head(weights: Weights) -> dict[str, Any]:
+    return published({key: value for key, value in weights.items() if not key.startswith("head.")})
+
+
+def swin(weights: Weights) -> dict[str, Any]:
+    """Three colours whose mean is the kernel, and a head for ImageNet's classes."""
+    kept = {key: value for key, value in weights.items() if not key.startswith(AUDIO_ONLY)}
+    kernel = kept["patch_embed.proj.weight"]
+    colours = torch.cat([2 * kernel, kernel, 0 * kernel], dim=1)
+    head = {"head.weight": torch.zeros(1000, len(kept["norm.weight"])), "head.bias": torch.zeros(1000)}
+    return {"model": {**kept, "patch_embed.proj.weight": colours, **head}, "epoch": 299, "max_accuracy": 81.2}
+
+
+def clap(weights: Weights, prefix: str = "module.") -> dict[str, Any]:
+    """The audio branch with its filterbank for 48 kHz, among other keys of a CLAP."""
+    bank = LogMel(48000, 1024, 64, 50.0, 14000.0).melW.detach()
+    branch = prefixed(prefix + "audio_branch.", {**weights, "logmel_extractor.melW": bank})
+    others = {"logit_scale_a": torch.tensor(2.0), "text_branch.embeddings.word_embeddings.weight": torch.zeros(4, 2)}
+    return {"epoch": 45, "name": "clap", "state_dict": {**branch, **prefixed(prefix, others)}, "optimizer": {}}
+
+
+def to_safetensors(path: Path, weights: Weights) -> None:
+    save_safetensors(path, weights, **ABOUT)
+
+
+def pickled(content: Callable[[Weights], Any], zipped: bool = True) -> Callable[[Path, Weights], None]:
+    def write(path: Path, weights: Weights) -> None:
+        torch.save(content(weights), path, _use_new_zipfile_serialization=zipped)
+
+    return write
+
+
+FORMATS: dict[str, tuple[str, Callable[[Path, Weights], None]]] = {  # name: (kind, how to write it)
+    "this project": ("HTS-AT of this project", pickled(this_project)),
+    "published": ("published HTS-AT", pickled(published)),
+    "published without head": ("published HTS-AT", pickled(without_head)),
+    "before torch 1.6": ("published HTS-AT", pickled(published, zipped=False)),
+    "state dict": ("state dict", pickled(dict)),
+    "Swin": ("ImageNet Swin", pickled(swin)),
+    "CLAP": ("LAION-CLAP", pickled(clap)),
+    "CLAP, one device": ("LAION-CLAP", pickled(lambda weights: clap(weights, prefix="")["state_dict"])),
+    "safetensors": ("HTS-AT of this project", to_safetensors),
+    "safetensors without metadata": ("state dict", lambda path, weights: save_file(weights, path)),
+}
+
+
+@pytest.fixture(scope="module")
+def full() -> tuple[HTSAT_Swin_Transformer, Tensor, Weights, dict[str, Tensor]]:
+    """The golden network, its waveforms, its weights, and what it gives when loaded directly."""
+    network, waveforms, _ = build("esc50_ce_10s")
+    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    with torch.inference_mode():
+        return network, waveforms, weights, network(waveforms)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_kind_gives_the_golden_outputs(
+    name: str, tmp_path: Path, full: tuple[HTSAT_Swin_Transformer, Tensor, Weights, dict[str, Tensor]]
+) -> None:
+    network, waveforms, weights, direct = full
+    kind, write = FORMATS[name]
+    path = tmp_path / "weights.bin"  # the name tells nothing
+    write(path, weights)
+    imagenet, at_48_khz = kind == "ImageNet Swin", kind == "LAION-CLAP"  # the golden waveforms are at 32 kHz
+    kept = AUDIO_ONLY if imagenet else AUDIO_ONLY[:2] if at_48_khz else ()
+    own = {key: value for key, value in weights.items() if key.startswith(kept)}
+    with torch.no_grad():
+        for key, value in network.state_dict().items():  # nothing may be left of what it knew
+            value.copy_(own.get(key, torch.zeros_like(value)))
+
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.kind == kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the zeros in the front-end
+        source: Any = "settings" if at_48_khz else "auto"
+        report = load_network(network, checkpoint, new_classifier=imagenet, frontend_from=source)
+    assert report.share > 0.9999
+    assert report.kind == kind
+    with torch.inference_mode():
+        outputs = network(waveforms)
+    golden = np.load(FOLDER / "esc50_ce_10s.npz")
+    rounded = 5e-4 if imagenet else 1e-6  # the mean of three colours is rounded
+    for output, expected in direct.items():
+        np.testing.assert_allclose(outputs[output].numpy(), expected.numpy(), rtol=0, atol=rounded)
+    np.testing.assert_allclose(outputs["clipwise_output"].numpy(), golden["clipwise_output"], rtol=0, atol=5e-4)
+
+
+@pytest.fixture(scope="module")
+def small() -> Weights:
+    torch.manual_seed(0)
+    return HTSAT_Swin_Transformer(**SMALL).state_dict()
+
+
+def test_what_a_file_says_about_itself(tmp_path: Path, small: Weights) -> None:
+    for name in ("this project", "safetensors"):
+        FORMATS[name][1](tmp_path / "a", small)
+        checkpoint = read_checkpoint(tmp_path / "a")
+        assert {"settings": checkpoint.settings, "labels": checkpoint.labels, "frontend": checkpoint.frontend} == ABOUT
+    assert read_checkpoint(tmp_path / "a").epoch is None
+    torch.save(published(small), tmp_path / "b")
+    foreign = read_checkpoint(tmp_path / "b")
+    assert (foreign.settings, foreign.labels, foreign.frontend, foreign.epoch) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("share", [0.0005, 0.5, 0.999])
+def test_a_truncated_file_is_refused(name: str, share: float, tmp_path: Path, small: Weights) -> None:
+    path = tmp_path / "cut"
+    FORMATS[name][1](path, small)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        read_checkpoint(path)
+
+
+class Malicious:
+    """Loading it as a pickle makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda weights, bad: {**this_project(weights), "settings": bad},
+        lambda weights, bad: {**published(weights), "callbacks": {"a": bad}},
+        lambda weights, bad: {**weights, "norm.weight": bad},
+        lambda weights, bad: {**swin(weights), "config": bad},
+        lambda weights, bad: {**clap(weights), "optimizer": [bad]},
+        lambda weights, bad: bad,
+    ],
+)
+def test_a_file_that_would_run_code_is_refused(
+    spoil: Callable[[Weights, Any], Any], zipped: bool, tmp_path: Path, small: Weights
+) -> None:
+    trace, path = tmp_path / "was_here", tmp_path / "bad.safetensors"
+    torch.save(spoil(small, Malicious(trace)), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"it wants posix\.system\), and loading it could run code: refused") as error:
+        read_checkpoint(path)
+    assert "saved where it was made: the tensors of its state_dict" in str(error.value)
+    assert "torch.load" not in str(error.value), "no advice to run what the file holds"
+    path.write_bytes(pickle.dumps(Malicious(trace), protocol=2))  # no file of torch.save at all
+    with pytest.raises(ValueError, match="could run code: refused"):
+        read_checkpoint(path)
+    assert not trace.exists()
+    pickle.loads(path.read_bytes())
+    assert trace.exists(), "the test's file does nothing"
+
+
+def test_safetensors_with_wrong_metadata(tmp_path: Path, small: Weights) -> None:
+    save_file(small, tmp_path / "a", {"settings": "{"})
+    with pytest.raises(ValueError, match="should be JSON"):
+        read_checkpoint(tmp_path / "a")
+    save_file(small, tmp_path / "a", {"labels": json.dumps("siren")})
+    with pytest.raises(ValueError, match="entry labels is a str"):
+        read_checkpoint(tmp_path / "a")
+    torch.save({**this_project(small), "settings": 3}, tmp_path / "a")
+    with pytest.raises(ValueError, match="entry settings is a int"):
+        read_checkpoint(tmp_path / "a")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_swin_with_other_heads_is_refused(tmp_path: Path) -> None:
+    """Of Microsoft's Swins only C24 has the paper's heads: 24 channels each."""
+    other = HTSAT_Swin_Transformer(**{**SMALL, "num_heads": (2, 4, 8, 16)}).state_dict()
+    assert heads(other) == [[2], [4], [8], [16]]
+    torch.save(swin(other), tmp_path / "swin.pth")
+    with pytest.raises(ValueError, match=r"2-4-8-16 attention heads, the network's 1-2-4-8.* Swin-T/C24"):
+        load_network(HTSAT_Swin_Transformer(**SMALL), read_checkpoint(tmp_path / "swin.pth"), new_classifier=True)
+    torch.save(published(other), tmp_path / "audio.ckpt")
+    with pytest.raises(ValueError, match="set htsat_dim, htsat_depth and htsat_num_head"):
+        load_network(HTSAT_Swin_Transformer(**SMALL), read_checkpoint(tmp_path / "audio.ckpt"))
+
+
+def test_a_swin_leaves_the_networks_own_parts(tmp_path: Path, small: Weights) -> None:
+    torch.save(swin(small), tmp_path / "swin.pth")
+    network = HTSAT_Swin_Transformer(**SMALL)
+    with torch.no_grad():
+        network.bn0.running_mean.fill_(-30.0)  # type: ignore[union-attr]
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    report = load_network(network, read_checkpoint(tmp_path / "swin.pth"), new_classifier=True)
+    assert all(key.startswith(AUDIO_ONLY) for key in report.missing)
+    assert not report.unexpected + report.reshaped
+    assert "classifier new (the file has none); front-end the network's" in str(report)
+    for key, value in network.state_dict().items():
+        expected = before[key] if key.startswith(AUDIO_ONLY) else small[key]
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"knows no sounds\. Train from it with --swin_pretrain_path"):
+        load_network(network, read_checkpoint(tmp_path / "swin.pth"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda keys: {**keys, "module.audio_branch.patch_embed.mel_conv2d.weight": torch.zeros(1)}, "feature fusion"),
+        (lambda keys: {**keys, "module.audio_branch.fusion_model.local_att.0.bias": torch.zeros(1)}, "feature fusion"),
+        (lambda keys: {"module.audio_branch.conv_block1.conv1.weight": torch.zeros(1)}, "no HTS-AT"),
+    ],
+)
+def test_another_clap_is_refused(
+    change: Callable[[Weights], Weights], said: str, tmp_path: Path, small: Weights
+) -> None:
+    torch.save({"state_dict": change(clap(small)["state_dict"])}, tmp_path / "clap.pt")
+    with pytest.raises(ValueError, match=f"clap.pt cannot be used: it is a LAION-CLAP .*{said}"):
+        read_checkpoint(tmp_path / "clap.pt")
+
+
+def test_clap_brings_its_sizes_and_front_end(tmp_path: Path, small: Weights) -> None:
+    torch.save(clap(small), tmp_path / "clap.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the front-end is the file's own
+        tagger = Tagger.from_checkpoint(tmp_path / "clap.pt", device="cpu")
+    found = tagger.settings
+    assert (found.sample_rate, found.hop_size, found.window_size, found.mel_bins) == (48000, 480, 1024, 64)
+    assert (found.fmin, found.fmax, found.clip_samples, found.short_clips) == (50.0, 14000.0, 480000, "repeat")
+    assert (found.htsat_dim, found.htsat_depth, found.htsat_num_head) == (16, [1, 1, 1, 1], [1, 2, 4, 8])
+    assert tagger.labels[0] == "Speech"
+    assert tagger.tag(np.zeros(48000, np.float32)).clipwise.shape == (527,)
+
+
+def test_what_has_no_weights_is_told() -> None:
+    empty: list[dict[Any, Any]] = [{}, {"epoch": 3}, {"state_dict": {}}, {3: torch.zeros(1)}]
+    for content in empty:
+        with pytest.raises(ValueError, match="it holds no weights: its keys are"):
+            identify(content)
+
+
+def test_train_from_imagenet(
+    demo_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_workspace)
+    network = HTSAT_Swin_Transformer(**SMALL, num_classes=10)
+    picture, sound = str(tmp_path / "swin.pth"), str(tmp_path / "sound.ckpt")
+    torch.save(swin(network.state_dict()), picture)
+    torch.save(published(network.state_dict()), sound)
+    words = ["train", *TINY_FLAGS, "--max_epoch", "1", "--debug", "True", "--exp_name", "imagenet"]
+    assert main.main([*words, "--swin_pretrain_path", sound]) == 2
+    assert "is no ImageNet Swin; its kind seems to be: published HTS-AT" in capsys.readouterr().err
+    assert main.main([*words, "--swin_pretrain_path", picture, "--resume_checkpoint", sound]) == 2
+    assert "a training starts from one of them" in capsys.readouterr().err
+    assert main.main(["test", *TINY_FLAGS, "--resume_checkpoint", picture]) == 2
+    assert "--swin_pretrain_path" in capsys.readouterr().err
+    assert main.main([*words, "--swin_pretrain_path", picture]) == 0
+    provenance = json.loads((demo_workspace / "workspace/runs/imagenet/provenance.json").read_text())
+    assert "(ImageNet Swin)" in provenance[0]["fine-tuned_from"]
+    assert "100.0% of the backbone's" not in provenance[0]["fine-tuned_from"]  # bn0 is the network's own
+
+
+def test_nothing_to_start_from() -> None:
+    assert starting_weights(resolve(TINY)) is None

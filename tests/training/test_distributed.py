@@ -1,0 +1,103 @@
+"""2 and 4 processes (gloo, as torchrun starts them) learn what one process learns, and test as it does."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import main
+from data.clip_store import Clip, ClipStoreWriter
+from model import build_model
+from prepare.demo import LABELS
+from settings import resolve
+
+STEPS, BATCH_SIZE = 20, 4
+SMALL = {
+    "htsat_dim": 8, "htsat_depth": "1,1", "htsat_num_head": "1,2", "htsat_spec_size": 64, "mel_bins": 32,
+    "clip_samples": 8000, "batch_size": BATCH_SIZE, "max_epoch": 2, "learning_rate": 1e-2,
+    "htsat_drop_path": 0, "spec_augment": False, "mixup_alpha": 0, "accelerator": "cpu", "performance": "manual",
+}  # fmt: skip
+SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+TOLERANCE = 1e-5  # absolute; the weights have a standard deviation of 0.02 or more
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 clips to train, 10 steps an epoch; 7 to test, which neither 2 nor 4 processes share evenly."""
+    folder = tmp_path_factory.mktemp("distributed")
+    store = folder / "workspace" / "data" / "demo" / "demo.h5"
+    store.parent.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with ClipStoreWriter(store, clip_samples=8000, sample_rate=32000, labels=LABELS) as writer:
+        for split, count in (("train", STEPS // 2 * BATCH_SIZE), ("validation", 5), ("test", 7)):
+            for number in range(count):
+                tone = 3000 * np.sin(np.arange(8000) * (0.02 + 0.01 * (number % 10)))
+                waveform = (tone + rng.normal(0, 300, 8000)).astype(np.int16)
+                writer.add(Clip(f"{split}_{number}.wav", waveform, [number % 10], split=split))
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def one_of(rank: int, world: int, port: int, folder: str) -> None:
+    """What torchrun starts: one process, which trains and then tests."""
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
+        )  # fmt: skip
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    name = f"of_{world}"
+    flags = [*SMALL_FLAGS, "--devices", str(world)]
+    assert main.main(["train", *flags, "--exp_name", name]) == 0
+    last = f"workspace/runs/{name}/checkpoints/last.ckpt"
+    flags = ["--resume_checkpoint", last, "--accelerator", "cpu", "--devices", str(world), "--batch_size", "4"]
+    assert main.main(["test", *flags, "--performance", "manual"]) == 0
+
+
+@pytest.fixture(scope="module")
+def runs(workspace: Path) -> dict[int, Path]:
+    """Run folders by number of processes: each began from the same weights with the same clips in each step."""
+    # Forked by a server that has imported torch, without threads: neither an import a process nor a fork of this one.
+    mp.get_context("forkserver").set_forkserver_preload(["torch", "pytorch_lightning", "torchmetrics", "scipy.stats"])
+    for world in (1, 2, 4):
+        arguments = (world, free_port(), str(workspace))
+        mp.start_processes(one_of, args=arguments, nprocs=world, start_method="forkserver")
+    return {world: workspace / "workspace" / "runs" / f"of_{world}" for world in (1, 2, 4)}
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_same_weights_as_one_process(runs: dict[int, Path], world: int) -> None:
+    one, several = last_checkpoint(runs[1]), last_checkpoint(runs[world])
+    assert one["global_step"] == several["global_step"] == STEPS
+    torch.manual_seed(resolve(SMALL).random_seed)
+    start = build_model(resolve(SMALL)).state_dict()
+    moved = max((one["state_dict"][f"sed_model.{k}"] - v).abs().max().item() for k, v in start.items())
+    assert moved > 10 * TOLERANCE  # what is compared was learned
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(several["state_dict"][name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_same_metrics_as_one_process(runs: dict[int, Path], world: int) -> None:
+    one, several = (json.loads((runs[n] / "scores" / "test.json").read_text())["metrics"] for n in (1, world))
+    assert [metric["name"] for metric in one] == ["mAP", "mAUC", "d_prime"]
+    assert one[0]["clips"] == 7
+    for first, second in zip(one, several, strict=True):
+        assert second["value"] == pytest.approx(first["value"], abs=1e-6)
+        assert {**second, "value": 0, "interval": 0} == {**first, "value": 0, "interval": 0}

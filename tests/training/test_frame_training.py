@@ -1,0 +1,372 @@
+"""Training on event times: what a batch brings, that labels follow the sound, teachers, and the whole command."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import main
+from data.clip_dataset import FrameClipDataset
+from data.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
+from data.pseudo_labels import TeacherWriter
+from data.samplers import FrameBalancedSampler, LabellingSampler
+from data_generator import SEDDataModule, event_seconds
+from frame_training import FrameSEDWrapper, Targets, build_wrapper
+from model import build_model
+from model.checkpoint import read_checkpoint
+from sed_model import SEDWrapper
+from settings import Config, UserError, resolve
+from tests.helpers import TINY, TINY_FLAGS
+
+RATE = 8
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Three clips of 8 Hz: strong of 2 s, weak of 4 s, unlabelled of 1 s."""
+    path = tmp_path / "folder.h5"
+    with ClipStoreWriter(path, clip_samples=32, sample_rate=RATE, labels=["a", "b"]) as writer:
+        events = [Event(1, 0.5, 1.0), Event(0, 1.5, 9.0)]
+        writer.add(Clip("strong.wav", np.ones(16, np.int16), [0, 1], split="train", events=events))
+        writer.add(Clip("weak.wav", np.ones(32, np.int16), [1], split="train", labelling=WEAK))
+        writer.add(Clip("none.wav", np.ones(8, np.int16), [], split="train", labelling=UNLABELLED))
+    return path
+
+
+def dataset(store: Path, fit: str = "pad", samples: int = 32, **more: Any) -> FrameClipDataset:
+    return FrameClipDataset(read_store_table(store), clip_samples=samples, fit=fit, sample_rate=RATE, **more)
+
+
+def test_a_batch_brings_events_and_what_is_known(store: Path) -> None:
+    batch = dataset(store).__getitems__([1, 0, 2])
+    assert batch["labelling"].tolist() == [WEAK, STRONG, UNLABELLED]
+    events = batch["events"]
+    assert events.clip.tolist() == [1, 1]
+    assert events.label.tolist() == [1, 0]
+    assert events.onset.tolist() == [0.5, 1.5]
+    assert events.offset.tolist() == [1.0, 2.0]  # cut at the end of its clip
+
+
+def test_events_are_repeated_and_cut_with_the_sound(store: Path) -> None:
+    events = dataset(store, "repeat").__getitems__([0])["events"]
+    times = sorted(zip(events.label.tolist(), events.onset.tolist(), events.offset.tolist(), strict=True))
+    assert times == [(0, 1.5, 2.0), (0, 3.5, 4.0), (1, 0.5, 1.0), (1, 2.5, 3.0)]
+    events = dataset(store, samples=6).__getitems__([0])["events"]  # 0.75 s
+    assert (events.label.tolist(), events.onset.tolist(), events.offset.tolist()) == ([1], [0.5], [0.75])
+    item = pickle.loads(pickle.dumps(dataset(store)))[0]  # as a spawned worker has it
+    assert item["labelling"] == STRONG
+    assert item["events"].label.tolist() == [1, 0]
+
+
+def test_an_older_store_tells_by_its_events(store: Path, tmp_path: Path) -> None:
+    import h5py
+
+    with h5py.File(store, "a") as file:
+        del file["labelling"]
+    assert read_store_table(store).labelling is not None
+    assert read_store_table(store).labelling.tolist() == [STRONG] * 3  # type: ignore[union-attr]
+
+
+def test_teachers_logits_come_by_name(store: Path, tmp_path: Path) -> None:
+    from data.pseudo_labels import TeacherLogits
+
+    path = tmp_path / "teacher.h5"
+    logits = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
+    with TeacherWriter(path, labels=["a", "b"], steps=4, clip_seconds=4.0, source="test") as writer:
+        writer.add(["weak.wav"], logits)
+    batch = dataset(store, teacher=TeacherLogits(path, ["a", "b"])).__getitems__([0, 1])
+    assert batch["has_teacher"].tolist() == [False, True]
+    assert torch.equal(batch["teacher"][1], torch.from_numpy(logits[0]).half())
+    assert not batch["teacher"][0].any()
+
+
+def test_seconds_of_events_balance_the_classes(store: Path) -> None:
+    clip, label, seconds = event_seconds(read_store_table(store).select(np.array([2, 0])))
+    assert (clip.tolist(), label.tolist(), seconds.tolist()) == ([1, 1], [1, 0], [0.5, 7.5])
+    # Class 0: 9 s in clip 0, 1 s in clip 1. Class 1: 1 s in clip 2. Clip 3 is silent.
+    events = np.array([0, 1, 2]), np.array([0, 0, 1]), np.array([9.0, 1.0, 1.0])
+    sampler = FrameBalancedSampler(events, 4, seed=1)
+    sampler.length = 60000
+    shares = np.bincount(sampler.draw(np.random.default_rng(0)), minlength=4) / 60000
+    np.testing.assert_allclose(shares, [0.3, 1 / 30, 1 / 3, 1 / 3], atol=0.01)
+    assert list(sampler) == list(sampler)
+    with pytest.raises(ValueError, match="No clip has events"):
+        FrameBalancedSampler((np.zeros(0, int), np.zeros(0, int), np.zeros(0)), 4, seed=1)
+
+
+def test_batches_have_the_shares_that_were_asked_for() -> None:
+    kinds = np.repeat([STRONG, WEAK, UNLABELLED], [20, 4, 40])
+    whole = LabellingSampler(kinds, [0.25, 0.25, 0.5], 8, seed=3)
+    drawn = np.array(list(whole))
+    assert len(drawn) == 64
+    for batch in drawn.reshape(-1, 8):
+        assert np.bincount(kinds[batch], minlength=3).tolist() == [4, 2, 2]
+        assert (kinds[batch] == kinds[batch[::-1]]).all()  # the partners of mixup, of which each knows as much
+    strong = drawn[kinds[drawn] == STRONG]
+    assert len(set(strong)) == len(strong)  # none twice before all were there
+    halves = [list(LabellingSampler(kinds, [0.25, 0.25, 0.5], 8, seed=3, rank=rank, world=2)) for rank in (0, 1)]
+    for half in halves:
+        for batch in np.array(half).reshape(-1, 4):
+            assert np.bincount(kinds[batch], minlength=3).tolist() == [2, 1, 1]
+    with pytest.raises(ValueError, match="leaves no strong clip among the 8 of a batch"):
+        LabellingSampler(kinds, [0.05, 0.45, 0.5], 8, seed=3)
+    with pytest.raises(ValueError, match="no weak training clips"):
+        LabellingSampler(kinds[kinds != WEAK], [0.5, 0.25, 0.25], 8, seed=3)
+
+
+def tiny(workspace: Path, **changes: Any) -> Config:
+    values = {**TINY, "workspace": str(workspace / "workspace"), "loss_type": "frame_bce", "spec_augment": False}
+    return resolve({**values, "mixup_alpha": 0.0, **changes})
+
+
+def first_batch(settings: Config, clips: int = 8) -> tuple[FrameSEDWrapper, dict[str, Any]]:
+    torch.manual_seed(0)
+    data = SEDDataModule(settings, ("train",))
+    wrapper = build_wrapper(build_model(settings), settings, data.tables["train"].labels).train()
+    assert isinstance(wrapper, FrameSEDWrapper)
+    wrapper.log = lambda *_, **__: None  # type: ignore[method-assign]
+    return wrapper, data.dataset("train").__getitems__(range(clips))
+
+
+def test_the_loss_says_which_training(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace, loss_type="clip_bce")
+    assert type(build_wrapper(build_model(settings), settings, [])) is SEDWrapper
+
+
+def test_times_are_learned_by_heart(demo_workspace: Path) -> None:
+    settings = tiny(demo_workspace, htsat_drop_path=0.0, htsat_readout_stage=3)
+    wrapper, batch = first_batch(settings, clips=4)
+    optimizer = torch.optim.AdamW(wrapper.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(120):
+        loss = wrapper.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+        optimizer.step()
+    waveform, targets = wrapper._hear(batch["waveform"] / 32767, batch)
+    with torch.no_grad():
+        found = wrapper.eval()(waveform)["framewise_logits"] > 0
+    wanted = targets.frames >= 0.5
+    assert wanted.any()
+    assert (found == wanted).float().mean() > 0.97
+    assert (found & wanted).sum() / (found | wanted).sum() > 0.8
+
+
+class HeardError(Exception):
+    """Ends a training step where the network would begin."""
+
+
+def heard(wrapper: FrameSEDWrapper, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Targets]:
+    """Features and targets as they reach the loss."""
+    seen: dict[str, Any] = {}
+    outputs = {"framewise_logits": torch.zeros(()), "clipwise_logits": torch.zeros(())}
+    monkeypatch.setattr(wrapper.sed_model, "forward_logmel", lambda logmel: seen.update(logmel=logmel) or outputs)
+
+    def label_loss(_: Any, targets: Targets) -> Tensor:
+        seen["targets"] = targets
+        raise HeardError
+
+    monkeypatch.setattr(wrapper, "_label_loss", label_loss)
+    with pytest.raises(HeardError):
+        wrapper.training_loss(batch)
+    return seen["logmel"], seen["targets"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"enable_time_shift": True},
+        {"crop_size": 200000},
+        {"gain_range": 12.0},
+        {"frequency_warp": 0.2, "filter_augment": 6.0},
+        {"enable_time_shift": True, "crop_size": 160000, "spec_augment": True, "filter_augment": 3.0},
+    ],
+    ids=str,
+)
+def test_labels_follow_the_sound_to_the_loss(
+    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """A loud second in silence, wherever the augmentations bring it: the loudest steps are those of the target."""
+    settings = tiny(demo_workspace, **changes)
+    wrapper, batch = first_batch(settings, clips=4)
+    wrapper.sed_model.bn0.eval()  # so that loudness stays loudness
+    waveform = torch.zeros(4, 320000)
+    waveform[:, 128000:160000] = torch.randn(4, 32000) * 0.3
+    batch["waveform"] = waveform
+    events = batch["events"]
+    one = type(events)(torch.arange(4), torch.arange(4), torch.full((4,), 4.0), torch.full((4,), 5.0))
+    teacher = torch.full((4, 10, 40), -20.0)
+    teacher[range(4), range(4), 16:20] = 20.0
+    batch |= {"events": one, "teacher": teacher.half(), "has_teacher": torch.ones(4, dtype=torch.bool)}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with monkeypatch.context() as patch:
+            logmel, targets = heard(wrapper, batch, patch)
+        assert targets.teacher is not None
+        steps = targets.frames.shape[1]
+        loud = torch.nn.functional.adaptive_avg_pool1d(logmel.amax(dim=1)[:, None], steps)[:, 0]
+        for clip in range(4):
+            target = targets.frames[clip, :, clip]
+            torch.testing.assert_close(targets.teacher[clip, :, clip], target, atol=2e-3, rtol=0)
+            if target.max() > 0.9:
+                assert target[loud[clip].argmax()] > 0.3
+            assert not targets.frames[clip, :, [k for k in range(10) if k != clip]].any()
+
+
+def test_mixup_mixes_what_is_known_alike(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for waveforms in (False, True):
+        wrapper, batch = first_batch(tiny(demo_workspace, mixup_alpha=0.5, mixup_waveforms=waveforms), clips=4)
+        batch["labelling"] = torch.tensor([STRONG, WEAK, STRONG, STRONG])  # the partners: 0 and 3, 1 and 2
+        plain = wrapper._hear(batch["waveform"] / 32767, batch)[1].frames
+        frames = heard(wrapper, batch, monkeypatch)[1].frames
+        assert torch.equal(frames[1:3], plain[1:3])
+        shared = plain[0] + plain[3]
+        assert ((frames[0] > 0) == (shared > 0)).all()
+        assert not torch.equal(frames[0], plain[0])
+
+
+def test_a_mask_lies_over_both_sounds_that_were_mixed(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of each clip is masked, another half than its partner's: of mixed waveforms, nothing is left there."""
+
+    def mask_halves(logmel: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        keep = torch.ones_like(targets)
+        keep[:2, :16], keep[2:, 16:] = 0, 0
+        return logmel, targets * keep
+
+    monkeypatch.setattr("training.augment_features.mask_time", mask_halves)
+    settings = tiny(demo_workspace, mixup_alpha=0.5, mixup_waveforms=True, spec_augment=True)
+    wrapper, batch = first_batch(settings, clips=4)
+    frames = heard(wrapper, batch, monkeypatch)[1].frames
+    assert frames[:2, 16:].any()
+    assert not frames[:2, :16].any()
+    assert not frames[2:, 16:].any()
+
+
+def test_weak_clips_teach_by_their_classes(demo_workspace: Path) -> None:
+    wrapper, batch = first_batch(tiny(demo_workspace, loss_type="weak_strong_bce"), clips=4)
+    batch["labelling"] = torch.tensor([STRONG, WEAK, UNLABELLED, STRONG])
+    wrapper.eval()
+    before = wrapper.training_loss(batch)
+    batch["target"][2] = 1 - batch["target"][2]  # nothing is known of it
+    assert torch.equal(wrapper.training_loss(batch), before)
+    batch["target"][1] = 1 - batch["target"][1]
+    assert not torch.equal(wrapper.training_loss(batch), before)
+
+
+def test_a_teacher_has_its_share(demo_workspace: Path) -> None:
+    losses = {}
+    for weight in (0.0, 0.5, 1.0):
+        wrapper, batch = first_batch(tiny(demo_workspace, distillation_weight=weight), clips=4)
+        batch |= {"teacher": torch.randn(4, 10, 40).half(), "has_teacher": torch.ones(4, dtype=torch.bool)}
+        wrapper.eval()
+        losses[weight] = wrapper.training_loss(batch).item()
+        if weight == 1.0:
+            batch["has_teacher"][:] = False  # no clip of the batch has one: the labels have it all
+            assert wrapper.training_loss(batch).item() == pytest.approx(losses[0.0], rel=1e-6)
+    assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "clip_bce", "mean_teacher": 1.0}, "mean_teacher: only loss_type = frame_bce"),
+        ({"task": "single_label"}, "set task = multilabel"),
+        ({"enable_token_label": True}, "do not go with"),
+        ({"labelling_shares": [0.5, 0.6, 0.1]}, "0.25,0.25,0.5"),
+        ({"labelling_shares": [0.5, 0.5, 0.0], "balanced_data": True}, "set one of them"),
+        ({"distillation_weight": 1.5}, "at most 1"),
+        ({"balanced_by": "frames"}, "set --balanced_data True"),
+        ({"mixup_waveforms": True, "mixup_alpha": 0.0}, "no effect with mixup_alpha = 0"),
+    ],
+)
+def test_settings_that_cannot_be(demo_workspace: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(demo_workspace, **changes)
+
+
+def test_data_without_times_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "workspace/data/demo/demo.h5"
+    with ClipStoreWriter(path, clip_samples=8, sample_rate=32000, labels=[str(k) for k in range(10)]) as writer:
+        for split in ("train", "validation"):
+            writer.add(Clip(split, np.ones(8, np.int16), [1], split=split))
+    with pytest.raises(ValueError, match="needs clips with event times for train"):
+        SEDDataModule(tiny(tmp_path), ("train", "validation"))
+
+
+def test_processes_learn_from_all_their_clips_alike(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, with 3 and 1 labelled clips, 1 and 2 with a teacher: the mean of their losses is that of one."""
+    settings = tiny(demo_workspace, loss_type="weak_strong_bce", htsat_drop_path=0.0)
+    wrapper, _ = first_batch(settings)
+    wrapper.sed_model.eval()
+    batch = SEDDataModule(settings, ("train",)).dataset("train").__getitems__(range(8))
+    batch["labelling"] = torch.tensor([STRONG, WEAK, STRONG, 0, 0, WEAK, 0, 0])
+    batch["teacher"] = torch.randn(8, 10, 4).half()
+    batch["has_teacher"] = torch.tensor([1, 0, 0, 0, 1, 1, 0, 0]).bool()
+    alone = wrapper.training_loss(batch)
+    losses = []
+    for part in (slice(0, 4), slice(4, 8)):
+        events = batch["events"]
+        inside = (events.clip >= part.start) & (events.clip < part.stop)
+        columns = (events.clip[inside] - part.start, events.label[inside], events.onset[inside], events.offset[inside])
+        mine = {name: value[part] for name, value in batch.items() if isinstance(value, Tensor)}
+        calls = iter([4.0, 3.0])  # the sums over both processes, in the order in which they are asked for
+
+        class Strategy:
+            @staticmethod
+            def reduce(count: Tensor, reduce_op: str, sums: Any = calls) -> Tensor:
+                assert reduce_op == "sum"
+                return torch.tensor(next(sums))
+
+        trainer = type("Trainer", (), {"world_size": 2, "strategy": Strategy})()
+        with monkeypatch.context() as patch:
+            patch.setattr(wrapper, "_trainer", trainer)
+            patch.setattr(FrameSEDWrapper, "trainer", trainer)
+            losses.append(wrapper.training_loss({**mine, "events": type(events)(*columns)}))
+    torch.testing.assert_close(torch.stack(losses).mean(), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_command_trains_and_goes_on(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything at once; a run that is gone on with ends with the weights of an unbroken one, teacher and all."""
+    monkeypatch.chdir(demo_workspace)
+    words = ["train", *TINY_FLAGS, "--loss_type", "weak_strong_bce", "--mean_teacher", "1", "--mixup_alpha", "0.5"]
+    words += ["--enable_time_shift", "True", "--filter_augment", "3", "--mix_style", "0.5", "--balanced_data", "True"]
+    words += [
+        "--balanced_by",
+        "frames",
+        "--sequence_head",
+        "gru",
+        "--sequence_dim",
+        "8",
+        "--lr_scheduler_epoch",
+        "2,2,2",
+    ]
+    assert main.main([*words, "--exp_name", "frames", "--max_epoch", "2"]) == 0
+    whole_step = SEDWrapper.training_step
+
+    def stop(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 6:  # in the middle of the second epoch
+            raise UserError("stopped")
+        return whole_step(self, batch, batch_idx)
+
+    words += ["--exp_name", "broken", "--max_epoch", "2", "--checkpoint_every_steps", "1", "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SEDWrapper, "training_step", stop)
+        assert main.main(words) == 2
+    assert main.main(words) == 0
+    whole, broken = (
+        torch.load(f"workspace/runs/{name}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("frames", "broken")
+    )
+    assert any(key.startswith("teacher.") for key in whole)
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    names = [path.name for path in Path("workspace/runs/frames/checkpoints").glob("epoch_*.ckpt")]
+    assert all("-frame_mAP_" in name for name in names)
+    best = "workspace/runs/frames/checkpoints/best.ckpt"
+    assert not any("teacher" in key for key in read_checkpoint(best).state_dict)
+    assert main.main(["test", "--resume_checkpoint", best, "--fl_local", "True", "--accelerator", "cpu"]) == 0

@@ -1,0 +1,95 @@
+"""What performance = auto takes, and that neither compiling nor cutting a batch into parts changes what is learned."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main
+from model import build_model
+from settings import resolve
+from tests.helpers import TINY, TINY_FLAGS
+from training.performance import Performance, choose, compile_network, settle
+from training.trainer import device_count
+
+
+def test_a_cpu_stays_in_float32() -> None:
+    chosen = choose(resolve({"accelerator": "cpu"}), training=True)
+    assert (chosen.precision, chosen.compile_mode, chosen.tf32) == ("32", None, False)
+    assert choose(resolve({"accelerator": "cpu", "performance": "manual"}), training=True) == Performance(
+        "32", None, False, False
+    )
+    given = {"accelerator": "cpu", "precision": "bf16-mixed", "compile": "default"}
+    assert str(choose(resolve(given), training=True)).startswith("precision bf16-mixed, compiled (default)")
+
+
+def test_a_gpu_takes_bfloat16_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    assert choose(resolve(), training=True) == Performance("bf16-mixed", "default", True, False)
+    assert choose(resolve(), training=False) == Performance("32", None, False, False)
+    assert choose(resolve({"precision": "32"}), training=True).tf32 is False
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    assert choose(resolve(), training=True).precision == "32"
+
+
+def test_a_run_records_what_was_taken() -> None:
+    settings, _ = settle(resolve({"accelerator": "cpu", "performance": "manual"}), training=True)
+    assert (settings.precision, settings.compile) == ("32", "off")
+
+
+def test_parts_must_divide_the_batch() -> None:
+    with pytest.raises(ValueError, match="batch_size = 4 must be a multiple of accumulate_batches = 3"):
+        device_count(resolve({**TINY, "accumulate_batches": 3}))
+    with pytest.raises(ValueError, match="times devices = 4"):
+        device_count(resolve({**TINY, "accumulate_batches": 2, "devices": 4}))
+
+
+def test_compiled_stages_are_the_same_network() -> None:
+    """Names of the weights, outputs and gradients; with a backend that traces as inductor's does, and compiles not."""
+    settings = resolve({**TINY, "htsat_drop_path": 0.0, "spec_augment": False})
+    torch.manual_seed(0)
+    eager, compiled = build_model(settings).train(), build_model(settings).train()
+    compiled.load_state_dict(eager.state_dict())
+    for stage in compiled.layers:
+        stage.compile(backend="aot_eager", dynamic=False)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    waveform = torch.randn(2, 320000)
+    for network in (eager, compiled):
+        network(waveform)["clipwise_logits"].square().sum().backward()
+    for (name, one), two in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-5, msg=name)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled.eval()(waveform), eager.eval()(waveform), rtol=1e-5, atol=1e-6)
+
+
+def test_compile_network_leaves_an_eager_one_alone() -> None:
+    network = build_model(resolve(TINY))
+    compile_network(network, None)
+    assert all(stage._compiled_call_impl is None for stage in network.layers)
+    compile_network(network, "default")
+    assert all(stage._compiled_call_impl is not None for stage in network.layers)
+
+
+def weights(name: str) -> dict[str, Any]:
+    return torch.load(Path("workspace/runs", name, "checkpoints/last.ckpt"), weights_only=True)
+
+
+def test_a_batch_in_parts_is_the_batch(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 14 clips, in one step: the same step, but for bn0, which sees half as many clips at a time."""
+    monkeypatch.chdir(demo_workspace)
+    words = ["train", *TINY_FLAGS, "--max_epoch", "1", "--spec_augment", "False", "--htsat_drop_path", "0"]
+    words += ["--batch_size", "14", "--weight_averaging", "last_epochs", "--average_last_epochs", "1"]
+    assert main.main([*words, "--exp_name", "whole"]) == 0
+    assert main.main([*words, "--exp_name", "parts", "--accumulate_batches", "2"]) == 0
+    whole, parts = weights("whole"), weights("parts")
+    assert whole["global_step"] == parts["global_step"] == 1
+    settings = resolve(TINY)
+    torch.manual_seed(settings.random_seed)
+    start = build_model(settings).tscam_conv.weight
+    steps = [(last["state_dict"]["sed_model.tscam_conv.weight"] - start).flatten() for last in (whole, parts)]
+    assert steps[0].abs().max() > 1e-4
+    # The first step of AdamW is the sign of the gradient, which small differences turn where it is nearly 0.
+    assert torch.cosine_similarity(steps[0], steps[1], dim=0) > 0.8

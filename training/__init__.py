@@ -1,0 +1,1 @@
+"""Training: Lightning's Trainer, losses, augmentation, teachers."""

@@ -1,0 +1,109 @@
+"""Losses of clips, by their names in config.py, and of frames. All return a scalar."""
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+WEAK, STRONG = 1, 2  # of `labelling`, as data.clip_store has them; any other number: not labelled
+
+
+def clip_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross entropy, averaged over clips and classes (paper, section 3.1)."""
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def clip_ce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy over the classes, averaged over clips; targets are one-hot, or mixed."""
+    return F.cross_entropy(logits, targets)
+
+
+def asl_loss(
+    logits: Tensor, targets: Tensor, *, gamma_negative: float = 4.0, gamma_positive: float = 0.0, margin: float = 0.05
+) -> Tensor:
+    """Asymmetric loss (Ridnik et al., ICCV 2021, equations 4 to 6), averaged over clips and classes.
+
+    Easy negatives weigh less: their probability is lowered by `margin` and focused with gamma_negative.
+    """
+    probability = logits.sigmoid()
+    shifted = (probability - margin).clamp(min=0)
+    positive = (1 - probability) ** gamma_positive * F.logsigmoid(logits)
+    negative = shifted**gamma_negative * torch.log1p(-shifted)
+    return -(targets * positive + (1 - targets) * negative).mean()
+
+
+def frame_bce(logits: Tensor, targets: Tensor, weight: Optional[Tensor] = None) -> Tensor:
+    """Binary cross entropy of frames: the mean over steps and classes, then the weighted mean over clips.
+
+    logits, targets: (B, steps, K), targets from 0 to 1. weight: (B,), None for 1 each; clips of weight 0 count for
+    nothing. Where all weights are 0, the loss is 0 and still has a gradient (0) for every parameter, which
+    DistributedDataParallel waits for.
+    """
+    clips = _clip_means(logits, targets)
+    return clips.mean() if weight is None else _weighted_mean(clips, weight.to(clips.dtype))
+
+
+def weak_strong_bce(
+    frame_logits: Tensor,
+    frame_targets: Tensor,
+    clip_logits: Tensor,
+    clip_targets: Tensor,
+    labelling: Tensor,
+    weak_weight: float,
+) -> Tensor:
+    """Binary cross entropy of frames where their times are known, of clips where only their classes are.
+
+    frame_logits, frame_targets: (B, steps, K); clip_logits, clip_targets: (B, K); labelling: (B,) int, WEAK or STRONG,
+    anything else has no labels and counts for nothing. The sum of the strong clips' frame losses, and of weak_weight
+    times the weak clips' losses, is divided by the number of labelled clips: each kind is averaged over its own clips
+    and weighted by its share of the labelled ones, so a batch's composition decides. 0, with a gradient, for none.
+    """
+    strong, weak = labelling == STRONG, labelling == WEAK
+    frames = _clip_means(frame_logits, frame_targets)
+    clips = _clip_means(clip_logits, clip_targets)
+    total = (frames * strong + weak_weight * clips * weak).sum()
+    return total / (strong | weak).sum().clamp(min=1)
+
+
+def distillation_bce(logits: Tensor, teacher_probabilities: Tensor, has_teacher: Tensor) -> Tensor:
+    """Binary cross entropy against a teacher's probabilities (Hinton et al. 2015, per class), as frame_bce.
+
+    logits, teacher_probabilities: (B, steps, K); has_teacher: (B,) bool, the clips that a teacher has scored. Its
+    smallest value is not 0 but the entropy of the teacher's probabilities.
+    """
+    return frame_bce(logits, teacher_probabilities, has_teacher)
+
+
+def consistency(student_probabilities: Tensor, teacher_probabilities: Tensor) -> Tensor:
+    """Mean squared error of a student's probabilities from its mean teacher's, of the same shape.
+
+    Tarvainen and Valpola 2017. The teacher gets no gradient.
+    """
+    return F.mse_loss(student_probabilities, teacher_probabilities.detach())
+
+
+def _clip_means(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, ...) -> (B,) binary cross entropy, averaged over all but the clips."""
+    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    return loss.flatten(1).mean(dim=1)
+
+
+def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """(B,), (B,) -> scalar; 0 where the weights are."""
+    total = weight.sum()
+    return (values * weight).sum() / torch.where(total > 0, total, 1)
+
+
+# The losses of clip logits (B, K) and targets (B, K), by loss_type. Where training learns from times, the validation
+# clips are still scored as clips.
+LOSSES: dict[str, Loss] = {
+    "clip_bce": clip_bce,
+    "clip_ce": clip_ce,
+    "asl_loss": asl_loss,
+    "frame_bce": clip_bce,
+    "weak_strong_bce": clip_bce,
+}
