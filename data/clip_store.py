@@ -5,8 +5,8 @@ each row, see prepare/compress.py), target (N, K) bool, and, beyond what
 PANNs' AudioSet files have: real_len (N,) int32 samples, fold (N,) int8 or split (N,) bytes, labelling (N,) int8 (what
 is known of a clip: STRONG, WEAK or UNLABELLED), and the table of events event_clip (E,) int32, event_class (E,) int16,
 event_onset (E,) and event_offset (E,) float64 seconds.
-Attributes: sample_rate in Hz, labels (K names), dataset_type, source, licence. A file of PANNs has none of these
-additions and is a valid store.
+Attributes: sample_rate in Hz, labels (K names), dataset_type, source, licence, and task (single_label or multilabel;
+older stores have none). A file of PANNs has none of these additions and is a valid store.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import h5py
 import numpy as np
@@ -29,6 +29,7 @@ UNREADABLE = -1  # index of a clip that could not be read, in evaluation
 SPLITS = ("train", "validation", "test")
 # What is known of a clip: nothing; which classes it has; all its events with their times (perhaps that it has none).
 UNLABELLED, WEAK, STRONG = 0, 1, 2
+Task = Literal["single_label", "multilabel"]  # exactly one class a clip, or any number
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ClipStoreWriter:
     def __init__(
         self, path: Path, *, clip_samples: int, sample_rate: int, labels: Sequence[str], **attributes: str
     ) -> None:
-        """clip_samples: longest clip in samples. attributes: dataset_type, source, licence."""
+        """clip_samples: longest clip in samples. attributes: dataset_type, task, source, licence."""
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.clip_samples, self.labels = clip_samples, list(labels)
@@ -154,6 +155,7 @@ class ClipTable:
     split: np.ndarray  # (N,) bytes, b"" without splits
     labels: list[str] = field(default_factory=list)
     sample_rate: Optional[int] = None  # None: the files do not say (PANNs' hold 32 kHz)
+    task: Optional[Task] = None  # None: the files do not say
     attributes: dict[str, str] = field(default_factory=dict)
     labelling: Optional[np.ndarray] = None  # (N,) int8: STRONG, WEAK or UNLABELLED; None: all WEAK
     events: list[EventTable] = field(default_factory=list)
@@ -286,6 +288,7 @@ def read_store_table(path: Path) -> ClipTable:
             split=file["split"][:] if "split" in file else np.zeros(count, dtype="S10"),
             labels=[str(label) for label in file.attrs.get("labels", [])],
             sample_rate=int(file.attrs["sample_rate"]) if "sample_rate" in file.attrs else None,
+            task=file.attrs.get("task"),
             attributes=attributes,
             labelling=_read_labelling(file, count),
             events=[_read_event_table(file, count)],
@@ -316,6 +319,7 @@ def read_index_table(path: Path, root: Path) -> ClipTable:
         unique, path_number = _numbered(file["hdf5_path"][:])
         names, targets, row = file["audio_name"][:], file["target"][:].astype(bool), file["index_in_hdf5"][:]
         sample_rate = int(file.attrs["sample_rate"]) if "sample_rate" in file.attrs else None
+        task = file.attrs.get("task")
     return ClipTable(
         paths=[_relocate(Path(name.decode()), root) for name in unique],
         names=names,
@@ -325,6 +329,7 @@ def read_index_table(path: Path, root: Path) -> ClipTable:
         fold=np.zeros(len(names), dtype=np.int8),
         split=np.zeros(len(names), dtype="S10"),
         sample_rate=sample_rate,
+        task=task,
     )
 
 

@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.audio import SUFFIXES, read_int16
-from data.clip_store import Clip, ClipStoreWriter, Waveforms, open_store
+from data.clip_store import Clip, ClipStoreWriter, Task, Waveforms, open_store
 from prepare.report import PrepareReport
 from settings import UserError
 
 SOURCE = "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
 LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
+TASK: Task = "multilabel"
 CLASSES = json.loads((Path(__file__).parents[1] / "assets" / "audioset_labels.json").read_text())
 LABELS: list[str] = [entry["name"] for entry in CLASSES]
 CLASS_OF_MID: dict[str, int] = {entry["mid"]: entry["index"] for entry in CLASSES}
@@ -338,7 +339,7 @@ def pack_part(part: Part, advance: Callable[[int], None] = lambda clips: None) -
         return report
     with ClipStoreWriter(
         part.path, clip_samples=CLIP_SECONDS * part.sample_rate, sample_rate=part.sample_rate, labels=LABELS,
-        dataset_type="audioset", source=SOURCE, licence=LICENCE, segments=part.fingerprint(),
+        dataset_type="audioset", task=TASK, source=SOURCE, licence=LICENCE, segments=part.fingerprint(),
     ) as writer:  # fmt: skip
         for clip in itertools.chain([first], clips):
             writer.add(clip)

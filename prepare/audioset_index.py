@@ -132,6 +132,7 @@ def writing(path: Path, sources: Sequence[Source]) -> Iterator[h5py.File]:
                     compression="gzip", compression_opts=1,
                 )  # fmt: skip
             file.attrs["sample_rate"] = sources[0].sample_rate
+            file.attrs["task"] = "multilabel"
             yield file
         os.replace(partial, path)
     finally:

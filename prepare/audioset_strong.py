@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.audio import SUFFIXES
-from data.clip_store import STRONG, Clip, ClipStoreWriter, Event
+from data.clip_store import STRONG, Clip, ClipStoreWriter, Event, Task
 from prepare.audioset import (
     CLASS_OF_MID,
     CLIP_SECONDS,
@@ -35,6 +35,7 @@ SOURCE = (
     "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
 )
 LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
+TASK: Task = "multilabel"
 COLUMNS = ("segment_id", "start_time_seconds", "end_time_seconds", "label")
 SEGMENT_ID = re.compile(r"(?P<ytid>.+)_(?P<start>\d+)")  # an id may itself hold _ and -; the start is in milliseconds
 VALIDATION_SHARE = 0.05  # of the training segments
@@ -130,7 +131,7 @@ def prepare_audioset_strong(
     numbers = {mid: number for number, mid in enumerate(mids)}
     with ClipStoreWriter(
         store, clip_samples=CLIP_SECONDS * sample_rate, sample_rate=sample_rate, labels=labels,
-        dataset_type="audioset-strong", source=SOURCE, licence=LICENCE,
+        dataset_type="audioset-strong", task=TASK, source=SOURCE, licence=LICENCE,
     ) as writer:  # fmt: skip
         _write(writer, splits, numbers, report)
         if report.clips == 0:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.clip_store import SPLITS, Clip, ClipStoreWriter, Event
+from data.clip_store import SPLITS, Clip, ClipStoreWriter, Event, Task
 from prepare.report import PrepareReport
 from settings import UserError
 from utils import float32_to_int16
 
 SOURCE = "synthesized by prepare/demo.py"
 LICENCE = "CC0 1.0"
+TASK: Task = "multilabel"
 CLIP_SECONDS = 10.0
 GAP_SECONDS = 0.5  # between two events of one class in a clip
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
@@ -172,7 +173,7 @@ def prepare_demo(store: Path, sample_rate: int, seed: int, clips: int) -> Prepar
     report = PrepareReport(store)
     with ClipStoreWriter(
         store, clip_samples=int(CLIP_SECONDS * sample_rate), sample_rate=sample_rate, labels=LABELS,
-        dataset_type="demo", source=SOURCE, licence=LICENCE,
+        dataset_type="demo", task=TASK, source=SOURCE, licence=LICENCE,
     ) as writer:  # fmt: skip
         for split, share in SHARES.items():
             for number in range(round(clips * share)):

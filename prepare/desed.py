@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
-from data.clip_store import STRONG, UNLABELLED, WEAK
+from data.clip_store import STRONG, UNLABELLED, WEAK, Task
 from prepare.folder import Entry, find_audio, measure, read_event_rows, read_table, write_entries
 from prepare.report import PrepareReport
 from settings import UserError
@@ -17,6 +17,7 @@ SOURCE = (
     "labeled data and soundscape synthesis, DCASE Workshop 2019"
 )
 LICENCE = "as stated with the download of DESED; the clips are their authors'"
+TASK: Task = "multilabel"
 LABELS: list[str] = json.loads((Path(__file__).parents[1] / "assets" / "desed_labels.json").read_text())
 WEAK_COLUMNS = ("filename", "event_labels")
 
@@ -59,7 +60,7 @@ def prepare_desed(
         folder = unlabelled if unlabelled.is_dir() else raw / unlabelled
         sets[str(folder)] = measure(_unlabelled(folder), folder, report)
     entries = merge(sets, raw)
-    write_entries(entries, LABELS, sample_rate, report, dataset_type="desed", source=SOURCE, licence=LICENCE)
+    write_entries(entries, LABELS, sample_rate, report, dataset_type="desed", task=TASK, source=SOURCE, licence=LICENCE)
     return report
 
 

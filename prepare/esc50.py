@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 
 from data.audio import read_int16
-from data.clip_store import Clip, ClipStoreWriter
+from data.clip_store import Clip, ClipStoreWriter, Task
 from prepare.report import PrepareReport
 from settings import UserError
 
 SOURCE = "K. J. Piczak: ESC: Dataset for Environmental Sound Classification, ACM Multimedia 2015"
 LICENCE = "Creative Commons Attribution-NonCommercial 3.0 (ESC-10: Attribution 3.0), clips by their Freesound authors"
+TASK: Task = "single_label"
 LABELS: list[str] = json.loads((Path(__file__).parents[1] / "assets" / "esc50_labels.json").read_text())
 CLIP_SECONDS = 5
 COLUMNS = ("filename", "fold", "target", "category")
@@ -26,7 +27,7 @@ def prepare_esc50(raw: Path, store: Path, sample_rate: int) -> PrepareReport:
     report = PrepareReport(store)
     with ClipStoreWriter(
         store, clip_samples=CLIP_SECONDS * sample_rate, sample_rate=sample_rate, labels=LABELS,
-        dataset_type="esc-50", source=SOURCE, licence=LICENCE,
+        dataset_type="esc-50", task=TASK, source=SOURCE, licence=LICENCE,
     ) as writer:  # fmt: skip
         for row in rows:
             try:

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from data.audio import SUFFIXES, read_int16
-from data.clip_store import SPLITS, Clip, ClipStoreWriter, Event
+from data.clip_store import SPLITS, Clip, ClipStoreWriter, Event, Task
 from prepare.report import PrepareReport
 from prepare.stratify import stratified_split
 from settings import UserError
@@ -94,7 +94,9 @@ def prepare_folder(
         targets = np.array([[label in entry.labels for label in labels] for entry in entries])
         for entry, split in zip(entries, stratified_split(targets, seed), strict=True):
             entry.split = str(split)
-    about = {"dataset_type": "folder", "source": str(raw.resolve().name)}
+    single = all(len(entry.labels) == 1 and not entry.events for entry in entries)
+    task: Task = "single_label" if single else "multilabel"
+    about = {"dataset_type": "folder", "task": task, "source": str(raw.resolve().name)}
     write_entries(entries, labels, sample_rate, report, segment_seconds=segment_seconds, **about)
     return report
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn, Optional
 
 import numpy as np
 
-from data.clip_store import SPLITS, Clip, ClipStoreWriter
+from data.clip_store import SPLITS, Clip, ClipStoreWriter, Task
 from prepare.report import PrepareReport
 from settings import UserError
 from utils import float32_to_int16
@@ -56,16 +56,17 @@ def import_legacy(
     files = [read_legacy(path) for path in paths]
     places = _places(paths, files, splits)
     clips = [clip for groups in files for group in groups for clip in group]
+    classes = [class_numbers(clip, len(labels)) for clip in clips]
+    task: Task = "single_label" if all(len(found) == 1 for found in classes) else "multilabel"
     report = PrepareReport(store)
     with ClipStoreWriter(
         store, clip_samples=max([1, *(len(clip.waveform) for clip in clips)]), sample_rate=sample_rate, labels=labels,
-        dataset_type=dataset_type, source=f"legacy files {', '.join(path.name for path in paths)}",
+        dataset_type=dataset_type, task=task, source=f"legacy files {', '.join(path.name for path in paths)}",
         licence="that of the data set",
     ) as writer:  # fmt: skip
-        for clip, (fold, split) in zip(clips, places, strict=True):
-            classes = class_numbers(clip, len(labels))
+        for clip, found, (fold, split) in zip(clips, classes, places, strict=True):
             try:
-                writer.add(Clip(clip.name, to_int16(clip.waveform), classes, fold=fold, split=split))
+                writer.add(Clip(clip.name, to_int16(clip.waveform), found, fold=fold, split=split))
             except UserError as error:
                 report.skipped.append((clip.name, str(error)))
                 continue

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.audio import SUFFIXES, read_int16
-from data.clip_store import Clip, ClipStoreWriter
+from data.clip_store import Clip, ClipStoreWriter, Task
 from prepare.report import PrepareReport
 from settings import UserError
 
 SOURCE = "P. Warden: Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition, 2018, arXiv 1804.03209"
 LICENCE = "Creative Commons Attribution 4.0"
+TASK: Task = "single_label"
 # Class numbers of the published HTS-AT checkpoint: those of a directory listing.
 PUBLISHED_LABELS: list[str] = json.loads(
     (Path(__file__).parents[1] / "assets" / "scv2_published_labels.json").read_text()
@@ -37,7 +38,7 @@ def prepare_scv2(raw: Path, store: Path, sample_rate: int, label_order: str = "s
     report.skipped += [(name, reason) for name, reason in _absent(split_of, clips)]
     with ClipStoreWriter(
         store, clip_samples=CLIP_SECONDS * sample_rate, sample_rate=sample_rate, labels=labels,
-        dataset_type="scv2", source=SOURCE, licence=LICENCE,
+        dataset_type="scv2", task=TASK, source=SOURCE, licence=LICENCE,
     ) as writer:  # fmt: skip
         for name in clips:
             label = labels.index(name.partition("/")[0])

@@ -7,7 +7,7 @@ from typing import Optional
 import numpy as np
 
 from data.audio import read_audio
-from data.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event
+from data.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, Task
 from prepare.bank import FRAME_SECONDS, Bank, Foreground, build_bank, choose_stretch, open_sounds, share_out
 from prepare.demo import CLIP_SECONDS, GAP_SECONDS, SHARES
 from prepare.folder import audio_seconds, find_audio
@@ -15,6 +15,7 @@ from prepare.report import PrepareReport
 from settings import UserError
 from utils import float32_to_int16
 
+TASK: Task = "multilabel"
 MOST_EVENTS = 6  # in a soundscape: 1 to so many are drawn
 PLACEMENTS = 10  # onsets that are tried for an event before it is left out
 RAMP_SECONDS = 0.01  # fade-in and fade-out of an event
@@ -209,7 +210,7 @@ def prepare_soundscapes(
         _count(bank, report)
         with ClipStoreWriter(
             store, clip_samples=int(CLIP_SECONDS * sample_rate), sample_rate=sample_rate, labels=bank.labels,
-            dataset_type="soundscapes", source=f"mixed by prepare/soundscapes.py from: {sounds.source}",
+            dataset_type="soundscapes", task=TASK, source=f"mixed by prepare/soundscapes.py from: {sounds.source}",
             licence=sounds.licence,
         ) as writer:  # fmt: skip
             _write(writer, bank, behind, mix, seed, clips, report)

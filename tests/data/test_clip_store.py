@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 
 from data.clip_store import (
+    STRONG,
+    UNLABELLED,
+    WEAK,
     Clip,
     ClipStoreWriter,
     Event,
+    Waveforms,
+    labelling,
     open_store,
     read_events,
     read_index_table,
     read_store_table,
 )
+
+ABOUT = {"source": "test", "task": "multilabel"}
+OLD_STORE = Path(__file__).with_name("old_store.h5")
 
 
 def write(path: Path) -> list[Clip]:
@@ -30,7 +38,7 @@ def write(path: Path) -> list[Clip]:
         )
         for number in range(4)
     ]
-    with ClipStoreWriter(path, clip_samples=200, sample_rate=100, labels=["a", "b", "c"], source="test") as writer:
+    with ClipStoreWriter(path, clip_samples=200, sample_rate=100, labels=["a", "b", "c"], **ABOUT) as writer:
         for clip in clips:
             writer.add(clip)
     return clips
@@ -45,6 +53,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert table.fold.tolist() == [1, 2, 1, 2]
     assert table.split.tolist() == [b"test", b"train", b"train", b"train"]
     assert (table.labels, table.sample_rate, table.attributes) == (["a", "b", "c"], 100, {"source": "test"})
+    assert table.task == table.select(np.array([0])).task == "multilabel"
     assert read_events(path)[2] == [Event(2, 0.25, 0.5)]
     with h5py.File(path) as file:
         assert file["real_len"][:].tolist() == [50, 110, 170, 200]
@@ -113,3 +122,18 @@ def test_panns_files_and_index_are_valid(tmp_path: Path) -> None:
     assert table.paths == [part]
     assert table.row.tolist() == [2, 1, 0]
     assert read_events(part) == [[], [], []]
+
+
+def test_a_store_made_before_task_was_an_attribute() -> None:
+    """old_store.h5 was written by revision 6762aca: 4 clips of 0.1 s at 8 kHz, of two folds and all three labellings."""
+    table = read_store_table(OLD_STORE)
+    assert table.names.tolist() == [b"a.wav", b"b.wav", b"c.wav", b"d.wav"]
+    assert (table.labels, table.sample_rate, table.task) == (["low", "high"], 8000, None)
+    assert table.attributes == {"dataset_type": "folder", "source": "tones", "licence": "CC0 1.0"}
+    assert table.targets.tolist() == [[True, False], [True, True], [False, True], [False, False]]
+    assert (labelling(table).tolist(), table.fold.tolist()) == ([STRONG, STRONG, WEAK, UNLABELLED], [1, 1, 2, 2])
+    assert read_events(OLD_STORE) == [[Event(0, 0.01, 0.05)], [Event(0, 0.0, 0.1), Event(1, 0.02, 0.09)], [], []]
+    with open_store(OLD_STORE) as file:
+        sound = Waveforms(file)
+        assert [len(sound.read(row)) for row in range(4)] == [800] * 4
+        assert [np.abs(np.fft.rfft(sound.read(row))).argmax() * 10 for row in range(4)] == [500, 1000, 1500, 2000]
