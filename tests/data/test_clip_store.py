@@ -125,7 +125,7 @@ def test_panns_files_and_index_are_valid(tmp_path: Path) -> None:
 
 
 def test_a_store_made_before_task_was_an_attribute() -> None:
-    """old_store.h5 was written by revision 6762aca: 4 clips of 0.1 s at 8 kHz, of two folds and all three labellings."""
+    """old_store.h5 was written by revision 6762aca: 4 clips of 0.1 s at 8 kHz, two folds, all labellings."""
     table = read_store_table(OLD_STORE)
     assert table.names.tolist() == [b"a.wav", b"b.wav", b"c.wav", b"d.wav"]
     assert (table.labels, table.sample_rate, table.task) == (["low", "high"], 8000, None)
