@@ -1,19 +1,80 @@
-"""Data that several tests share."""
+"""Data and a trained run that several tests share."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported: the tests run on all cores side by side (make test), each on one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from filelock import FileLock
 
 from prepare.demo import prepare_demo
+from tests.helpers import TINY_FLAGS, run_python
+
+STORE = Path("workspace", "data", "demo", "demo.h5")
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, once for all processes of pytest-xdist."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / name
+    with FileLock(shared / f"{name}.lock"):
+        if not folder.exists():
+            partial = shared / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
+def link_store(data: Path, folder: Path) -> None:
+    """Give the demo's store a second place, workspace/data/demo/demo.h5 of a folder."""
+    (folder / STORE).parent.mkdir(parents=True)
+    (folder / STORE).symlink_to(data / STORE)
 
 
 @pytest.fixture(scope="session")
-def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with workspace/data/demo/demo.h5: 20 clips, of which 14 train, 3 validation, 3 test."""
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with workspace/data/demo/demo.h5, which no test changes: 14 clips train, 3 validate, 3 test."""
+
+    def make(folder: Path) -> None:
+        prepare_demo(folder / STORE, sample_rate=32000, seed=1, clips=20)
+
+    return made_once(tmp_path_factory, "demo_data", make)
+
+
+@pytest.fixture(scope="session")
+def demo_workspace(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
+    """A folder with the data of demo_data, for runs under names of their own (exp_name)."""
     folder = tmp_path_factory.mktemp("demo")
-    prepare_demo(folder / "workspace" / "data" / "demo" / "demo.h5", sample_rate=32000, seed=1, clips=20)
+    link_store(demo_data, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
+    """A folder that no test changes, with the run workspace/runs/htsat_demo: two epochs on the demo, sizes of TINY.
+
+    train.log has what `train` printed.
+    """
+
+    def make(folder: Path) -> None:
+        link_store(demo_data, folder)
+        done = run_python("main.py", "train", "--max_epoch", "2", *TINY_FLAGS, cwd=folder)
+        (folder / "train.log").write_text(done.stdout)
+
+    return made_once(tmp_path_factory, "trained_run", make)
+
+
+@pytest.fixture
+def trained(trained_run: Path, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a test, with the demo's data and a copy of trained_run's run to write to."""
+    link_store(demo_data, tmp_path)
+    shutil.copytree(trained_run / "workspace" / "runs", tmp_path / "workspace" / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -30,12 +30,9 @@ def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return call
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where prepare and train have run with nothing configured but the size."""
-    folder = tmp_path_factory.mktemp("commands")
-    run_python("main.py", "prepare", "--clips", "20", cwd=folder)
-    done = run_python("main.py", "train", "--max_epoch", "2", *TINY_FLAGS, cwd=folder)
+def test_train_leaves_a_run_that_explains_itself(trained_run: Path) -> None:
+    run = trained_run / "workspace" / "runs" / "htsat_demo"
+    printed = (trained_run / "train.log").read_text()
     for said in (
         "data set",
         "device",
@@ -47,12 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "epoch   2/2",
         "val loss",
     ):
-        assert said in done.stdout, done.stdout
-    return folder
-
-
-def test_train_leaves_a_run_that_explains_itself(trained: Path) -> None:
-    run = trained / "workspace" / "runs" / "htsat_demo"
+        assert said in printed, said
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names[0] == "best.ckpt"
     assert names[-1] == "last.ckpt"
@@ -74,8 +66,8 @@ def test_train_leaves_a_run_that_explains_itself(trained: Path) -> None:
     assert checkpoint["frontend"]["sample_rate"] == 32000
 
 
-def test_a_second_run_does_not_mix_with_the_first(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(trained)
+@pytest.mark.usefixtures("trained")
+def test_a_second_run_does_not_mix_with_the_first() -> None:
     assert main.main(["train", *TINY_FLAGS]) == 2
     assert main.main(["train", "--max_epoch", "2", "--resume", "auto", *TINY_FLAGS]) == 0  # complete: nothing to do
     other = [*TINY_FLAGS, "--max_epoch", "3", "--resume", "auto", "--htsat_dim", "32"]
@@ -125,8 +117,8 @@ def test_average_and_ensemble(trained: Path, called: Callable[..., str]) -> None
     assert summary["checkpoints"] == members.split(",")
 
 
-def test_ensemble_of_one_network_is_that_network(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(trained)
+@pytest.mark.usefixtures("trained")
+def test_ensemble_of_one_network_is_that_network() -> None:
     assert main.main(["test", "--resume_checkpoint", str(BEST), "--test_file", "one", "--accelerator", "cpu"]) == 0
     assert (
         main.main(
