@@ -18,6 +18,7 @@ from typing import Any, Optional
 import pandas as pd
 
 from commands.command_line import Parser, add_settings
+from data.files import write_text
 from evaluation.bootstrap import RESAMPLES
 from evaluation.detection import DetectionMetric, measure, with_intervals
 from evaluation.plots import ClipSound, ClipView, clip_figure, save_png
@@ -30,7 +31,6 @@ from evaluation.tables import (
     system_of_scores,
     truth_of_scores,
     tsv_text,
-    write_whole,
 )
 from runs.ledger import file_sha256
 from settings import FRONTEND_SETTINGS, Config, UserError, resolve
@@ -148,7 +148,7 @@ def write_report(
     errors = worst_clips(evaluated.detections, truth, worst)
     sounds = read_sounds(scores, [each.clip for each in errors])
     views = [(each, view_clip(scores, post, found, each.clip, sounds.get(each.clip))) for each in errors]
-    write_whole(path, render_report(evaluated, views, title=title, about=about))
+    write_text(path, render_report(evaluated, views, title=title, about=about))
 
 
 def describe_system(file: Path, scores: Scores, post: PostProcessing, settings: Config) -> list[tuple[str, str]]:
@@ -222,9 +222,9 @@ def write_tables(
         "metrics": [metric.as_dict() for metric in metrics],
     }
     events, report, table = (prefix.with_name(prefix.name + end) for end in _ENDS)
-    write_whole(events, found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f"))
-    write_whole(report, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_whole(table, tsv_text(metrics))
+    write_text(events, found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f"))
+    write_text(report, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(table, tsv_text(metrics))
     print(f"{len(found)} events: {events}\nMetrics: {report}, {table}")
 
 

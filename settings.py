@@ -5,7 +5,6 @@ config.py is executed with the given values in place of its own, so whatever it 
 
 import ast
 import difflib
-import json
 import sys
 import warnings
 from collections.abc import Mapping
@@ -78,10 +77,6 @@ class Config(BaseModel):
     def run_folder(self) -> Path:
         """Folder of this run's checkpoints, logs and records."""
         return Path(self.workspace) / "runs" / self.exp_name
-
-    def save(self, path: Path) -> None:
-        """Write the settings to `path` as JSON."""
-        path.write_text(json.dumps(self.model_dump(), indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from data.files import whole_file
 from data_generator import SEDDataModule
 from runs.measure import (
     WARM_UP,
@@ -209,11 +210,9 @@ def print_heaviest(settings: Config, folder: Path) -> None:
     profiler = torch.profiler.profile(activities=activities, acc_events=True)
     batch = synthetic_batch(settings, settings.batch_size)
     fit(settings, Repeated(batch, WARM_UP + PROFILED_STEPS), ProfiledSteps(profiler))
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "training.json"
-    partial = path.with_name(path.name + ".partial")
-    profiler.export_chrome_trace(str(partial))
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        profiler.export_chrome_trace(str(partial))
 
     found = profiler.key_averages()
     taken = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in found}

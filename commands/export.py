@@ -1,8 +1,9 @@
 """python main.py export: a checkpoint as safetensors and ONNX, each checked against the network before it is kept."""
 
+import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from data.files import whole_file, write_text
 from data_generator import ClipDataset, Split, load_table
 from inference.onnx_runtime import load_onnx
 from model import build_model
@@ -82,8 +84,8 @@ def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[
     waveforms, said = clips_to_check(member.settings, clips)
     reference = Reference(waveforms, said, in_batches(network.probabilities, waveforms))
     about = describe(member)
-    written = write_files(wanted, network, member.settings.clip_samples, about, folder)
-    exports = [check_file(name, partial, reference) for name, partial in written]
+    writers = prepare_writers(wanted, network, member.settings.clip_samples, about)
+    exports = [write_checked(name, folder, write, reference) for name, write in writers]
     print_report(exports, reference, folder)
     write_report(exports, reference, member, about, folder)
     return 0 if all(export.kept for export in exports) else 1
@@ -161,14 +163,12 @@ def in_batches(probabilities: Probabilities, waveforms: Tensor) -> Outputs:
     return clipwise, framewise, embedding
 
 
-def write_files(
-    formats: Sequence[str], network: HTSAT_Swin_Transformer, clip_samples: int, about: dict[str, Any], folder: Path
-) -> Iterator[tuple[str, Path]]:
-    """Write each format under a temporary name; yields format and path."""
-    partials = {name: folder / f"{FILES[name]}.partial" for name in formats}
+def prepare_writers(
+    formats: Sequence[str], network: HTSAT_Swin_Transformer, clip_samples: int, about: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Each format, and a function that writes it to a path."""
     if "safetensors" in formats:
-        save_safetensors(partials["safetensors"], network.state_dict(), **about)
-        yield "safetensors", partials["safetensors"]
+        yield "safetensors", lambda path: save_safetensors(path, network.state_dict(), **about)
     if set(formats) == {"safetensors"}:
         return
     start, body = build_onnx(network, clip_samples)
@@ -179,28 +179,31 @@ def write_files(
     }
     for name in formats:
         if name in makers:
-            save_onnx(makers[name](), partials[name], about)
-            yield name, partials[name]
+            yield name, functools.partial(save_onnx, makers[name](), about=about)
 
 
-def check_file(name: str, partial: Path, reference: Reference) -> Export:
-    """Run a file on the clips; give it its name if it passed, else remove it."""
-    probabilities = load_safetensors(partial) if name == "safetensors" else load_onnx(partial).network.probabilities
-    outputs = in_batches(probabilities, reference.waveforms)
-    differences = [float((a - b).abs().max()) for a, b in zip(outputs, reference.outputs, strict=True)]
-    agreement = float((outputs[0].argmax(dim=1) == reference.outputs[0].argmax(dim=1)).float().mean())
-    passed = agreement >= LEAST_AGREEMENT if name == "onnx-int8" else max(differences[:2]) <= FLOAT_TOLERANCE
-    size = partial.stat().st_size
-    if passed:
-        os.replace(partial, partial.with_suffix(""))
-    else:
-        partial.unlink()
+class TooDifferentError(Exception):
+    """An exported file does not give the outputs of the checkpoint."""
+
+
+def write_checked(name: str, folder: Path, write: Callable[[Path], None], reference: Reference) -> Export:
+    """Write a file and run it on the clips; it is kept if its outputs are close enough."""
+    with suppress(TooDifferentError), whole_file(folder / FILES[name]) as partial:
+        write(partial)
+        probabilities = load_safetensors(partial) if name == "safetensors" else load_onnx(partial).network.probabilities
+        outputs = in_batches(probabilities, reference.waveforms)
+        differences = [float((a - b).abs().max()) for a, b in zip(outputs, reference.outputs, strict=True)]
+        agreement = float((outputs[0].argmax(dim=1) == reference.outputs[0].argmax(dim=1)).float().mean())
+        passed = agreement >= LEAST_AGREEMENT if name == "onnx-int8" else max(differences[:2]) <= FLOAT_TOLERANCE
+        size = partial.stat().st_size
+        if not passed:
+            raise TooDifferentError
     largest = float(reference.outputs[2].abs().max()) or 1.0
     return Export(name, FILES[name], size, differences[0], differences[1], differences[2] / largest, agreement, passed)
 
 
 def load_safetensors(path: Path) -> Probabilities:
-    """The network of a safetensors file that `write_files` wrote."""
+    """The network of an exported safetensors file."""
     checkpoint = read_checkpoint(path)
     settings = resolve({}, checkpoint=checkpoint.settings)
     network = build_model(settings)
@@ -261,7 +264,5 @@ def write_report(
         f"{about['settings']['clip_samples']} samples (`model-mel.onnx` their log-mel spectrograms in dB) and hold "
         f"settings, labels and front-end, as JSON, in their metadata.\n\n" + "\n".join(lines) + "\n"
     )
-    partial = card.with_name(card.name + ".partial")
-    partial.write_text(f"{card.read_text(encoding='utf-8')}\n{section}", encoding="utf-8")
-    os.replace(partial, card)
+    write_text(card, f"{card.read_text(encoding='utf-8')}\n{section}")
     print(f"Report: {folder / 'export.json'}\nModel card: {card}")

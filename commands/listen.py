@@ -2,18 +2,17 @@
 
 import contextlib
 import importlib
-import os
 import queue
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Optional, TextIO
 
 import numpy as np
 
 from commands.predict import DEVICES, event_processing
+from data.files import whole_file
 from settings import UserError, requested
 
 if TYPE_CHECKING:
@@ -172,12 +171,9 @@ class Screen:
         if path is None:
             yield cls(None, name, top_k)
             return
-        partial = Path(path + ".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", buffering=1) as table:
+        with whole_file(path, keep=True) as partial, partial.open("w", encoding="utf-8", buffering=1) as table:
             table.write("filename\tonset\toffset\tevent_label\n")
             yield cls(table, name, top_k)
-        os.replace(partial, path)
 
     def show(self, update: "Update", listener: "Listener") -> None:
         """Finished events, and below them the live line."""

@@ -1,7 +1,6 @@
 """python main.py results: the tests that were run, and the mean and deviation of experiments over seeds."""
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data.files import whole_file
 from runs.ledger import MetricRecord, Result, Spread, newest, over_seeds, read_results
 from settings import UserError, resolve
 
@@ -123,9 +123,7 @@ def _weights(result: Result) -> str:
 
 def write_tsv(path: Path, results: Sequence[Result]) -> None:
     """One row for each metric of each test; lists are joined by commas, what is not known is empty."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, TSV_COLUMNS, delimiter="\t", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for result in results:
@@ -140,4 +138,3 @@ def write_tsv(path: Path, results: Sequence[Result]) -> None:
             for metric in result.metrics:
                 interval = metric.interval.model_dump() if metric.interval else {}
                 writer.writerow({**common, **metric.model_dump(), "metric": metric.name, **interval})
-    os.replace(partial, path)

@@ -1,12 +1,12 @@
 """python main.py save_idc: which clips belong to each class."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.clip_store import class_index
+from data.files import whole_file
 from data_generator import load_table
 from settings import resolve
 
@@ -20,10 +20,8 @@ def run(given: dict[str, Any]) -> None:
     table = load_table(settings, "train")
     clips, starts, counts = class_index(table.targets)
     path = Path(settings.dataset_path) / f"{settings.dataset_type}_classes.npz"
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, clips=clips, starts=starts, counts=counts)
-    os.replace(partial, path)
     for label, count in zip(table.labels or range(len(counts)), counts.tolist(), strict=True):
         print(f"{count:8d}  {label}")
     print(f"{path}: {len(table)} clips, {(counts > 0).sum()} of {len(counts)} classes have clips")

@@ -1,7 +1,6 @@
 """python main.py weight_average: the mean of several checkpoints' weights, as one checkpoint."""
 
 import glob
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 from data_generator import SEDDataModule
 from evaluation.metrics import Metric
 from model import build_model
-from model.checkpoint import FRONTEND, PREFIX, Checkpoint, load_network, read_checkpoint
+from model.checkpoint import FRONTEND, PREFIX, Checkpoint, load_network, read_checkpoint, write_checkpoint
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from runs.card import recorded_data, write_card
 from runs.ledger import file_sha256
@@ -62,11 +61,7 @@ def write_average(paths: Sequence[Path], target: Path, given: dict[str, Any], *,
     content = average_checkpoints(paths)
     if reestimate:
         content["state_dict"].update(estimate_statistics(paths[0], given))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
-    torch.save(content, partial)
-    os.replace(partial, target)
+    write_checkpoint(target, content)
     print(f"{target}: the mean of {len(paths)} checkpoints\n" + "\n".join(f"  {path}" for path in paths))
 
 

@@ -11,8 +11,8 @@ older stores have none). A file of PANNs has none of these additions and is a va
 
 import hashlib
 import io
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 import soundfile
 
+from data.files import whole_file
 from settings import UserError
 
 BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, which a processor's cache holds
@@ -62,7 +63,6 @@ class ClipStoreWriter:
     ) -> None:
         """clip_samples: longest clip in samples. attributes: dataset_type, task, source, licence."""
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
         self.clip_samples, self.labels = clip_samples, list(labels)
         self.attributes: dict[str, Any] = {"sample_rate": sample_rate, "labels": self.labels, **attributes}
         self.rows: list[tuple[str, int, int, str]] = []  # name, real_len, fold, split
@@ -71,12 +71,14 @@ class ClipStoreWriter:
         self.events: list[tuple[int, int, float, float]] = []
 
     def __enter__(self) -> "ClipStoreWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = h5py.File(self.partial, "w")
-        samples = self.clip_samples
-        self.waveforms = self.file.create_dataset(
-            "waveform", (0, samples), "int16", maxshape=(None, samples), chunks=(1, samples)
-        )
+        with ExitStack() as stack:
+            self.file = stack.enter_context(h5py.File(stack.enter_context(whole_file(self.path)), "w"))
+            stack.push(self._finish)
+            samples = self.clip_samples
+            self.waveforms = self.file.create_dataset(
+                "waveform", (0, samples), "int16", maxshape=(None, samples), chunks=(1, samples)
+            )
+            self.stack = stack.pop_all()
         return self
 
     def add(self, clip: Clip) -> None:
@@ -99,16 +101,12 @@ class ClipStoreWriter:
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-                self.file.close()
-                os.replace(self.partial, self.path)
-        finally:
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
+        self.stack.__exit__(kind, error, trace)
 
-    def _finish(self) -> None:
+    def _finish(self, kind: Optional[type[BaseException]], *_: object) -> None:
+        """The columns beside the waveforms, unless an error ends the writing."""
+        if kind is not None:
+            return
         names, lengths, folds, splits = zip(*self.rows, strict=True) if self.rows else ((), (), (), ())
         self.file["audio_name"] = np.array([name.encode() for name in names], dtype="S")
         self.file["target"] = np.array(self.targets, dtype=bool).reshape(len(names), len(self.labels))

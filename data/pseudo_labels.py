@@ -10,6 +10,7 @@ Their classes are in the alphabetical order of AudioSet Strong's names (Pretrain
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional
@@ -18,6 +19,7 @@ import h5py
 import numpy as np
 
 from data.audio import SUFFIXES
+from data.files import whole_file
 from settings import UserError
 
 PUBLISHED_CLASSES = 447  # of the published logits, and the first and last of them
@@ -35,7 +37,7 @@ class TeacherWriter:
     """
 
     def __init__(self, path: Path, *, labels: Sequence[str], steps: int, clip_seconds: float, source: str) -> None:
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.path = path
         self.shape = (len(labels), steps)
         self.clips = 0
         self.attributes: dict[str, Any] = {
@@ -46,13 +48,15 @@ class TeacherWriter:
         }
 
     def __enter__(self) -> "TeacherWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = h5py.File(self.partial, "w")
-        text = h5py.string_dtype()
-        self.names = self.file.create_dataset("filenames", (0,), text, maxshape=(None,), chunks=(1024,))
-        self.logits = self.file.create_dataset(
-            "strong_logits", (0, *self.shape), "float16", maxshape=(None, *self.shape), chunks=(1, *self.shape)
-        )
+        with ExitStack() as stack:
+            self.file = stack.enter_context(h5py.File(stack.enter_context(whole_file(self.path)), "w"))
+            self.file.attrs.update(self.attributes)
+            text = h5py.string_dtype()
+            self.names = self.file.create_dataset("filenames", (0,), text, maxshape=(None,), chunks=(1024,))
+            self.logits = self.file.create_dataset(
+                "strong_logits", (0, *self.shape), "float16", maxshape=(None, *self.shape), chunks=(1, *self.shape)
+            )
+            self.stack = stack.pop_all()
         return self
 
     def add(self, names: Sequence[str], logits: np.ndarray) -> None:
@@ -73,14 +77,7 @@ class TeacherWriter:
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        try:
-            if kind is None:
-                self.file.attrs.update(self.attributes)
-                self.file.close()
-                os.replace(self.partial, self.path)
-        finally:
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
+        self.stack.__exit__(kind, error, trace)
 
 
 class TeacherLogits:

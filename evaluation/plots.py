@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from data.files import whole_file
 from evaluation.postprocess import frame_edges
 from evaluation.psds import MOST_FALSE_ALARMS, PsdRoc
 from evaluation.scores import EventList
@@ -224,8 +225,5 @@ def svg_uri(figure: Figure) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure into a new file, whose folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with matplotlib.rc_context(STYLE):
+    with whole_file(path) as partial, matplotlib.rc_context(STYLE):
         figure.savefig(partial, format="png", dpi=160)
-    partial.replace(path)

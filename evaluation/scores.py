@@ -12,7 +12,6 @@ A test that was shared by several jobs (test_shard) leaves <name>.shard1of4.h5, 
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import h5py
 import numpy as np
 
+from data.files import whole_file
 from evaluation.postprocess import PostProcessing
 from settings import UserError
 
@@ -69,10 +69,8 @@ class Scores:
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
-        """Write the store; it takes its name when it is whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with h5py.File(partial, "w") as file:
+        """Write the store, whole or not at all."""
+        with whole_file(path) as partial, h5py.File(partial, "w") as file:
             file["audio_name"] = np.array([name.encode() for name in self.names], dtype="S")
             file["clipwise"] = self.clipwise.astype(np.float32)
             file["target"] = self.targets.astype(bool)
@@ -87,7 +85,6 @@ class Scores:
                 file["event_clip"], file["event_class"] = table[:, 0].astype(np.int32), table[:, 1].astype(np.int16)
                 file["event_onset"], file["event_offset"] = table[:, 2], table[:, 3]
             file.attrs.update({"labels": self.labels, "seconds_per_frame": self.seconds_per_frame, **self.attributes})
-        os.replace(partial, path)
 
 
 def load_scores(path: Path) -> Scores:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data.files import write_text
 from evaluation.bootstrap import Interval
 from evaluation.detection import MACRO, MICRO, DetectionMetric, MetricComparison, System, score_tables
 from evaluation.event_tables import GroundTruth
@@ -153,14 +153,6 @@ def _interval_cells(interval: Optional[Interval]) -> dict[str, Any]:
     return {} if interval is None else vars(interval)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that takes its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def write_results(
     prefix: str, about: dict[str, Any], metrics: Sequence[DetectionMetric], compared: Sequence[MetricComparison] = ()
 ) -> list[Path]:
@@ -171,6 +163,6 @@ def write_results(
         "comparison": [each.as_dict() for each in compared],
     }
     paths = [Path(f"{prefix}_metrics.json"), Path(f"{prefix}_metrics.tsv")]
-    write_whole(paths[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_whole(paths[1], tsv_text(metrics))
+    write_text(paths[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(paths[1], tsv_text(metrics))
     return paths

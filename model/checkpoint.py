@@ -1,7 +1,6 @@
 """The one place that loads weights. What is loaded cannot run code, and every load says what matched."""
 
 import json
-import os
 import pickle
 import re
 import struct
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.files import whole_file
 from model.foreign import PREFIX as PREFIX
 from model.foreign import Kind, heads, identify
 from model.layers.swin import SwinBlock
@@ -142,6 +142,12 @@ def _read_torch(path: Path) -> Any:
         raise UserError(f"{path} is no checkpoint, or it is cut off: {reason}") from None
 
 
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values as torch.save does. Raises UserError as data.files.whole_file."""
+    with whole_file(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)
+
+
 def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
     """Keep a plain value (numbers, text, lists, dictionaries) in a file of torch.save, beside what it holds.
 
@@ -152,10 +158,7 @@ def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
     read_checkpoint(path)
     if _is_safetensors(path):
         raise UserError(f"{path} is a safetensors file: {name} can be kept in a .ckpt file only.")
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # it might be another name of the file that is being read
-    torch.save({**_read_torch(path), name: value}, partial)
-    os.replace(partial, path)
+    write_checkpoint(path, {**_read_torch(path), name: value})
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -191,12 +194,11 @@ def save_safetensors(
     postprocessing: Optional[Mapping[str, Any]] = None,
 ) -> None:
     """Write weights (names without prefix) as safetensors, with what describes them as JSON in the metadata."""
-    partial = path.with_name(path.name + ".partial")
     about: dict[str, Any] = {"settings": dict(settings), "labels": list(labels), "frontend": dict(frontend)}
     about |= {} if postprocessing is None else {"postprocessing": dict(postprocessing)}
     metadata = {"format": "pt", **{name: json.dumps(value) for name, value in about.items()}}
-    save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, partial, metadata)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, partial, metadata)
 
 
 def decided_settings(

@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from data.audio import SUFFIXES, read_int16
 from data.clip_store import Clip, ClipStoreWriter, Task, Waveforms, open_store
+from data.files import whole_file
 from prepare.report import PrepareReport
 from settings import UserError
 
@@ -333,6 +334,8 @@ def pack_part(part: Part, advance: Callable[[int], None] = lambda clips: None) -
 
     Beside what every store has, `cut` keeps the lines "name, tab, what was taken" of the clips from longer files.
     """
+    for left in part.path.parent.glob(f"{part.path.name}*.partial"):  # by a run that was killed
+        left.unlink()
     report = AudiosetReport(part.path)
     clips = read_clips(part, report, advance)
     if (first := next(clips, None)) is None:
@@ -391,12 +394,9 @@ def note_length(report: AudiosetReport, name: str, samples: int, sample_rate: in
 
 def write_details(report: AudiosetReport, path: Path) -> None:
     """Write every clip that is missing, corrupt, short or cut as a line `clip,state,remark`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("clip", "state", "remark"))
         for state, rows in report.rows().items():
             writer.writerows((name, state, remark) for name, remark in rows)
-    os.replace(partial, path)
     report.details = path

@@ -5,7 +5,6 @@ have. data.clip_store.read_index_table reads it.
 """
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ import h5py
 import numpy as np
 
 from data.clip_store import open_store
+from data.files import whole_file
 from settings import UserError
 
 INDEXES = {  # index: the groups of files that it joins, in order
@@ -115,28 +115,22 @@ def read_ahead(paths: Sequence[Path], processes: int) -> Iterator[tuple[np.ndarr
 
 @contextmanager
 def writing(path: Path, sources: Sequence[Source]) -> Iterator[h5py.File]:
-    """An index of 0 clips to append to, under a temporary name until the `with` block ends without an error."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """An index of 0 clips to append to, which is whole or not there when the `with` block ends."""
     columns: dict[str, tuple[str, tuple[int, ...]]] = {
         "audio_name": (f"S{max(source.name_bytes for source in sources)}", ()),
         "target": ("bool", (sources[0].classes,)),
         "hdf5_path": (f"S{max(len(source.relative.encode()) for source in sources)}", ()),
         "index_in_hdf5": ("int32", ()),
     }
-    try:
-        with h5py.File(partial, "w") as file:
-            for name, (dtype, shape) in columns.items():  # gzip: zeros and repeated paths all but vanish
-                file.create_dataset(
-                    name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(CHUNK_CLIPS, *shape),
-                    compression="gzip", compression_opts=1,
-                )  # fmt: skip
-            file.attrs["sample_rate"] = sources[0].sample_rate
-            file.attrs["task"] = "multilabel"
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, h5py.File(partial, "w") as file:
+        for name, (dtype, shape) in columns.items():  # gzip: zeros and repeated paths all but vanish
+            file.create_dataset(
+                name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(CHUNK_CLIPS, *shape),
+                compression="gzip", compression_opts=1,
+            )  # fmt: skip
+        file.attrs["sample_rate"] = sources[0].sample_rate
+        file.attrs["task"] = "multilabel"
+        yield file
 
 
 def append(index: h5py.File, source: Source, names: np.ndarray, targets: np.ndarray) -> None:

@@ -1,7 +1,6 @@
 """A clip store with its sound as FLAC: smaller, bit for bit the same, some milliseconds a clip to read."""
 
 import io
-import os
 from pathlib import Path
 
 import h5py
@@ -9,6 +8,7 @@ import numpy as np
 import soundfile
 
 from data.clip_store import Waveforms, open_store
+from data.files import whole_file
 from settings import UserError
 
 FALLBACK_RATE = 32000  # written into the FLAC header where the store does not say its rate; nothing reads it
@@ -21,18 +21,16 @@ def compress_store(path: Path) -> tuple[int, int]:
     is. Raises UserError where the file is no store or a clip does not come back unchanged.
     """
     before = path.stat().st_size
-    partial = path.with_name(path.name + ".partial")
     with open_store(path, "audio_name") as source:
         waveforms = Waveforms(source)
         if waveforms.rows is None:
             return before, before
-        with h5py.File(partial, "w") as target:
+        with whole_file(path) as partial, h5py.File(partial, "w") as target:
             for key in source:
                 if key not in ("waveform", "real_len"):
                     source.copy(key, target)
             target.attrs.update(dict(source.attrs))
             target["real_len"] = _encode_all(waveforms, target, int(source.attrs.get("sample_rate", FALLBACK_RATE)))
-    os.replace(partial, path)
     return before, path.stat().st_size
 
 

@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -10,6 +9,7 @@ from typing import Any, Optional
 import pytorch_lightning as pl
 
 from data.clip_store import STRONG, ClipTable
+from data.files import write_text
 from data_generator import SEDDataModule, Split, labelling, load_table
 from evaluation.metrics import Metric
 from model.checkpoint import COMPUTED, FRONTEND, PREFIX, read_checkpoint
@@ -130,10 +130,7 @@ def write_card(
         f"## Licence\n\n{_licence(data.get('licence'), known=known)}",
         _loading(file),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
 
 

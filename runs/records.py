@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from data.files import write_text
 from data_generator import SEDDataModule
 from evaluation.metrics import Metric
 from settings import Config
@@ -42,7 +43,7 @@ def save_provenance(settings: Config, data: SEDDataModule, **more: Any) -> None:
         return
     folder = settings.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    settings.save(folder / "config.json")
+    write_json(folder / "config.json", settings.model_dump())
     path = folder / "provenance.json"
     entries = json.loads(path.read_text()) if path.is_file() else []
     entries.append(
@@ -61,10 +62,8 @@ def save_provenance(settings: Config, data: SEDDataModule, **more: Any) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name first."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def git_revision() -> str:

@@ -26,7 +26,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 
+from data.files import whole_file
 from evaluation.metrics import FRAME_METRIC, MAIN_METRIC
+from model.checkpoint import write_checkpoint
 from settings import FRAME_LOSSES, Config, UserError
 
 DEBUG_BATCHES = 3  # of each split, with the setting debug
@@ -235,12 +237,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and then renames it: a kill leaves the old one or the new one whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.unlink(missing_ok=True)  # it might be another name of a file that is needed
-        torch.save(checkpoint, partial)
-        os.replace(partial, target)
+        write_checkpoint(Path(path), checkpoint)
 
 
 class BestLink(Checkpoint):
@@ -265,13 +262,12 @@ def link_or_copy(source: Path, target: Path) -> None:
 
     if target.exists() and target.samefile(source):  # renaming one name of a file to another leaves both
         return
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    with whole_file(target) as partial:
+        partial.unlink()
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 class Progress(TQDMProgressBar):
