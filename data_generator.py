@@ -341,7 +341,7 @@ class SEDDataModule(pl.LightningDataModule):
         workers = self.settings.num_workers
         return {
             "dataset": self.dataset(split),
-            # Whole numbers: commands/_trainer.py sees to it.
+            # Whole numbers: device_count and process_count check it.
             "batch_size": self.settings.batch_size // self._place()[1] // self.settings.accumulate_batches,
             "num_workers": workers,
             "persistent_workers": workers > 0,

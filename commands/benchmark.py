@@ -32,8 +32,8 @@ from runs.measure import (
 )
 from runs.records import device_name, git_revision, write_json
 from settings import Config, UserError, resolve
+from training.devices import on_gpu
 from training.performance import settle
-from training.trainer import on_gpu
 
 PROFILED_STEPS = 3
 HEAVIEST = 10  # operations of a profile that are printed

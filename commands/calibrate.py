@@ -13,10 +13,11 @@ from evaluation.calibration import Calibrated, Objective, calibrate
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import Scores, load_scores
 from model.checkpoint import Checkpoint, read_checkpoint, store_in_checkpoint
-from runs.records import is_first_process
+from runs.members import Member
 from runs.test_plan import reported_split, weights_id
-from runs.testing import Member, test_member
+from runs.testing import test_member
 from settings import UserError, requested
+from training.devices import is_first_process
 
 REPORTED = "test"  # the split whose figures are reported: nothing is chosen on it
 

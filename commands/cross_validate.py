@@ -17,7 +17,7 @@ from data.clip_store import read_store_table, store_path
 from runs.ledger import settings_hash
 from runs.records import write_json
 from settings import Config, UserError, resolve
-from training.trainer import chosen_by
+from training.callbacks import chosen_by
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 PROTOCOLS = ("held_out", "paper")

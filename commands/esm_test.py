@@ -5,21 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from torch import nn
 
 from data_generator import SEDDataModule
 from model.encoders.htsat import HTSAT_Swin_Transformer
+from runs.members import Member, check_alike, check_labels, fit_together
 from runs.records import print_first_page
-from runs.testing import Member, check_labels, checkpoint_labels, differing, run_test
+from runs.testing import run_test
 from sed_model import Ensemble_SEDWrapper
-from settings import Config, UserError, requested
-from training.trainer import on_gpu
-
-# What the members must share: what they take, and which clips they were neither trained nor chosen on.
-SHARED_SETTINGS = (
-    "dataset_type", "task", "protocol", "esc_fold", "sample_rate", "clip_samples", "short_clips", "classes_num",
-)  # fmt: skip
+from settings import UserError, requested
 
 
 def run(given: dict[str, Any]) -> None:
@@ -56,27 +49,6 @@ def joint_sha256(members: Sequence[Member]) -> str:
     return hashlib.sha256(" ".join(sorted(member.sha256 for member in members)).encode()).hexdigest()
 
 
-def check_alike(member: Member, first: Member) -> None:
-    """Raise UserError where the scores of two checkpoints cannot be averaged, or where the mean could not be trusted.
-
-    A member that was trained or chosen on clips that test the other would raise the ensemble's score.
-    """
-    ours, theirs = member.reported().model_dump(), first.reported().model_dump()
-    different = differing(ours, theirs, SHARED_SETTINGS)
-    if different:
-        raise UserError(
-            f"{member.checkpoint.path} and {first.checkpoint.path} have {', '.join(different)}: their scores cannot "
-            f"be averaged, or one of them may know clips that the other is tested on. Give members that agree; of a "
-            f"file that does not say what it was trained on, give it with --protocol, --esc_fold, ..."
-        )
-    known, other = (checkpoint_labels(each.checkpoint, each.settings) for each in (first, member))
-    if known != other and "class 0" not in (known[0], other[0]):
-        raise UserError(
-            f"{member.checkpoint.path} and {first.checkpoint.path} have different labels: their scores cannot be "
-            f"averaged."
-        )
-
-
 def check_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Member]) -> None:
     """Raise UserError where the frame scores of networks have different lengths."""
     for network, member in zip(networks, members, strict=True):
@@ -86,11 +58,3 @@ def check_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Me
                 f"{networks[0].steps}: their frame scores cannot be averaged. Give members with the same "
                 f"htsat_readout_stage, htsat_time_stride, htsat_stride and mel_bins, and as many stages (htsat_depth)."
             )
-
-
-def fit_together(networks: Sequence[nn.Module], settings: Config) -> bool:
-    """Whether the weights of all networks take at most half of a GPU's free memory; in main memory they are anyway."""
-    if not on_gpu(settings):
-        return True
-    size = sum(t.numel() * t.element_size() for network in networks for t in network.state_dict().values())
-    return size <= torch.cuda.mem_get_info()[0] / 2

@@ -22,8 +22,8 @@ from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.export import build_onnx, join, quantize, save_onnx
 from model.known import find_checkpoint
 from runs.card import write_card
+from runs.members import Member, checkpoint_labels
 from runs.records import git_revision, write_json
-from runs.testing import Member, checkpoint_labels
 from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, Config, UserError, requested, resolve
 from utils import int16_to_float32
 

@@ -11,12 +11,10 @@ from typing import Any, Optional
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from commands.train import find_resumed
 from data_generator import SEDDataModule, Split
 from frame_training import build_wrapper
 from model import build_model
@@ -31,10 +29,11 @@ from runs.measure import (
     time_training,
 )
 from runs.records import BYTES_PER_TRAINED_PARAMETER, device_name
+from runs.resume import find_resumed
 from sed_model import SEDWrapper, learning_rate_scale
 from settings import Config, UserError, resolve
+from training.devices import device_count, on_gpu, total_memory
 from training.performance import settle
-from training.trainer import device_count, on_gpu
 
 RECIPE_RATE, RECIPE_BATCH = 1e-3, 128  # paper, section 3.1
 WARM_UP_EPOCHS = 3
@@ -145,13 +144,6 @@ def plan_memory(settings: Config, plan: Plan, module: SEDWrapper, weights: int, 
         f"batch_size, raise accumulate_batches, or set gradient_checkpointing."
     )
     return False
-
-
-def total_memory(settings: Config) -> int:
-    """Bytes of the GPU, or of the machine."""
-    if on_gpu(settings):
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def gib(size: float) -> str:

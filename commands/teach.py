@@ -8,16 +8,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from commands.esm_test import check_alike, fit_together
 from data.clip_store import SPLITS, UNREADABLE
 from data.pseudo_labels import TeacherWriter
 from data_generator import SEDDataModule, Split
 from evaluation.mapping import ClassMapping
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from runs.ledger import make_folder
+from runs.members import Member, check_alike, check_labels, checkpoint_labels, fit_together
 from runs.records import device_name
 from runs.test_plan import class_mapping
-from runs.testing import Member, check_labels, checkpoint_labels
 from sed_model import Batch, Ensemble_SEDWrapper
 from settings import Config, UserError, requested, resolve
 from training.trainer import build_trainer

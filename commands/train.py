@@ -1,6 +1,5 @@
 """python main.py train: train a network, or go on with an interrupted run."""
 
-from pathlib import Path
 from typing import Any, Optional
 
 import pytorch_lightning as pl
@@ -11,19 +10,13 @@ from frame_training import build_wrapper
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
 from runs.card import write_run_card
-from runs.records import is_first_process, print_first_page, save_provenance
-from runs.testing import checkpoint_labels
-from settings import NETWORK_SETTINGS, Config, UserError, resolve
+from runs.records import print_first_page, save_provenance
+from runs.resume import find_resumed
+from settings import Config, UserError, resolve
+from training.callbacks import checkpoint_folder
+from training.devices import is_first_process, process_count
 from training.performance import compile_network, settle
-from training.trainer import build_trainer, checkpoint_folder, interruptible, process_count
-
-# What must not change when a run is gone on with: its network, what of it learns, and from which clips.
-RUN_SETTINGS = (
-    *NETWORK_SETTINGS, "dataset_type", "esc_fold", "protocol", "clip_samples", "random_seed", "balanced_data",
-    "class_filter", "freeze_backbone", "layer_decay", "weight_averaging", "ema_decay", "average_last_epochs",
-    "balanced_by", "labelling_shares", "teacher_path", "distillation_weight", "mean_teacher", "mean_teacher_decay",
-    "mean_teacher_rampup", "weak_weight",
-)  # fmt: skip
+from training.trainer import build_trainer, interruptible
 
 
 def run(given: dict[str, Any]) -> None:
@@ -42,14 +35,15 @@ def run(given: dict[str, Any]) -> None:
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = build_model(settings)
     more = {}
-    labels = data.tables["train"].labels or published_labels(settings.dataset_type, settings.classes_num)
+    published = published_labels(settings.dataset_type, settings.classes_num)
+    labels = data.tables["train"].labels or published
     if start:
         report = load_network(
             network,
             start,
             new_classifier=True,
             labels=named(labels),
-            file_labels=named(checkpoint_labels(start, settings)),
+            file_labels=named(start.labels or published),
             frontend_from=settings.frontend_from,
             configured=settings.model_dump(),
         )
@@ -107,30 +101,3 @@ def starting_weights(settings: Config) -> Optional[Checkpoint]:
 def named(labels: list[str]) -> Optional[list[str]]:
     """Labels that are names, or None where nothing tells the names and published_labels has numbered the classes."""
     return labels if labels[0] != "class 0" else None
-
-
-def find_resumed(settings: Config) -> Optional[Checkpoint]:
-    """The checkpoint to go on from, or None for a new run.
-
-    Raises UserError where a new run would mix with an old one, and where the old one has another network.
-    """
-    folder = checkpoint_folder(settings)
-    last = folder / "last.ckpt"
-    if settings.resume is None:
-        if is_first_process() and folder.is_dir() and any(folder.glob("*.ckpt")):
-            raise UserError(
-                f"{settings.run_folder} holds a run already: --resume auto goes on with it, --exp_name NAME begins "
-                f"another."
-            )
-        return None
-    if settings.resume == "auto" and not last.is_file():
-        return None
-    resumed = read_checkpoint(last if settings.resume == "auto" else Path(settings.resume))
-    if resumed.settings is None or resumed.epoch is None or not resumed.resumable:
-        raise UserError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
-    now, then = settings.model_dump(), resumed.settings
-    changed = [name for name in RUN_SETTINGS if name in then and then[name] != now[name]]
-    if changed:
-        was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
-        raise UserError(f"The run to go on with has {was}: give the same settings, or another --exp_name.")
-    return resumed

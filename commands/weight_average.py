@@ -17,10 +17,11 @@ from model.checkpoint import FRONTEND, PREFIX, Checkpoint, load_network, read_ch
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from runs.card import recorded_data, write_card
 from runs.ledger import file_sha256
-from runs.records import is_first_process
+from runs.members import Member, differing
 from runs.test_plan import reported_split
-from runs.testing import Member, differing, test_member
+from runs.testing import test_member
 from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, UserError, resolve
+from training.devices import is_first_process
 from utils import int16_to_float32
 
 METRIC_IN_NAME = re.compile(r"-[A-Za-z_]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312

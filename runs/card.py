@@ -16,7 +16,7 @@ from model.checkpoint import COMPUTED, FRONTEND, PREFIX, read_checkpoint
 from runs.ledger import NOT_THE_EXPERIMENT
 from runs.records import git_revision
 from settings import FRAME_LOSSES, FRONTEND_SETTINGS, Config, UserError, all_settings, resolve
-from training.trainer import checkpoint_folder, chosen_by
+from training.callbacks import checkpoint_folder, chosen_by
 
 LIBRARY = "hts-at"
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm: measured, not learned

@@ -25,8 +25,9 @@ from frame_training import build_wrapper
 from model import build_model
 from sed_model import SEDWrapper
 from settings import FRAME_LOSSES, Config, UserError
+from training.devices import device_count, on_gpu
 from training.performance import compile_network
-from training.trainer import build_trainer, device_count, on_gpu
+from training.trainer import build_trainer
 from utils import int16_to_float32
 
 WARM_UP = 3  # steps before the first that counts: they compile, choose algorithms and fill the memory that is kept

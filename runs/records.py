@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,23 +17,10 @@ from data.files import write_text
 from data_generator import SEDDataModule
 from evaluation.metrics import Metric
 from settings import Config
-from training.trainer import device_count, node_count, on_gpu, process_count
+from training.devices import device_count, is_first_process, node_count, on_gpu, process_count
 
 PACKAGES = ("torch", "torchaudio", "pytorch-lightning", "numpy", "h5py", "soundfile", "soxr", "scikit-learn")
 BYTES_PER_TRAINED_PARAMETER = 16  # float32 weight, gradient and AdamW's two moments
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks and writes for all.
-
-    torchrun tells RANK to the processes that it starts, Lightning LOCAL_RANK and NODE_RANK, srun SLURM_PROCID.
-    """
-    told = os.environ
-    if "RANK" in told:
-        return int(told["RANK"]) == 0
-    if "LOCAL_RANK" in told:
-        return int(told["LOCAL_RANK"]) == 0 and int(told.get("NODE_RANK", "0")) == 0
-    return int(told.get("SLURM_PROCID", "0")) == 0
 
 
 def save_provenance(settings: Config, data: SEDDataModule, **more: Any) -> None:

@@ -18,9 +18,9 @@ from evaluation.postprocess import PostProcessing
 from evaluation.scores import shard_path
 from model.checkpoint import Checkpoint, read_checkpoint
 from runs.ledger import file_sha256
-from runs.records import is_first_process
 from sed_model import Evaluation
 from settings import FRONTEND_SETTINGS, Config, UserError
+from training.devices import is_first_process
 
 
 @dataclass(frozen=True)

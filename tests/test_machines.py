@@ -2,10 +2,9 @@
 
 import pytest
 
-from runs.records import is_first_process
 from settings import resolve
 from tests.helpers import TINY
-from training.trainer import node_count, process_count
+from training.devices import is_first_process, node_count, process_count
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}

@@ -10,7 +10,7 @@ import torch
 
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from settings import Config
-from training.trainer import on_gpu
+from training.devices import on_gpu
 
 # Of glibc's mallopt: how many blocks may be mapped on their own, and how much free memory is given back.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

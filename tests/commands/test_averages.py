@@ -12,13 +12,12 @@ import torch
 
 import main
 from commands import weight_average
-from commands.esm_test import SHARED_SETTINGS
 from commands.weight_average import average_checkpoints, find_checkpoints
 from evaluation.metrics import Metric
 from model import build_model
 from model.checkpoint import read_checkpoint
 from runs.ledger import read_results
-from runs.testing import DEFAULT_TEST_FILE, Member
+from runs.members import DEFAULT_TEST_FILE, SHARED_SETTINGS, Member
 from sed_model import Ensemble_SEDWrapper
 from settings import FRONTEND_SETTINGS, resolve
 from tests.helpers import TINY, TINY_FLAGS

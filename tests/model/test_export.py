@@ -21,7 +21,7 @@ from model.checkpoint import read_checkpoint
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.export import Frontend, Probabilities
 from prepare.demo import LABELS
-from runs.testing import Member
+from runs.members import Member
 from settings import resolve
 from tests.helpers import TINY
 

@@ -31,7 +31,8 @@ from runs.ledger import (
     read_results,
     settings_hash,
 )
-from runs.testing import Member, mapping_name, summarize
+from runs.members import Member
+from runs.testing import mapping_name, summarize
 from settings import resolve
 from tests.helpers import TINY
 

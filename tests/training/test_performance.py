@@ -10,8 +10,8 @@ import main
 from model import build_model
 from settings import resolve
 from tests.helpers import TINY, TINY_FLAGS
+from training.devices import device_count
 from training.performance import Performance, choose, compile_network, settle
-from training.trainer import device_count
 
 
 def test_a_cpu_stays_in_float32() -> None:

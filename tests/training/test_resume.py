@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import main
-from commands.train import find_resumed
 from model import build_model
 from model.checkpoint import store_in_checkpoint
+from runs.resume import find_resumed
 from settings import Config, UserError, resolve
 from tests.helpers import ROOT, TINY, TINY_FLAGS
-from training.trainer import link_or_copy
+from training.callbacks import link_or_copy
 
 
 def tiny(workspace: Path, **changes: Any) -> Config:

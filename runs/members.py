@@ -1,0 +1,148 @@
+"""Checkpoints to test, each with its settings, and which of them may be tested together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.clip_store import ClipTable
+from data.labels import published_labels
+from model import build_model
+from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
+from model.encoders.htsat import HTSAT_Swin_Transformer
+from runs.ledger import file_sha256
+from runs.test_plan import class_mapping
+from settings import Config, UserError, requested, resolve
+from training.devices import is_first_process, on_gpu
+from training.performance import settle
+
+# What the members must share: what they take, and which clips they were neither trained nor chosen on.
+SHARED_SETTINGS = (
+    "dataset_type", "task", "protocol", "esc_fold", "sample_rate", "clip_samples", "short_clips", "classes_num",
+)  # fmt: skip
+DEFAULT_TEST_FILE = "test"  # of config.py
+
+
+def checkpoint_labels(checkpoint: Checkpoint, settings: Config) -> list[str]:
+    """The classes of a checkpoint: its own, or those of the published one where it carries none."""
+    return checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
+
+
+def check_labels(checkpoint: Checkpoint, settings: Config, table: ClipTable) -> None:
+    """Raise UserError where a checkpoint and the data name their classes differently."""
+    known = checkpoint_labels(checkpoint, settings)
+    if class_mapping(known, settings, table) is not None:
+        return
+    if table.labels and known != table.labels and known[0] != "class 0":
+        differing = [pair for pair in zip(known, table.labels, strict=False) if pair[0] != pair[1]]
+        raise UserError(
+            f"{checkpoint.path} knows other classes than {table.paths[0]} has: {len(known)} against "
+            f"{len(table.labels)}, first difference {differing[:1]}. Set --dataset_type or --dataset_path, or prepare "
+            f"the data with the checkpoint's order of labels."
+        )
+
+
+@dataclass(frozen=True)
+class Member:
+    """A checkpoint to test, with the settings of its network.
+
+    sha256: of the file as it was when it was read. protocol: held_out, paper, or unknown, of a foreign file.
+    """
+
+    checkpoint: Checkpoint
+    settings: Config
+    sha256: str
+    protocol: str
+
+    @classmethod
+    def read(cls, path: str, given: dict[str, Any]) -> "Member":
+        """Raises UserError where the file cannot be used or does not fit what is given."""
+        checkpoint = read_checkpoint(path)
+        sha256 = file_sha256(path)
+        decided = decided_settings(checkpoint, requested("frontend_from", given))
+        settings, _ = settle(resolve(given, checkpoint=decided), training=False)
+        settings = settings.model_copy(update={"heatmap_dir": score_folder(checkpoint, settings, given)})
+        return cls(checkpoint, settings, sha256, known_protocol(checkpoint, settings, given))
+
+    def network(self) -> HTSAT_Swin_Transformer:
+        """The network with the checkpoint's weights; what was loaded is printed."""
+        network = build_model(self.settings)
+        configured = self.settings.model_dump()
+        report = load_network(
+            network, self.checkpoint, frontend_from=self.settings.frontend_from, configured=configured
+        )
+        if is_first_process():
+            print(report)
+        return network
+
+    def labels(self, table: ClipTable) -> list[str]:
+        """The names of the classes: the checkpoint's, those of the published one, the data's, or numbers."""
+        known = checkpoint_labels(self.checkpoint, self.settings)
+        return table.labels or known if known[0] == "class 0" else known
+
+    def reported(self) -> Config:
+        """The settings with the protocol as it is known, to be printed."""
+        return self.settings.model_copy(update={"protocol": self.protocol})
+
+    def named(self, name: str, given: dict[str, Any]) -> "Member":
+        """With another default of test_file, so that tests of different kinds leave one another's files alone."""
+        if "test_file" in given or self.settings.test_file != DEFAULT_TEST_FILE:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"test_file": name}))
+
+
+def known_protocol(checkpoint: Checkpoint, settings: Config, given: dict[str, Any]) -> str:
+    """The protocol behind a checkpoint: its own, or the given one; else paper for a published HTS-AT, or unknown."""
+    if "protocol" in given or "protocol" in (checkpoint.settings or {}):
+        return str(settings.protocol)
+    return "paper" if checkpoint.kind == "published HTS-AT" else "unknown"
+
+
+def score_folder(checkpoint: Checkpoint, settings: Config, given: dict[str, Any]) -> str:
+    """heatmap_dir; of a file that belongs to no run <workspace>/runs/<its name>/scores, unless a place is given.
+
+    Otherwise it would be the folder of the run that exp_name happens to name.
+    """
+    belongs = "exp_name" in (checkpoint.settings or {})
+    chosen = bool(given.keys() & {"heatmap_dir", "exp_name"})
+    if belongs or chosen or Path(settings.heatmap_dir) != settings.run_folder / "scores":
+        return str(settings.heatmap_dir)
+    return str(Path(settings.workspace) / "runs" / checkpoint.path.stem / "scores")
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """`name a against b` for each setting that both have, and have differently."""
+    both = [name for name in names if name in ours and name in theirs]
+    return [f"{name} {ours[name]} against {theirs[name]}" for name in both if ours[name] != theirs[name]]
+
+
+def check_alike(member: Member, first: Member) -> None:
+    """Raise UserError where the scores of two checkpoints cannot be averaged, or where the mean could not be trusted.
+
+    A member that was trained or chosen on clips that test the other would raise the ensemble's score.
+    """
+    ours, theirs = member.reported().model_dump(), first.reported().model_dump()
+    different = differing(ours, theirs, SHARED_SETTINGS)
+    if different:
+        raise UserError(
+            f"{member.checkpoint.path} and {first.checkpoint.path} have {', '.join(different)}: their scores cannot "
+            f"be averaged, or one of them may know clips that the other is tested on. Give members that agree; of a "
+            f"file that does not say what it was trained on, give it with --protocol, --esc_fold, ..."
+        )
+    known, other = (checkpoint_labels(each.checkpoint, each.settings) for each in (first, member))
+    if known != other and "class 0" not in (known[0], other[0]):
+        raise UserError(
+            f"{member.checkpoint.path} and {first.checkpoint.path} have different labels: their scores cannot be "
+            f"averaged."
+        )
+
+
+def fit_together(networks: Sequence[nn.Module], settings: Config) -> bool:
+    """Whether the weights of all networks take at most half of a GPU's free memory; in main memory they are anyway."""
+    if not on_gpu(settings):
+        return True
+    size = sum(t.numel() * t.element_size() for network in networks for t in network.state_dict().values())
+    return size <= torch.cuda.mem_get_info()[0] / 2

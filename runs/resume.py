@@ -1,0 +1,44 @@
+"""The checkpoint from which an interrupted run is resumed."""
+
+from pathlib import Path
+from typing import Optional
+
+from model.checkpoint import Checkpoint, read_checkpoint
+from settings import NETWORK_SETTINGS, Config, UserError
+from training.callbacks import checkpoint_folder
+from training.devices import is_first_process
+
+# What must not change when a run is gone on with: its network, what of it learns, and from which clips.
+RUN_SETTINGS = (
+    *NETWORK_SETTINGS, "dataset_type", "esc_fold", "protocol", "clip_samples", "random_seed", "balanced_data",
+    "class_filter", "freeze_backbone", "layer_decay", "weight_averaging", "ema_decay", "average_last_epochs",
+    "balanced_by", "labelling_shares", "teacher_path", "distillation_weight", "mean_teacher", "mean_teacher_decay",
+    "mean_teacher_rampup", "weak_weight",
+)  # fmt: skip
+
+
+def find_resumed(settings: Config) -> Optional[Checkpoint]:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises UserError where a new run would mix with an old one, and where the old one has another network.
+    """
+    folder = checkpoint_folder(settings)
+    last = folder / "last.ckpt"
+    if settings.resume is None:
+        if is_first_process() and folder.is_dir() and any(folder.glob("*.ckpt")):
+            raise UserError(
+                f"{settings.run_folder} holds a run already: --resume auto goes on with it, --exp_name NAME begins "
+                f"another."
+            )
+        return None
+    if settings.resume == "auto" and not last.is_file():
+        return None
+    resumed = read_checkpoint(last if settings.resume == "auto" else Path(settings.resume))
+    if resumed.settings is None or resumed.epoch is None or not resumed.resumable:
+        raise UserError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
+    now, then = settings.model_dump(), resumed.settings
+    changed = [name for name in RUN_SETTINGS if name in then and then[name] != now[name]]
+    if changed:
+        was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
+        raise UserError(f"The run to go on with has {was}: give the same settings, or another --exp_name.")
+    return resumed
