@@ -166,6 +166,7 @@ def open_teacher(settings: Config, table: ClipTable) -> TeacherLogits:
 
     Raises UserError where the file is none, has none of the clips, or speaks of clips of another length.
     """
+    assert settings.teacher_path
     teacher = TeacherLogits(Path(settings.teacher_path), table.labels)
     seconds, covered = settings.clip_samples / settings.sample_rate, teacher.steps * teacher.step_seconds
     if abs(covered - seconds) > teacher.step_seconds / 2:

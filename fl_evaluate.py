@@ -33,7 +33,7 @@ from evaluation.tables import (
     tsv_text,
 )
 from runs.ledger import file_sha256
-from settings import FRONTEND_SETTINGS, Config, UserError, resolve
+from settings import Config, UserError, resolve, section
 
 BESIDE = ""  # --report without a file
 
@@ -77,7 +77,7 @@ def read_sounds(scores: Scores, clips: Sequence[int]) -> dict[int, ClipSound]:
     if not store.is_file():
         print(f"No sound, in the pictures and in the report: the clips' store {store} is not there.")
         return {}
-    rate, window, hop, bins, fmin, fmax = (scores.attributes[name] for name in FRONTEND_SETTINGS)
+    rate, window, hop, bins, fmin, fmax = (scores.attributes[name] for name in section("front-end"))
     spectrogram = Spectrogram(int(window), int(hop))
     mel = LogMel(int(rate), int(window), int(bins), float(fmin), float(fmax))
     centres = mel.melW.argmax(dim=0).numpy() * int(rate) / int(window)

@@ -181,7 +181,8 @@ class FrameSEDWrapper(SEDWrapper):
             wanted = network.forward_logmel(logmel)
         weight = self.settings.mean_teacher * ramp_up(self._epochs_done(), self.settings.mean_teacher_rampup)
         names = ("framewise_logits", "clipwise_logits")
-        return weight * sum(consistency(outputs[name].sigmoid(), wanted[name].sigmoid()) for name in names)
+        differences = [consistency(outputs[name].sigmoid(), wanted[name].sigmoid()) for name in names]
+        return weight * torch.stack(differences).sum()
 
     def _epochs_done(self) -> float:
         """Epochs of training so far, with the part of the one at work."""

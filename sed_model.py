@@ -16,7 +16,7 @@ from data.ontology import read_ontology
 from evaluation.mapping import ClassMapping
 from evaluation.metrics import MAIN_METRIC, Metric, clip_metrics
 from model.encoders.htsat import HTSAT_Swin_Transformer, Outputs
-from settings import FRONTEND_SETTINGS, Config, UserError
+from settings import Config, UserError, section
 from training import augment
 from training.losses import LOSSES
 from utils import do_mixup, get_mix_lambda, int16_to_float32
@@ -139,7 +139,8 @@ class SEDWrapper(Evaluation):
         self.watched: list[tuple[Tensor, ...]] = []  # of the test clips, with watch_test
         self.unreadable = 0  # clips of this epoch, in this process
         self.batch_in_epoch = 0
-        self.ontology = read_ontology(Path(settings.class_map_path)) if settings.enable_label_enhance else None
+        ontology = settings.class_map_path if settings.enable_label_enhance else None
+        self.ontology = read_ontology(Path(ontology)) if ontology else None
         if settings.freeze_backbone:
             # ImageNet's weights bring no bn0: it has to learn what sounds are like.
             network.freeze_backbone(with_bn0=settings.swin_pretrain_path is None)
@@ -255,7 +256,7 @@ class SEDWrapper(Evaluation):
         checkpoint["settings"], checkpoint["labels"] = values, self.labels
         # `epoch` is Lightning's number of the epoch at work, which a checkpoint in its middle leaves incomplete.
         checkpoint["complete_epochs"] = self.current_epoch + int(self.trainer.is_last_batch)
-        checkpoint["frontend"] = {name: values[name] for name in FRONTEND_SETTINGS}
+        checkpoint["frontend"] = {name: values[name] for name in section("front-end")}
 
 
 class Ensemble_SEDWrapper(Evaluation):

@@ -1,74 +1,45 @@
 """config.py + flags -> one frozen, validated Config.
 
 config.py is executed with the given values in place of its own, so whatever it computes from a setting follows.
+`python settings.py` writes config_fields.pyi, from which type checkers know the fields of Config.
 """
 
 import ast
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
+if TYPE_CHECKING:
+    from config_fields import ConfigFields
+else:
+    ConfigFields = BaseModel
+
 CONFIG_PATH = Path(__file__).with_name("config.py")
+FIELDS_PATH = CONFIG_PATH.with_name("config_fields.pyi")
+SECTION_LINE = re.compile(r"# --- (.+?) -+")
 
-
-# What a checkpoint decides: the network, what it hears, and what it was trained on. `test` and `predict` take these
-# from the checkpoint; the rest (folders, batch size, device, ...) comes from config.py and the flags.
-FRONTEND_SETTINGS = ("sample_rate", "window_size", "hop_size", "mel_bins", "fmin", "fmax")
-NETWORK_SETTINGS = (
-    *FRONTEND_SETTINGS, "classes_num", "loss_type", "enable_tscam",
-    "enable_repeat_mode", "htsat_attn_heatmap", "htsat_spec_size", "htsat_patch_size", "htsat_stride",
-    "htsat_window_size", "htsat_dim", "htsat_depth", "htsat_num_head", "htsat_drop_path", "htsat_time_stride",
-    "htsat_readout_stage", "sequence_head", "sequence_layers", "sequence_dim",
-)  # fmt: skip
-TRAINED_SETTINGS = (
-    *NETWORK_SETTINGS,
-    "dataset_type",
-    "task",
-    "short_clips",
-    "exp_name",
-    "esc_fold",
-    "protocol",
-    "clip_samples",
-)
-
+# Sections of config.py. A checkpoint's weights determine the first ones; the others say what they were trained on.
+NETWORK_SECTIONS = ("front-end", "network", "HTS-AT")
+TRAINED_SECTIONS = (*NETWORK_SECTIONS, "data set", "split", "clips")
 FRAME_LOSSES = ("frame_bce", "weak_strong_bce")  # those that learn from event times
-ONLY_FRAMES = (  # what no other loss has a use for
-    "teacher_path", "mean_teacher", "labelling_shares", "gain_range", "frequency_warp", "filter_augment", "mix_style",
-    "mixup_waveforms",
-)  # fmt: skip
-
-POSITIVE = (
-    "batch_size", "learning_rate", "max_epoch", "sample_rate", "clip_samples", "window_size", "hop_size", "mel_bins",
-    "fmax", "classes_num", "htsat_spec_size", "htsat_patch_size", "htsat_stride", "htsat_window_size", "htsat_dim",
-    "shift_max", "crop_size", "esc_fold", "save_top_k", "layer_decay", "average_last_epochs",
-    "accumulate_batches", "htsat_time_stride", "htsat_readout_stage", "sequence_layers", "sequence_dim",
-    "mean_teacher_rampup",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "weight_decay", "gradient_clip", "mixup_alpha", "devices", "num_workers", "fmin", "htsat_drop_path", "random_seed",
-    "checkpoint_every_steps", "wa_top_k", "weak_weight", "gain_range", "frequency_warp", "filter_augment", "mix_style",
-    "mean_teacher", "distillation_weight",
-)  # fmt: skip
 
 
 class UserError(ValueError):
     """A mistake in what a user gave. The message says what was given, what is allowed and what to do."""
 
 
-class Config(BaseModel):
+class Config(ConfigFields):
     """All settings of a run, checked and frozen. The fields are those of config.py, in its order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def __getattr__(self, name: str) -> Any:  # the fields exist at run time only: tell type checkers so
-        return super().__getattr__(name)  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:  # its class is made from config.py: copies and processes make it again
         return _rebuild, (self.model_dump(),)
@@ -81,15 +52,17 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of config.py."""
+    """One assignment of config.py. section: the comment line above it."""
 
     name: str
     type: Any
     comment: str
+    section: str
 
     @property
     def is_list(self) -> bool:
-        return get_origin(self.type) is list
+        kind = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
+        return get_origin(kind) is list
 
     @property
     def is_optional(self) -> bool:
@@ -115,24 +88,21 @@ class Setting:
 
 
 @cache
-def _source() -> tuple[str, dict[str, str]]:
-    """The text of config.py, and the comment of each setting in it."""
-    text = CONFIG_PATH.read_text()
-    lines = text.splitlines()
-    comments = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            statement = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-            comments[node.target.id] = statement.rpartition("  # ")[2].splitlines()[0].strip()
-    return text, comments
+def _source() -> str:
+    return CONFIG_PATH.read_text()
+
+
+def _assignments(tree: ast.Module) -> list[tuple[str, ast.AnnAssign]]:
+    """The settings of config.py: name, and node of its syntax tree."""
+    return [(n.target.id, n) for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
 
 
 def _execute(given: Mapping[str, Any]) -> dict[str, Any]:
     """Run config.py with the values of `given` in place of its own; returns its namespace."""
-    tree = ast.parse(_source()[0])
-    for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in given:
-            node.value = ast.Subscript(ast.Name("_given", ast.Load()), ast.Constant(node.target.id), ast.Load())
+    tree = ast.parse(_source())
+    for name, node in _assignments(tree):
+        if name in given:
+            node.value = ast.Subscript(ast.Name("_given", ast.Load()), ast.Constant(name), ast.Load())
     namespace: dict[str, Any] = {"_given": dict(given), "__name__": "config", "__file__": str(CONFIG_PATH)}
     exec(compile(ast.fix_missing_locations(tree), str(CONFIG_PATH), "exec"), namespace)
     return namespace
@@ -141,9 +111,28 @@ def _execute(given: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def all_settings() -> dict[str, Setting]:
     """Every setting of config.py by name, in order."""
-    annotations = _execute({})["__annotations__"]
-    comments = _source()[1]
-    return {name: Setting(name, kind, comments[name]) for name, kind in annotations.items()}
+    lines, types, found = _source().splitlines(), _execute({})["__annotations__"], {}
+    for name, node in _assignments(ast.parse(_source())):
+        comment = "\n".join(lines[node.lineno - 1 : node.end_lineno]).rpartition("  # ")[2].splitlines()[0].strip()
+        titles = [match[1] for match in map(SECTION_LINE.fullmatch, lines[: node.lineno]) if match]
+        found[name] = Setting(name, types[name], comment, titles[-1])
+    return found
+
+
+def section(*titles: str) -> tuple[str, ...]:
+    """Names of the settings below these section lines of config.py, in its order."""
+    unknown = set(titles) - {setting.section for setting in all_settings().values()}
+    assert not unknown, f"config.py has no section {unknown}"
+    return tuple(name for name, setting in all_settings().items() if setting.section in titles)
+
+
+def fields_stub() -> str:
+    """The text of config_fields.pyi: config.py's imports and types, and a class with one annotation a setting."""
+    tree = ast.parse(_source())
+    kinds = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.ImportFrom, ast.Assign))]
+    fields = [f"    {name}: {ast.unparse(node.annotation)}" for name, node in _assignments(tree)]
+    head = ["# Written by `python settings.py`, from config.py.", "from pydantic import BaseModel", *kinds]
+    return "\n".join([*head, "class ConfigFields(BaseModel):", *fields]) + "\n"
 
 
 @cache
@@ -194,32 +183,26 @@ def requested(name: str, given: Mapping[str, Any]) -> Any:
 
 
 def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[Mapping[str, Any]] = None) -> Config:
-    """Settings of a run: config.py, then what a checkpoint decides, then what is given.
+    """Settings of a run: config.py, then what a checkpoint determines, then what is given.
 
-    given: {name: value}, as from flags. checkpoint: the settings saved in a checkpoint; those in TRAINED_SETTINGS
-    count. Raises UserError for unknown names, wrong values and values that do not fit together.
+    given: {name: value}, as from flags. checkpoint: the settings saved in one; those of TRAINED_SECTIONS count,
+    and exp_name, so that what is made of a checkpoint goes into the folder of its run. Raises UserError for unknown
+    names, wrong values and values that do not fit together.
     """
     known = all_settings()
     given = check_values(given or {})
     session = _edited_in_session(_execute({}))
     session = {name: known[name].check(value) for name, value in session.items()}
-    trained = {name: known[name].check(v) for name, v in (checkpoint or {}).items() if name in TRAINED_SETTINGS}
-    for name in NETWORK_SETTINGS:
+    travelling = {*section(*TRAINED_SECTIONS), "exp_name"}
+    trained = {name: known[name].check(value) for name, value in (checkpoint or {}).items() if name in travelling}
+    if trained.get("dataset_type") != given.get("dataset_type", trained.get("dataset_type")):
+        trained = {name: value for name, value in trained.items() if name not in section("split")}  # of other clips
+    for name in section(*NETWORK_SECTIONS, "split"):
         if name in trained and name in given and given[name] != trained[name]:
             raise UserError(
-                f"{name} = {given[name]!r} contradicts the checkpoint, whose network has {name} = {trained[name]!r}. "
-                f"Leave --{name} out: the checkpoint brings its own."
+                f"{name} = {given[name]!r} contradicts the checkpoint, which was trained with {name} = "
+                f"{trained[name]!r}. Leave --{name} out: the checkpoint brings its own."
             )
-    if trained.get("dataset_type") != given.get("dataset_type", trained.get("dataset_type")):
-        for name in ("esc_fold", "protocol"):  # they speak of the clips of the other data set
-            trained.pop(name, None)
-    else:
-        for name in ("esc_fold", "protocol"):
-            if name in trained and name in given and given[name] != trained[name]:
-                raise UserError(
-                    f"{name} = {given[name]!r} contradicts the checkpoint, which was trained with {name} = "
-                    f"{trained[name]!r}: the clips to test would be among those it was trained or chosen on."
-                )
     values = _execute({**session, **trained, **given})
     config = _config_class()(**{name: known[name].check(values[name]) for name in known})
     _check_together(config)
@@ -230,13 +213,6 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
 
 def _check_together(config: Config) -> None:
     """What no single setting shows. Raises UserError, or warns where a value is legal but odd."""
-    values = config.model_dump()
-    for name in POSITIVE:
-        if values[name] is not None and values[name] <= 0:
-            raise UserError(f"{name} = {values[name]} is not allowed: it must be greater than 0.")
-    for name in NOT_NEGATIVE:
-        if values[name] < 0:
-            raise UserError(f"{name} = {values[name]} is not allowed: it must be 0 or greater.")
     if config.fmin >= config.fmax:
         raise UserError(f"fmin = {config.fmin} Hz must lie below fmax = {config.fmax} Hz.")
     if config.fmax > config.sample_rate / 2:
@@ -245,12 +221,8 @@ def _check_together(config: Config) -> None:
             f"up there stay empty.",
             stacklevel=3,
         )
-    if len(config.lr_rate) != 3 or len(config.lr_scheduler_epoch) != 3:
-        raise UserError("lr_rate and lr_scheduler_epoch each need three values, as in config.py.")
     if sorted(config.lr_scheduler_epoch) != config.lr_scheduler_epoch:
         raise UserError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
-    if config.htsat_drop_path >= 1:
-        raise UserError(f"htsat_drop_path = {config.htsat_drop_path} must be below 1: nothing would be left.")
     frames, most = config.clip_samples // config.hop_size + 1, config.htsat_spec_size**2 // config.mel_bins
     if frames > most:
         raise UserError(
@@ -261,22 +233,13 @@ def _check_together(config: Config) -> None:
         raise UserError("AudioSet has no validation clips to choose on: protocol must be paper.")
     if config.enable_label_enhance and config.class_map_path is None:
         raise UserError("enable_label_enhance needs class_map_path, AudioSet's ontology.json.")
-    shares = config.token_label_range
-    if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1:
-        raise UserError(f"token_label_range = {shares} is not allowed: give two shares of a clip, as in [0.2, 0.6].")
+    if sorted(config.token_label_range) != config.token_label_range:
+        raise UserError(f"token_label_range = {config.token_label_range} must rise, as in [0.2, 0.6].")
     if config.freeze_backbone and not (config.resume_checkpoint or config.swin_pretrain_path):
         raise UserError(
             "freeze_backbone and linear_probe train a classifier on a network that has learned already: give "
             "--resume_checkpoint or --swin_pretrain_path."
         )
-    if config.layer_decay > 1 or not 0 <= config.ema_decay < 1:
-        raise UserError(
-            f"layer_decay = {config.layer_decay} may be at most 1, and ema_decay = {config.ema_decay} must lie below 1."
-        )
-    if not 0 <= config.window_overlap < 1:
-        raise UserError(f"window_overlap = {config.window_overlap} is not allowed: it must be 0 or more, and below 1.")
-    if not config.tta_shifts:
-        raise UserError("tta_shifts is empty: give [0] for no averaging over shifts.")
     if config.loss_type == "clip_ce" and config.task == "multilabel":
         raise UserError(
             "loss_type = clip_ce expects one class a clip, but task = multilabel allows several: use clip_bce or "
@@ -287,7 +250,7 @@ def _check_together(config: Config) -> None:
 def _check_frame_training(config: Config) -> None:
     """Settings that only a training on event times has a use for. Raises UserError where they cannot be."""
     frames = config.loss_type in FRAME_LOSSES
-    asked = [name for name in ONLY_FRAMES if getattr(config, name)]
+    asked = [name for name in section("semi-supervised", "frame augmentation") if getattr(config, name)]
     asked += ["balanced_by = frames"] if config.balanced_by == "frames" else []
     if asked and not frames:
         raise UserError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")
@@ -302,15 +265,15 @@ def _check_frame_training(config: Config) -> None:
             f"enable_token_label, enable_label_enhance and enable_repeat_mode do not go with loss_type = "
             f"{config.loss_type}."
         )
-    if config.distillation_weight > 1 or config.mix_style > 1 or config.frequency_warp >= 1:
-        raise UserError("distillation_weight and mix_style may be at most 1, and frequency_warp must lie below 1.")
-    if not 0 <= config.mean_teacher_decay < 1:
-        raise UserError(f"mean_teacher_decay = {config.mean_teacher_decay} is not allowed: it must be below 1.")
     shares = config.labelling_shares
-    if shares and (len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+    if shares and (len(shares) != 3 or abs(sum(shares) - 1) > 1e-6):
         raise UserError(
             f"labelling_shares = {shares} is not allowed: give the shares of strong, weak and unlabelled clips, as in "
             f"0.25,0.25,0.5."
         )
     if shares and config.balanced_data:
         raise UserError("labelling_shares and balanced_data both say which clips a batch has: set one of them.")
+
+
+if __name__ == "__main__":
+    FIELDS_PATH.write_text(fields_stub())

@@ -41,7 +41,7 @@ from model import build_model
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.export import build_onnx, join, quantize, save_onnx
 from runs.measure import count_flops, peak_flops
-from settings import FRONTEND_SETTINGS, Config, resolve
+from settings import Config, resolve, section
 from training.performance import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def _flushed(connection: Connection, keep_memory: bool) -> None:
 def exported(settings: Config, network: HTSAT_Swin_Transformer, folder: Path) -> tuple[dict[str, Listen], dict]:
     """onnxruntime with the float32 and the int8 file, on as many threads as torch; and the files' sizes in bytes."""
     frontend, body = build_onnx(network, settings.clip_samples)
-    described = {name: getattr(settings, name) for name in FRONTEND_SETTINGS}
+    described = {name: getattr(settings, name) for name in section("front-end")}
     about = {"settings": settings.model_dump(), "labels": [], "frontend": described}
     sides: dict[str, Listen] = {}
     for name, model in (("onnx", body), ("onnx int8", quantize(body))):

@@ -24,7 +24,7 @@ from model.known import find_checkpoint
 from runs.card import write_card
 from runs.members import Member, checkpoint_labels
 from runs.records import git_revision, write_json
-from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, Config, UserError, requested, resolve
+from settings import TRAINED_SECTIONS, Config, UserError, requested, resolve, section
 from utils import int16_to_float32
 
 FILES = {
@@ -33,7 +33,6 @@ FILES = {
     "onnx-mel": "model-mel.onnx",
     "onnx-int8": "model-int8.onnx",
 }
-OF_RUNS = ("exp_name", "esc_fold", "protocol")  # settings that say to which run weights belong
 FLOAT_TOLERANCE = 1e-4  # largest difference of a probability
 LEAST_AGREEMENT = 0.95  # int8: share of the clips whose highest class stays the same
 BATCHES = (1, 2, 5)  # clips in a batch, in turn: a file must take any number
@@ -106,14 +105,15 @@ def describe(member: Member) -> dict[str, Any]:
     Of a foreign file, what config.py says of runs is left out: it belongs to none, and its protocol may be unknown.
     """
     known = member.checkpoint.settings or {}
-    trained = {name: getattr(member.settings, name) for name in TRAINED_SETTINGS if name not in OF_RUNS}
-    trained |= {name: known[name] for name in OF_RUNS if name in known}
+    of_run = ("exp_name", *section("split"))  # a run's own name and clips, where the file belongs to one
+    trained = {name: getattr(member.settings, name) for name in section(*TRAINED_SECTIONS) if name not in of_run}
+    trained |= {name: known[name] for name in of_run if name in known}
     if member.protocol != "unknown":
         trained["protocol"] = member.protocol
     about: dict[str, Any] = {
         "settings": {**{name: value for name, value in known.items() if not _has_path(value)}, **trained},
         "labels": checkpoint_labels(member.checkpoint, member.settings),
-        "frontend": {name: getattr(member.settings, name) for name in FRONTEND_SETTINGS},
+        "frontend": {name: getattr(member.settings, name) for name in section("front-end")},
     }
     processing = member.checkpoint.postprocessing
     return about | ({"postprocessing": processing} if processing else {})

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import UserError, requested
+from settings import UserError, requested, section
 
 if TYPE_CHECKING:
     from evaluation.postprocess import PostProcessing
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 ENDED_BY_READER = 141  # exit status, as shells say it of a program that SIGPIPE ends
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}
-EVENT_SETTINGS = ("fl_threshold", "fl_median_filter", "fl_minimum_duration", "fl_maximum_gap", "fl_interpolation")
 
 
 def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted: Any) -> int:
@@ -111,7 +110,7 @@ def print_tags(name: str, tagged: "Tagged", count: int) -> None:
 
 def event_processing(tagger: "Tagger") -> "PostProcessing":
     """Thresholds and filters for events: the checkpoint's, or 0.5, with what the settings fl_... say in their place."""
-    if all(getattr(tagger.settings, name) in (None, []) for name in EVENT_SETTINGS):
+    if all(getattr(tagger.settings, name) in (None, []) for name in section("event detection")):
         return tagger.postprocessing
     import json
 

@@ -20,12 +20,11 @@ from runs.ledger import file_sha256
 from runs.members import Member, differing
 from runs.test_plan import reported_split
 from runs.testing import test_member
-from settings import FRONTEND_SETTINGS, TRAINED_SETTINGS, UserError, resolve
+from settings import TRAINED_SECTIONS, UserError, resolve, section
 from training.devices import is_first_process
 from utils import int16_to_float32
 
 METRIC_IN_NAME = re.compile(r"-[A-Za-z_]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312
-COMPARED_SETTINGS = [name for name in TRAINED_SETTINGS if name != "exp_name"]
 
 
 def run(given: dict[str, Any]) -> None:
@@ -174,8 +173,8 @@ def check_alike(other: Checkpoint, first: Checkpoint) -> None:
             f"{silent.path} does not say how it was trained, and {known.path} does: whether they may be tested on the "
             f"same clips cannot be told, so they are not averaged."
         )
-    different = differing(ours or {}, theirs or {}, COMPARED_SETTINGS)
-    different += differing(other.frontend or {}, first.frontend or {}, FRONTEND_SETTINGS)
+    different = differing(ours or {}, theirs or {}, section(*TRAINED_SECTIONS))
+    different += differing(other.frontend or {}, first.frontend or {}, section("front-end"))
     if different:
         raise UserError(f"{pair} have {', '.join(dict.fromkeys(different))}: they cannot be averaged.")
     if {k: v.shape for k, v in other.state_dict.items()} != {k: v.shape for k, v in first.state_dict.items()}:

@@ -20,20 +20,13 @@ from evaluation.detection import MACRO, MICRO, DetectionMetric, MetricComparison
 from evaluation.event_tables import GroundTruth
 from evaluation.postprocess import PostProcessing, truth_table
 from evaluation.scores import Scores
-from settings import Config, UserError
+from settings import Config, UserError, section
 
 WIDTH = 160  # characters of a line that goes into a file or a pipe; a terminal says its own
 TSV_COLUMNS = (
     "metric", "criterion", "tool", "class", "value", "low", "high", "level", "resamples", "unit", "true_positives",
     "false_positives", "false_negatives", "positives", "note",
 )  # fmt: skip
-FL_SETTINGS = {  # field of PostProcessing: its setting
-    "thresholds": "fl_threshold",
-    "median_filter": "fl_median_filter",
-    "minimum_duration": "fl_minimum_duration",
-    "maximum_gap": "fl_maximum_gap",
-    "interpolation": "fl_interpolation",
-}
 
 
 def choose_postprocessing(scores: Scores, settings: Config) -> PostProcessing:
@@ -42,13 +35,14 @@ def choose_postprocessing(scores: Scores, settings: Config) -> PostProcessing:
     Its `source` tells which. Raises UserError for values that do not fit the classes.
     """
     base = scores.postprocessing or PostProcessing(tuple(scores.labels))
-    given: dict[str, Any] = {name: getattr(settings, setting) for name, setting in FL_SETTINGS.items()}
+    given = {name: getattr(settings, name) for name in section("event detection")}
     given = {name: value for name, value in given.items() if value is not None and value != []}
     if not given:
         return base
-    return replace(
-        base, **given, source=f"{base.source}, with {', '.join(FL_SETTINGS[name] for name in given)} as given"
-    )
+    fields: dict[str, Any] = {
+        "thresholds" if name == "fl_threshold" else name.removeprefix("fl_"): value for name, value in given.items()
+    }
+    return replace(base, **fields, source=f"{base.source}, with {', '.join(given)} as given")
 
 
 def truth_of_scores(scores: Scores) -> GroundTruth:

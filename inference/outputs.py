@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 from inference.tagger import Tagged
-from settings import FRONTEND_SETTINGS, Config, UserError
+from settings import Config, UserError, section
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -341,7 +341,7 @@ class Outputs:
             rows = store.create_dataset(names[1], (int(first[-1]), width), "<f4") if with_frames else None
             self._fill(flag, clips, rows, first)
             seconds = self.entries[0]["seconds_per_frame"] if self.entries else 0.0
-            frontend = {name: getattr(self.settings, name) for name in FRONTEND_SETTINGS}
+            frontend = {name: getattr(self.settings, name) for name in section("front-end")}
             store.attrs.update({"labels": self.labels, "seconds_per_frame": seconds, **frontend})
 
     def _fill(self, flag: str, clips: Any, rows: Any, first: np.ndarray) -> None:

@@ -21,7 +21,7 @@ from data.files import whole_file
 from model.foreign import PREFIX as PREFIX
 from model.foreign import Kind, heads, identify
 from model.layers.swin import SwinBlock
-from settings import FRONTEND_SETTINGS, UserError
+from settings import UserError, section
 
 CLASSIFIER = ("tscam_conv.", "head.")  # keys whose shape follows the number of classes
 ADDED = ("readout.", "sequence_head.")  # parts that published networks do not have
@@ -29,7 +29,6 @@ POSITIONS = ("relative_position_index", "attn_mask")  # buffers that follow from
 COMPUTED = (*POSITIONS, "num_batches_tracked")  # buffers that a file may leave out
 FRONTEND = ("spectrogram_extractor.", "logmel_extractor.")
 LEAST_MATCHED = 0.99  # share of the backbone's parameters below which a file is refused
-HEARD = (*FRONTEND_SETTINGS, "clip_samples")  # the settings that go with a front-end
 # What torch.load and zipfile raise, beside UnpicklingError, for files that are cut off or damaged.
 UNREADABLE = (
     RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
@@ -50,7 +49,7 @@ class Checkpoint:
     epoch: Optional[int] = None  # None: the file belongs to no run of this project
     resumable: bool = False  # whether it holds what a run needs to go on, beside the weights
     complete_epochs: Optional[int] = None  # epochs of training; a checkpoint in the middle of one does not count it
-    frontend: Optional[dict[str, Any]] = None  # FRONTEND_SETTINGS, where they are known
+    frontend: Optional[dict[str, Any]] = None  # settings of section "front-end", where they are known
     kind: Kind = "HTS-AT of this project"
     sources: Optional[list[str]] = None  # of a weight average: the files that it is the mean of
     postprocessing: Optional[dict[str, Any]] = None  # thresholds and filters, as `calibrate` stored them
@@ -98,7 +97,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}.") from None
     settings = _described(path, weights.settings, "settings", Mapping)
-    about = {name: settings[name] for name in FRONTEND_SETTINGS if name in settings} if settings else None
+    about = {name: settings[name] for name in section("front-end") if name in settings} if settings else None
     own = weights.kind == "HTS-AT of this project"
     epoch = _described(path, content.get("epoch"), "epoch", int) if own else None
     return Checkpoint(
@@ -210,9 +209,10 @@ def decided_settings(
     fine-tuning as well.
     """
     known = checkpoint.settings or {}
+    frontend = (*section("front-end"), "clip_samples")  # its samples are counted at the front-end's rate
     if fine_tuning:
-        return {name: known[name] for name in HEARD if name in known and frontend_from == "checkpoint"}
-    return {name: value for name, value in known.items() if name not in HEARD or frontend_from != "settings"}
+        return {name: known[name] for name in frontend if name in known and frontend_from == "checkpoint"}
+    return {name: value for name, value in known.items() if name not in frontend or frontend_from != "settings"}
 
 
 def load_network(
@@ -230,7 +230,7 @@ def load_network(
     new_classifier: for fine-tuning, keep the network's own classifier where its shape differs, or where `labels` (of
     the network) and `file_labels` (the checkpoint's own, unless given) are both known and differ; and its own readout
     and sequence head where the file has none, or others. Otherwise every parameter must come from the file.
-    frontend_from: auto takes the file's front-end, but the network's in fine-tuning. configured: FRONTEND_SETTINGS of
+    frontend_from: auto takes the file's front-end, but the network's in fine-tuning. configured: the settings of
     the network, to name what differs in the warning that is then given. Raises UserError when too little matches, and
     where ImageNet's weights are to be evaluated.
     """

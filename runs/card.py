@@ -15,7 +15,7 @@ from evaluation.metrics import Metric
 from model.checkpoint import COMPUTED, FRONTEND, PREFIX, read_checkpoint
 from runs.ledger import NOT_THE_EXPERIMENT
 from runs.records import git_revision
-from settings import FRAME_LOSSES, FRONTEND_SETTINGS, Config, UserError, all_settings, resolve
+from settings import FRAME_LOSSES, Config, UserError, all_settings, resolve, section
 from training.callbacks import checkpoint_folder, chosen_by
 
 LIBRARY = "hts-at"
@@ -222,7 +222,7 @@ def _training(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The settings that make the experiment; of a path only the file's name."""
     if not settings:
         return "## Training\n\nThe file says nothing about how it was trained."
-    left_out = (NOT_THE_EXPERIMENT - {"random_seed", "esc_fold"}) | {*FRONTEND_SETTINGS}
+    left_out = section("front-end", *NOT_THE_EXPERIMENT)
     rows = [
         [f"`{name}`", Path(value).name if isinstance(value, str) and "/" in value else value]
         for name, value in settings.items()
@@ -234,7 +234,7 @@ def _training(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def _frontend(frontend: Mapping[str, Any]) -> str:
     if not frontend:
         return ""
-    rows = [[f"`{name}`", f"{frontend[name]} {UNITS.get(name, '')}".strip()] for name in FRONTEND_SETTINGS]
+    rows = [[f"`{name}`", f"{frontend[name]} {UNITS.get(name, '')}".strip()] for name in section("front-end")]
     return (
         f"## Front-end\n\nLog-mel spectrogram: periodic Hann window, centred frames, Slaney mel scale, "
         f"10 log10 of the power.\n\n{_table(('setting', 'value'), rows)}"

@@ -12,24 +12,16 @@ from typing import Any, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from settings import UserError
+from settings import UserError, section
 
 Kind = Literal["single", "ensemble", "weight average"]
 
-# Settings that say where a run was, how it was watched, or how it is tested, and not what the experiment is. The seed
-# and the fold are left out too, and stand in the line themselves: runs that differ in nothing else belong together.
+# Sections of config.py that say where a run is, how it is watched and how it is tested, not what the experiment is.
 # What a run starts from (resume_checkpoint, ...) is part of the experiment, though it is a path.
-NOT_THE_EXPERIMENT = frozenset(
-    (
-        "random_seed", "esc_fold", "exp_name", "workspace", "dataset_path", "debug", "resume", "class_map_path",
-        "save_top_k", "checkpoint_every_steps", "accelerator", "devices", "num_workers", "gradient_checkpointing",
-        "performance", "compile",
-        "tta_shifts", "test_split", "fl_local", "heatmap_dir", "test_file", "test_shard", "fl_threshold",
-        "fl_dataset", "fl_audioset_mapping", "fl_class_num", "fl_median_filter", "fl_minimum_duration",
-        "fl_maximum_gap", "fl_interpolation", "window_overlap", "clip_pooling", "esm_model_pathes", "esm_together",
-        "watch_test", "wa_folder", "wa_top_k", "wa_reestimate_bn", "wa_test", "wa_model_path", "results_path",
-    )
+NOT_THE_EXPERIMENT = (
+    "run", "machine", "test", "localization", "event detection", "predict", "esm_test", "weight_average",
 )  # fmt: skip
+IN_THE_LINE = ("random_seed", "esc_fold")  # fields of Result: runs that differ in nothing else belong together
 
 
 class LedgerPart(BaseModel):
@@ -138,7 +130,8 @@ class Spread:
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of the settings that determine an experiment, whatever its seed, fold and machine."""
-    chosen = {name: value for name, value in settings.items() if name not in NOT_THE_EXPERIMENT}
+    left_out = {*section(*NOT_THE_EXPERIMENT), *IN_THE_LINE}
+    chosen = {name: value for name, value in settings.items() if name not in left_out}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 

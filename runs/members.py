@@ -15,14 +15,10 @@ from model.checkpoint import Checkpoint, decided_settings, load_network, read_ch
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from runs.ledger import file_sha256
 from runs.test_plan import class_mapping
-from settings import Config, UserError, requested, resolve
+from settings import Config, UserError, requested, resolve, section
 from training.devices import is_first_process, on_gpu
 from training.performance import settle
 
-# What the members must share: what they take, and which clips they were neither trained nor chosen on.
-SHARED_SETTINGS = (
-    "dataset_type", "task", "protocol", "esc_fold", "sample_rate", "clip_samples", "short_clips", "classes_num",
-)  # fmt: skip
 DEFAULT_TEST_FILE = "test"  # of config.py
 
 
@@ -125,7 +121,8 @@ def check_alike(member: Member, first: Member) -> None:
     A member that was trained or chosen on clips that test the other would raise the ensemble's score.
     """
     ours, theirs = member.reported().model_dump(), first.reported().model_dump()
-    different = differing(ours, theirs, SHARED_SETTINGS)
+    shared = (*section("data set", "split", "clips"), "sample_rate", "classes_num")  # one waveform in, one mean out
+    different = differing(ours, theirs, shared)
     if different:
         raise UserError(
             f"{member.checkpoint.path} and {first.checkpoint.path} have {', '.join(different)}: their scores cannot "

@@ -4,16 +4,13 @@ from pathlib import Path
 from typing import Optional
 
 from model.checkpoint import Checkpoint, read_checkpoint
-from settings import NETWORK_SETTINGS, Config, UserError
+from settings import TRAINED_SECTIONS, Config, UserError, section
 from training.callbacks import checkpoint_folder
 from training.devices import is_first_process
 
-# What must not change when a run is gone on with: its network, what of it learns, and from which clips.
-RUN_SETTINGS = (
-    *NETWORK_SETTINGS, "dataset_type", "esc_fold", "protocol", "clip_samples", "random_seed", "balanced_data",
-    "class_filter", "freeze_backbone", "layer_decay", "weight_averaging", "ema_decay", "average_last_epochs",
-    "balanced_by", "labelling_shares", "teacher_path", "distillation_weight", "mean_teacher", "mean_teacher_decay",
-    "mean_teacher_rampup", "weak_weight",
+# Sections of config.py that must not change when a run is resumed: its network, what of it learns, from which clips.
+RUN_SECTIONS = (
+    *TRAINED_SECTIONS, "training clips", "fine-tuning", "averaged weights", "frame training", "semi-supervised",
 )  # fmt: skip
 
 
@@ -37,7 +34,7 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
     if resumed.settings is None or resumed.epoch is None or not resumed.resumable:
         raise UserError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
     now, then = settings.model_dump(), resumed.settings
-    changed = [name for name in RUN_SETTINGS if name in then and then[name] != now[name]]
+    changed = [name for name in section(*RUN_SECTIONS) if name in then and then[name] != now[name]]
     if changed:
         was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
         raise UserError(f"The run to go on with has {was}: give the same settings, or another --exp_name.")

@@ -19,7 +19,7 @@ from evaluation.scores import shard_path
 from model.checkpoint import Checkpoint, read_checkpoint
 from runs.ledger import file_sha256
 from sed_model import Evaluation
-from settings import FRONTEND_SETTINGS, Config, UserError
+from settings import Config, UserError, section
 from training.devices import is_first_process
 
 
@@ -67,7 +67,7 @@ def plan_test(
         "run_id": run_id(checkpoints, settings, table),
         "split_clips": len(table),
         "clip_store": str(table.paths[0]),
-        **{name: getattr(settings, name) for name in FRONTEND_SETTINGS},
+        **{name: getattr(settings, name) for name in section("front-end")},
     }
     members = [read_checkpoint(path) for path in checkpoints]
     attributes["weights"] = weights_id(members)

@@ -28,7 +28,7 @@ from runs.members import Member, check_labels, checkpoint_labels
 from runs.records import device_name, git_revision, print_first_page, print_metrics, write_json
 from runs.test_plan import TestPlan, plan_test, reported_split
 from sed_model import Evaluation, SEDWrapper
-from settings import FRONTEND_SETTINGS, Config
+from settings import Config, section
 from training.devices import is_first_process
 from training.trainer import build_trainer, interruptible
 
@@ -90,7 +90,7 @@ def summarize(
     module: Evaluation, reported: Config, table: ClipTable, metrics: Sequence[Metric], paths: Sequence[str]
 ) -> dict[str, Any]:
     """What <test_file>.json says: metrics, and on what and how they were measured."""
-    configured = {name: getattr(reported, name) for name in FRONTEND_SETTINGS}
+    configured = {name: getattr(reported, name) for name in section("front-end")}
     return {
         "metrics": [metric.as_dict() for metric in metrics],
         "dataset_type": reported.dataset_type,

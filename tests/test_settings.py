@@ -1,16 +1,32 @@
-"""config.py, flags and derived values; what is refused, and how."""
+"""config.py, flags and derived values; what is refused; what a checkpoint brings, and what a resumed run must keep."""
 
 import copy
+import json
 import pickle
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from mypy import api
 
 import main
 from commands.command_line import COMMANDS, build_parser
-from settings import all_settings, resolve
+from model.checkpoint import Checkpoint
+from runs import resume
+from settings import (
+    FIELDS_PATH,
+    NETWORK_SECTIONS,
+    TRAINED_SECTIONS,
+    UserError,
+    all_settings,
+    fields_stub,
+    resolve,
+    section,
+)
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -23,76 +39,100 @@ def notebook_config() -> Iterator[ModuleType]:
     sys.modules.pop("config", None)
 
 
-def test_derived_settings_follow() -> None:
-    scv2 = resolve({"dataset_type": "scv2"})
-    assert (scv2.sample_rate, scv2.hop_size, scv2.clip_samples, scv2.classes_num) == (16000, 160, 160000, 35)
-    assert scv2.fmax == 8000.0
-    audioset = resolve({"dataset_type": "audioset"})
-    assert (audioset.sample_rate, audioset.hop_size, audioset.classes_num, audioset.batch_size) == (
-        32000,
-        320,
-        527,
-        128,
-    )
-    assert resolve({"dataset_type": "esc-50"}).loss_type == "clip_ce"
-    assert resolve({"sample_rate": 16000}).hop_size == 160
-    assert resolve({"sample_rate": 16000, "hop_size": 200}).hop_size == 200
-    assert resolve({"exp_name": "x"}).heatmap_dir == "workspace/runs/x/scores"
-
-
-def test_text_of_flags_becomes_values() -> None:
-    given = {"max_epoch": "5", "lr_scheduler_epoch": "1,2,3", "lr_rate": "[0.1, 0.2, 0.3]", "fl_local": "True"}
-    found = resolve({**given, "crop_size": "None", "esm_model_pathes": "a.ckpt,b.ckpt"})
-    assert (found.max_epoch, found.lr_scheduler_epoch, found.lr_rate) == (5, [1, 2, 3], [0.1, 0.2, 0.3])
-    assert found.fl_local is True
-    assert found.crop_size is None
-    assert found.esm_model_pathes == ["a.ckpt", "b.ckpt"]
+@pytest.mark.parametrize(
+    ("given", "derived"),
+    [
+        ({"dataset_type": "scv2"}, {"sample_rate": 16000, "hop_size": 160, "clip_samples": 160000, "classes_num": 35}),
+        ({"dataset_type": "scv2"}, {"fmax": 8000.0}),
+        ({"dataset_type": "audioset"}, {"sample_rate": 32000, "hop_size": 320, "classes_num": 527, "batch_size": 128}),
+        ({"dataset_type": "esc-50"}, {"loss_type": "clip_ce"}),
+        ({"sample_rate": 16000}, {"hop_size": 160}),
+        ({"sample_rate": 16000, "hop_size": 200}, {"hop_size": 200}),
+        ({"exp_name": "x"}, {"heatmap_dir": "workspace/runs/x/scores"}),
+        ({"max_epoch": "5", "fl_local": "True", "crop_size": "None"}, {"max_epoch": 5, "fl_local": True}),
+        ({"crop_size": "None"}, {"crop_size": None}),
+        ({"lr_scheduler_epoch": "1,2,3"}, {"lr_scheduler_epoch": [1, 2, 3]}),
+        ({"lr_rate": "[0.1, 0.2, 0.3]"}, {"lr_rate": [0.1, 0.2, 0.3]}),
+        ({"esm_model_pathes": "a.ckpt,b.ckpt"}, {"esm_model_pathes": ["a.ckpt", "b.ckpt"]}),
+    ],
+)
+def test_values_of_flags_and_what_follows_from_them(given: dict[str, Any], derived: dict[str, Any]) -> None:
+    assert derived.items() <= resolve(given).model_dump().items()
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "named"),
     [
-        ({"max_epochs": 5}, "Did you mean max_epoch"),
-        ({"dataset_type": "esc50"}, "'audioset', 'audioset-strong', 'esc-50'"),
-        ({"max_epoch": "many"}, "max_epoch = 'many' is not allowed"),
-        ({"max_epoch": 0}, "must be greater than 0"),
-        ({"mixup_alpha": -1}, "must be 0 or greater"),
-        ({"fmin": 15000}, "must lie below fmax"),
-        ({"lr_rate": [0.1]}, "three values"),
-        ({"loss_type": "clip_ce"}, "use clip_bce"),
-        ({"tta_shifts": []}, r"give \[0\]"),
-        ({"htsat_drop_path": 1.0}, "below 1"),
-        ({"clip_samples": 640000}, "2001 frames, the network takes 1024"),
-        ({"dataset_type": "audioset", "protocol": "held_out"}, "protocol must be paper"),
+        ({"max_epochs": 5}, "max_epoch"),
+        ({"dataset_type": "esc50"}, "'esc-50'"),
+        ({"max_epoch": "many"}, "max_epoch = 'many'"),
+        ({"max_epoch": 0}, "max_epoch = 0"),
+        ({"crop_size": 0}, "crop_size = 0"),
+        ({"htsat_depth": "2,0"}, "htsat_depth"),
+        ({"mixup_alpha": -1}, "mixup_alpha = -1"),
+        ({"fmin": 15000}, "fmax"),
+        ({"lr_rate": [0.1]}, "lr_rate"),
+        ({"lr_scheduler_epoch": "3,2,1"}, "lr_scheduler_epoch"),
+        ({"token_label_range": "0.6,0.2"}, "token_label_range"),
+        ({"token_label_range": "0.2,1.6"}, "token_label_range"),
+        ({"loss_type": "clip_ce"}, "task"),
+        ({"tta_shifts": []}, "tta_shifts"),
+        ({"htsat_drop_path": 1.0}, "htsat_drop_path"),
+        ({"layer_decay": 1.1}, "layer_decay"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"window_overlap": 1.0}, "window_overlap"),
+        ({"clip_samples": 640000}, "clip_samples"),
+        ({"dataset_type": "audioset", "protocol": "held_out"}, "protocol"),
+        ({"enable_label_enhance": True}, "class_map_path"),
+        ({"linear_probe": True}, "resume_checkpoint"),
+        ({"mean_teacher": 1.0}, "mean_teacher"),
+        ({"gain_range": 6.0}, "gain_range"),
+        ({"balanced_by": "frames"}, "balanced_by"),
+        ({"loss_type": "frame_bce", "balanced_by": "frames"}, "balanced_data"),
+        ({"loss_type": "frame_bce", "mixup_waveforms": True}, "mixup_alpha"),
+        ({"loss_type": "frame_bce", "task": "single_label"}, "task"),
+        ({"loss_type": "frame_bce", "enable_token_label": True}, "enable_token_label"),
+        ({"loss_type": "frame_bce", "labelling_shares": "0.5,0.5"}, "labelling_shares"),
+        ({"loss_type": "frame_bce", "labelling_shares": "0.5,0.5,0", "balanced_data": True}, "balanced_data"),
+        ({"mean_teacher_decay": 1.0}, "mean_teacher_decay"),
+        ({"frequency_warp": 1.0}, "frequency_warp"),
+        ({"distillation_weight": 1.5}, "distillation_weight"),
     ],
 )
-def test_refusals_say_what_is_allowed(given: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_refusals_name_the_setting(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
         resolve(given)
 
 
 def test_bands_above_half_the_rate_warn() -> None:
-    with pytest.warns(UserWarning, match="stay empty"):
+    with pytest.warns(UserWarning, match="fmax"):
         assert resolve({"dataset_type": "scv2", "fmax": 14000}).fmax == 14000
 
 
-def test_config_is_frozen() -> None:
+def test_config_is_frozen_and_can_be_copied_to_another_process() -> None:
+    config = resolve({"max_epoch": 7})
     with pytest.raises(ValueError, match="frozen"):
-        resolve().max_epoch = 3  # type: ignore[attr-defined]
+        config.max_epoch = 3
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 
 def test_notebook_edit_counts(notebook_config: ModuleType) -> None:
-    notebook_config.max_epoch = 3  # type: ignore[attr-defined]
-    notebook_config.dataset_type = "scv2"  # type: ignore[attr-defined]
+    vars(notebook_config).update(max_epoch=3, dataset_type="scv2")
     found = resolve()
     assert (found.max_epoch, found.sample_rate) == (3, 16000)
     assert resolve({"max_epoch": 4}).max_epoch == 4
-
-
-def test_notebook_typo_is_refused(notebook_config: ModuleType) -> None:
-    notebook_config.max_epochs = 3  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="Did you mean max_epoch"):
+    vars(notebook_config).update(max_epochs=3)
+    with pytest.raises(UserError, match="Did you mean max_epoch"):
         resolve()
+
+
+def test_what_is_set_for_training_does_not_hinder_a_test(notebook_config: ModuleType) -> None:
+    """config.py as edited for a training on event times, while a checkpoint of clip labels is used."""
+    vars(notebook_config).update(loss_type="frame_bce", mean_teacher=1.0)
+    trained = {**resolve().model_dump(), "loss_type": "clip_bce"}
+    assert resolve({}, checkpoint=trained).loss_type == "clip_bce"
+    with pytest.raises(UserError, match="mean_teacher"):
+        resolve({"loss_type": "clip_bce"})
 
 
 def test_every_setting_is_a_flag_with_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,29 +146,6 @@ def test_every_setting_is_a_flag_with_its_comment(capsys: pytest.CaptureFixture[
             assert setting.comment.split()[0] in shown
 
 
-def test_checkpoint_decides_the_network() -> None:
-    saved = resolve({"dataset_type": "esc-50", "htsat_dim": 48, "batch_size": 7, "esc_fold": 3}).model_dump()
-    found = resolve({}, checkpoint=saved)
-    assert (found.dataset_type, found.htsat_dim, found.classes_num, found.esc_fold) == ("esc-50", 48, 50, 3)
-    assert found.batch_size == resolve({"dataset_type": "esc-50"}).batch_size
-    assert found.dataset_path == "workspace/data/esc-50"
-    with pytest.raises(ValueError, match="contradicts the checkpoint"):
-        resolve({"htsat_dim": 96}, checkpoint=saved)
-
-
-def test_config_can_be_copied_to_another_process() -> None:
-    config = resolve({"max_epoch": 7})
-    assert pickle.loads(pickle.dumps(config)) == config
-    assert copy.deepcopy(config) == config
-
-
-def test_another_fold_than_the_checkpoints_is_refused() -> None:
-    saved = resolve({"dataset_type": "esc-50", "esc_fold": 1}).model_dump()
-    with pytest.raises(ValueError, match="esc_fold = 2 contradicts the checkpoint"):
-        resolve({"esc_fold": 2}, checkpoint=saved)
-    assert resolve({"dataset_type": "demo", "esc_fold": 2}, checkpoint=saved).esc_fold == 2
-
-
 def test_unknown_flag_names_the_close_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main.main(["train", "--max_epochs", "3"])
@@ -136,10 +153,71 @@ def test_unknown_flag_names_the_close_one(capsys: pytest.CaptureFixture[str]) ->
     assert "Did you mean max_epoch" in capsys.readouterr().err
 
 
-def test_what_is_set_for_training_does_not_hinder_a_test(notebook_config: ModuleType) -> None:
-    """config.py as edited for a training on event times, while a checkpoint of clip labels is used."""
-    vars(notebook_config).update(loss_type="frame_bce", mean_teacher=1.0)
-    trained = {**resolve().model_dump(), "loss_type": "clip_bce"}
-    assert resolve({}, checkpoint=trained).loss_type == "clip_bce"
-    with pytest.raises(ValueError, match="mean_teacher: only loss_type = frame_bce"):
-        resolve({"loss_type": "clip_bce"})
+def other_value(name: str) -> Any:
+    """A value of a setting that is not its default, and that goes with the defaults of the others."""
+    kind, usual = all_settings()[name].type, getattr(resolve(), name)
+    values: list[Any] = ["other"]
+    if get_origin(kind) is Literal:
+        values = list(get_args(kind))
+    elif isinstance(usual, bool):
+        values = [not usual]
+    elif isinstance(usual, (int, float)):
+        values = [usual // 2, usual * 2, usual / 2]
+    elif isinstance(usual, list):
+        values = [usual[::-1], [*usual, *usual], ["other"]]
+    for value in values:
+        try:
+            if value != usual and getattr(resolve({name: value}), name) == value:
+                return value
+        except UserError:
+            continue
+    raise AssertionError(f"no other value of {name} is allowed")
+
+
+@pytest.mark.parametrize("name", [*section(*TRAINED_SECTIONS), "exp_name"])
+def test_a_checkpoint_brings_what_it_was_trained_with(name: str) -> None:
+    value = other_value(name)
+    saved = json.loads(json.dumps(resolve({name: value}).model_dump()))
+    assert getattr(resolve({}, checkpoint=saved), name) == value
+    assert getattr(resolve({name: value}, checkpoint=saved), name) == value
+    if name in section(*NETWORK_SECTIONS, "split"):
+        with pytest.raises(UserError, match=f"{name} = .* contradicts the checkpoint, .*{name} = "):
+            resolve({name: getattr(resolve(), name)}, checkpoint=saved)
+
+
+def test_a_checkpoint_leaves_the_rest_to_config() -> None:
+    saved = resolve({"dataset_type": "esc-50", "batch_size": 7, "esc_fold": 3}).model_dump()
+    found = resolve({}, checkpoint=saved)
+    assert (found.dataset_type, found.classes_num, found.esc_fold) == ("esc-50", 50, 3)
+    assert found.batch_size == resolve({"dataset_type": "esc-50"}).batch_size
+    assert found.dataset_path == "workspace/data/esc-50"
+    assert resolve({"dataset_type": "demo", "esc_fold": 2}, checkpoint=saved).esc_fold == 2
+
+
+@pytest.mark.parametrize("name", section(*resume.RUN_SECTIONS))
+def test_a_resumed_run_keeps_what_it_learns_from(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = resolve({"resume": "last.ckpt"})
+
+    def saved(path: Path) -> Checkpoint:
+        return Checkpoint(path, {}, settings=then, epoch=0, resumable=True)
+
+    monkeypatch.setattr(resume, "read_checkpoint", saved)
+    then = settings.model_dump()
+    assert resume.find_resumed(settings) is not None
+    then[name] = "another"
+    with pytest.raises(UserError, match=f"{name} = 'another'"):
+        resume.find_resumed(settings)
+
+
+def test_type_checkers_know_the_fields() -> None:
+    assert FIELDS_PATH.read_text() == fields_stub(), "run `python settings.py`"
+
+
+@pytest.mark.slow
+def test_a_misspelt_setting_is_a_type_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    lines = ["from settings import resolve", "resolve().mixup_alhpa", "text: str = resolve().batch_size"]
+    said, failed, _ = api.run(["-c", "\n".join(lines)])
+    assert '"Config" has no attribute "mixup_alhpa"' in said, failed
+    assert 'expression has type "int"' in said
+    assert "Found 2 errors" in said

@@ -41,7 +41,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         devices=devices,
         num_nodes=node_count(),
         strategy=strategy,
-        precision="32-true" if settings.precision in ("32", "auto") else settings.precision,
+        precision="32-true" if settings.precision == "32" or settings.precision == "auto" else settings.precision,
         accumulate_grad_batches=settings.accumulate_batches if training else 1,
         max_epochs=settings.max_epoch,
         gradient_clip_val=settings.gradient_clip or None,

@@ -352,7 +352,7 @@ def test_a_run_whose_files_are_gone_says_so(
         (["sounds", "other", "--audacity", "labels"], "sounds/a.wav and other/a.wav would both write a.wav"),
         (["sounds", "--fl_threshold", "0.1,0.2", "--jsonl", "a"], "thresholds has 2 values"),
         (["sounds", "--fl_interpolation", "0", "--jsonl", "a"], "interpolation = 0 is not allowed"),
-        (["sounds", "--window_overlap", "1"], "window_overlap = 1.0 is not allowed"),
+        (["sounds", "--window_overlap", "1"], "window_overlap = '1' is not allowed"),
     ],
 )
 def test_mistakes(

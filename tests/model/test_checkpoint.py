@@ -14,7 +14,7 @@ from commands.weight_average import average_checkpoints
 from model.checkpoint import FrontendFrom, decided_settings, load_network, read_checkpoint
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from prepare.demo import LABELS
-from settings import FRONTEND_SETTINGS, resolve
+from settings import resolve, section
 from tests.helpers import TINY_FLAGS
 
 SMALL: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "num_classes": 5}
@@ -129,7 +129,7 @@ def test_settings_that_a_checkpoint_decides(tmp_path: Path) -> None:
     saved = resolve({"sample_rate": 16000, "htsat_dim": 48}).model_dump()
     path = str(save(tmp_path / "a.ckpt", HTSAT_Swin_Transformer(**SMALL), settings=saved))
     checkpoint = read_checkpoint(path)
-    assert checkpoint.frontend == {name: saved[name] for name in FRONTEND_SETTINGS}
+    assert checkpoint.frontend == {name: saved[name] for name in section("front-end")}
     found = resolve(checkpoint=decided_settings(checkpoint, "auto"))
     assert (found.sample_rate, found.clip_samples, found.htsat_dim) == (16000, 160000, 48)
     found = resolve(checkpoint=decided_settings(checkpoint, "settings"))

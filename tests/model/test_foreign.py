@@ -21,7 +21,7 @@ from model.checkpoint import load_network, read_checkpoint, save_safetensors
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.foreign import heads, identify
 from model.frontend import LogMel
-from settings import FRONTEND_SETTINGS, resolve
+from settings import resolve, section
 from tests.helpers import TINY, TINY_FLAGS
 from tests.model.test_golden import FOLDER, build
 
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (
 ABOUT: dict[str, Any] = {
     "settings": resolve().model_dump(),
     "labels": [f"sound {k}" for k in range(50)],
-    "frontend": {name: getattr(resolve(), name) for name in FRONTEND_SETTINGS},
+    "frontend": {name: getattr(resolve(), name) for name in section("front-end")},
 }
 # Not among the weights of an ImageNet Swin.
 AUDIO_ONLY = ("spectrogram_extractor.", "logmel_extractor.", "bn0.", "tscam_conv.", "head.")

@@ -271,24 +271,6 @@ def test_a_teacher_has_its_share(demo_workspace: Path) -> None:
     assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"loss_type": "clip_bce", "mean_teacher": 1.0}, "mean_teacher: only loss_type = frame_bce"),
-        ({"task": "single_label"}, "set task = multilabel"),
-        ({"enable_token_label": True}, "do not go with"),
-        ({"labelling_shares": [0.5, 0.6, 0.1]}, "0.25,0.25,0.5"),
-        ({"labelling_shares": [0.5, 0.5, 0.0], "balanced_data": True}, "set one of them"),
-        ({"distillation_weight": 1.5}, "at most 1"),
-        ({"balanced_by": "frames"}, "set --balanced_data True"),
-        ({"mixup_waveforms": True, "mixup_alpha": 0.0}, "no effect with mixup_alpha = 0"),
-    ],
-)
-def test_settings_that_cannot_be(demo_workspace: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny(demo_workspace, **changes)
-
-
 def test_data_without_times_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "workspace/data/demo/demo.h5"
     with ClipStoreWriter(path, clip_samples=8, sample_rate=32000, labels=[str(k) for k in range(10)]) as writer:
