@@ -1,9 +1,9 @@
-"""Which clips a split has, and the LightningDataModule that brings them to training."""
+"""Which clips a split has, and the LightningDataModule that brings them to training and tests."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from data.clip_dataset import ClipDataset, FrameClipDataset
 from data.clip_store import (
-    SPLITS,
     STRONG,
     UNLABELLED,
     WEAK,
@@ -25,37 +24,28 @@ from data.clip_store import (
 )
 from data.pseudo_labels import TeacherLogits
 from data.samplers import BalancedSampler, EpochSampler, FrameBalancedSampler, LabellingSampler, ShardSampler
-from evaluation.mapping import mapping_labels
 from settings import FRAME_LOSSES, Config, UserError
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, Any]
-AUDIOSET_CLASSES = 527
-PANNS_SAMPLE_RATE = 32000  # of AudioSet's files as PANNs' scripts pack them, which do not say it
 
 
-def load_table(settings: Config, split: Split) -> ClipTable:
-    """The clips of a split. Raises UserError where the data is missing or does not fit the settings."""
-    tested = split == settings.test_split
-    if settings.fl_local and settings.fl_dataset and tested:
-        table = _split_table(settings, split, Path(settings.fl_dataset))
-    elif settings.dataset_type == "audioset":
+def load_table(
+    settings: Config, split: Split, *, store: Optional[Path] = None, other_classes: bool = False
+) -> ClipTable:
+    """The clips of a split. store: a file in place of that of dataset_path.
+
+    Raises UserError where the data is missing, has no clips for the split or, unless other_classes are allowed, has
+    another number of classes than the network.
+    """
+    if store is None and settings.dataset_type == "audioset":
         table = _audioset_table(settings, split)
     else:
-        table = _split_table(settings, split, store_path(settings.dataset_path, settings.dataset_type))
-    if table.targets.shape[1] != settings.classes_num and not (tested and _is_mapped(settings, table)):
-        raise UserError(
-            f"{table.paths[0]} has {table.targets.shape[1]} classes, the network has classes_num = "
-            f"{settings.classes_num}: test a checkpoint on the data set it was trained for, or set classes_num."
-        )
-    sample_rate = table.sample_rate or PANNS_SAMPLE_RATE
-    if sample_rate != settings.sample_rate:
-        raise UserError(
-            f"{table.paths[0]} holds audio at {sample_rate} Hz, the network takes {settings.sample_rate} Hz: "
-            f"prepare it again with --sample_rate {settings.sample_rate}."
-        )
+        table = _split_table(settings, split, store or store_path(settings.dataset_path, settings.dataset_type))
+    if not other_classes:
+        check_classes(table, settings.classes_num)
     for path in table.paths:
-        open_store(path).close()  # a file that is gone or cut off is told now, not in the middle of an epoch
+        open_store(path).close()  # a file that is gone or cut off is found now, not in the middle of an epoch
     if split == "train" and settings.class_filter:
         wanted = table.targets[:, _class_numbers(settings.class_filter, table)]
         table = table.select(np.asarray(wanted.any(axis=1)))
@@ -64,10 +54,13 @@ def load_table(settings: Config, split: Split) -> ClipTable:
     return table
 
 
-def _is_mapped(settings: Config, table: ClipTable) -> bool:
-    """Whether a test can take the classes of a table from a network with AudioSet's (fl_audioset_mapping)."""
-    audioset = settings.classes_num == AUDIOSET_CLASSES
-    return audioset and sorted(mapping_labels(settings.fl_audioset_mapping)) == sorted(table.labels)
+def check_classes(table: ClipTable, classes_num: int) -> None:
+    """Raise UserError where the clips have another number of classes than the network."""
+    if table.targets.shape[1] != classes_num:
+        raise UserError(
+            f"{table.paths[0]} has {table.targets.shape[1]} classes, the network has classes_num = {classes_num}: "
+            f"test a checkpoint on the data set it was trained for, or set classes_num."
+        )
 
 
 def _class_numbers(names: Sequence[str], table: ClipTable) -> list[int]:
@@ -263,40 +256,43 @@ class TrainLoader(DataLoader):
         return {"clips a batch": self.batch_size, "processes": self.sampler.world, "training clips": clips}
 
 
-def _as_read(batch: Any) -> Any:
-    """ClipDataset hands over whole batches: there is nothing to collate."""
+def keep_batch(batch: Any) -> Any:
+    """The collate_fn of ClipDataset, which reads whole batches."""
     return batch
 
 
 class SEDDataModule(pl.LightningDataModule):
-    """The three splits of a data set as DataLoaders. batch_size counts all devices together.
+    """Splits of a data set as DataLoaders. settings.batch_size counts all devices together.
 
-    splits: those that will be used; their tables are read at once, so that a mistake shows before a network is built.
+    frames: whether batches have events and labelling (FrameClipDataset). teacher: its logits go into training batches.
+    replace_unreadable: whether another training clip takes the place of one that cannot be read. The loaders of
+    validation have the splits beside `train` in their order, that of a test the one split there is.
     """
 
-    def __init__(self, settings: Config, splits: Sequence[Split] = SPLITS) -> None:  # type: ignore[assignment]
+    def __init__(
+        self,
+        settings: Config,
+        tables: Mapping[Split, ClipTable],
+        *,
+        frames: bool = False,
+        teacher: Optional[TeacherLogits] = None,
+        replace_unreadable: bool = False,
+    ) -> None:
         super().__init__()
-        self.settings = settings
-        self.tables = {split: load_table(settings, split) for split in splits}
-        self.teacher = None
-        if settings.loss_type in FRAME_LOSSES and "train" in splits:
-            check_times(settings, self.tables)
-            if settings.teacher_path:
-                self.teacher = open_teacher(settings, self.tables["train"])
-        elif "train" in splits and settings.test_split != "train":
-            self.tables = without_unlabelled(settings, self.tables)
+        self.settings, self.tables = settings, dict(tables)
+        self.frames, self.teacher, self.replace_unreadable = frames, teacher, replace_unreadable
 
     def dataset(self, split: Split) -> ClipDataset:
-        settings = self.settings
+        settings, table = self.settings, self.tables[split]
         options: dict[str, Any] = {
-            "clip_samples": settings.clip_samples,
+            # As many of the store's samples as last as long as the network's input.
+            "clip_samples": round(settings.clip_samples * table.waveform_rate / settings.sample_rate),
             "fit": settings.short_clips,
-            "replace": split == "train" and settings.test_split != "train",
+            "replace": split == "train" and self.replace_unreadable,
         }
-        if settings.loss_type not in FRAME_LOSSES:
-            return ClipDataset(self.tables[split], **options)
-        teacher = self.teacher if split == "train" else None
-        return FrameClipDataset(self.tables[split], sample_rate=settings.sample_rate, teacher=teacher, **options)
+        if not self.frames:
+            return ClipDataset(table, **options)
+        return FrameClipDataset(table, teacher=self.teacher if split == "train" else None, **options)
 
     def steps_per_epoch(self, devices: int) -> int:
         """Training steps in an epoch on so many devices, of which each has an equal share of the clips."""
@@ -321,12 +317,12 @@ class SEDDataModule(pl.LightningDataModule):
         return TrainLoader(sampler=sampler, **self._loader_options("train"))
 
     def val_dataloader(self) -> list[DataLoader]:
-        """The validation clips; and with watch_test the test clips, which nothing is chosen by."""
-        splits: list[Split] = ["validation", "test"] if self.settings.watch_test else ["validation"]
-        return [self._evaluation_loader(split) for split in splits]
+        """The validation set; with watch_test then the test set, by which no checkpoint is chosen."""
+        return [self._evaluation_loader(split) for split in self.tables if split != "train"]
 
     def test_dataloader(self) -> DataLoader:
-        return self._evaluation_loader(self.settings.test_split)
+        (split,) = self.tables
+        return self._evaluation_loader(split)
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
         rank, world = self._place()
@@ -347,8 +343,28 @@ class SEDDataModule(pl.LightningDataModule):
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": _as_read,
+            "collate_fn": keep_batch,
             # Of its own: else each loader that is begun takes a number from the network's random stream, and a resumed
             # run begins them at other moments than an unbroken one.
             "generator": torch.Generator().manual_seed(self.settings.random_seed),
         }
+
+
+def load_training_data(settings: Config, splits: Sequence[Split] = ("train", "validation")) -> SEDDataModule:
+    """The data of a training: what its loss can learn from, with event times and a teacher's logits where it uses them.
+
+    The tables are read at once, so that a mistake shows before a network is built. Raises UserError.
+    """
+    tables = {split: load_table(settings, split) for split in splits}
+    if settings.loss_type not in FRAME_LOSSES:
+        return SEDDataModule(settings, without_unlabelled(settings, tables), replace_unreadable=True)
+    check_times(settings, tables)
+    teacher = open_teacher(settings, tables["train"]) if settings.teacher_path else None
+    return SEDDataModule(settings, tables, frames=True, teacher=teacher, replace_unreadable=True)
+
+
+def load_test_data(settings: Config) -> SEDDataModule:
+    """The clips of test_split, each once; with fl_local those of fl_dataset. They may have other classes."""
+    store = Path(settings.fl_dataset) if settings.fl_local and settings.fl_dataset else None
+    split: Split = settings.test_split
+    return SEDDataModule(settings, {split: load_table(settings, split, store=store, other_classes=True)})

@@ -41,7 +41,7 @@ from benchmarks.data_stores import (
 )
 from data.clip_store import ClipTable, class_index
 from data.samplers import BalancedSampler
-from data_generator import SEDDataModule, load_table
+from data_generator import load_table, load_training_data
 from settings import Config, resolve
 from utils import INT16_SCALE, int16_to_float32
 
@@ -134,7 +134,7 @@ def read_epoch_as_float(loader: Iterable[dict[str, Any]]) -> None:
 
 def compare_loaders(root: Path, workers: int, target: float, turns: int) -> list[Result]:
     """One epoch of the training loader. Both loaders have run one epoch before, with workers that stay."""
-    data = SEDDataModule(audioset_settings(root, workers), ("train",))
+    data = load_training_data(audioset_settings(root, workers), ("train",))
     plain, ours = plain_loader(data.tables["train"], workers), data.train_dataloader()
     read_epoch(plain)
     read_epoch(ours)
@@ -158,7 +158,7 @@ def resident_mib(process: int) -> float:
 def memory_of_epochs(root: Path, workers: int, epochs: int = 3) -> dict[str, list[float]]:
     """MiB after each epoch, of this process and of each worker."""
     others = {child.pid for child in multiprocessing.active_children()}
-    loader = SEDDataModule(audioset_settings(root, workers), ("train",)).train_dataloader()
+    loader = load_training_data(audioset_settings(root, workers), ("train",)).train_dataloader()
     found: dict[str, list[float]] = {}
     for _ in range(epochs):
         read_epoch(loader)

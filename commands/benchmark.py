@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.files import whole_file
-from data_generator import SEDDataModule
+from data_generator import SEDDataModule, load_training_data
 from runs.measure import (
     WARM_UP,
     Batches,
@@ -104,7 +104,7 @@ def chosen(flag: str, words: Optional[str], allowed: tuple[str, ...]) -> list[st
 def prepared_data(settings: Config) -> Optional[SEDDataModule]:
     """The training clips of the settings, or None, with the reason printed, where they cannot give a whole batch."""
     try:
-        data = SEDDataModule(one_device(settings), ("train",))
+        data = load_training_data(one_device(settings), ("train",))
     except UserError as error:
         print(f"Nothing is read from a store: {error}")
         return None

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_generator import AUDIOSET_CLASSES
+from data.labels import AUDIOSET_CLASSES
 from evaluation.calibration import Calibrated, Objective, calibrate
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import Scores, load_scores

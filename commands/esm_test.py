@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from data_generator import SEDDataModule
+from data_generator import load_test_data
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from runs.members import Member, check_alike, check_labels, fit_together
 from runs.records import print_first_page
@@ -28,7 +28,7 @@ def run(given: dict[str, Any]) -> None:
         check_alike(member, members[0])
     first = members[0].named(f"ensemble_{joint_sha256(members)[:8]}", given)
     settings = first.settings
-    data = SEDDataModule(settings, (settings.test_split,))
+    data = load_test_data(settings)
     table = data.tables[settings.test_split]
     for member in members:
         check_labels(member.checkpoint, member.settings, table)

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torchaudio.functional import resample
 
 from data.files import whole_file, write_text
-from data_generator import ClipDataset, Split, load_table
+from data_generator import SEDDataModule, Split, load_table
 from inference.onnx_runtime import load_onnx
 from model import build_model
 from model.checkpoint import load_network, read_checkpoint, save_safetensors
@@ -133,8 +134,8 @@ def clips_to_check(settings: Config, count: int) -> tuple[Tensor, str]:
         except UserError:
             continue
         chosen = torch.linspace(0, len(table) - 1, min(count, len(table))).long().unique().tolist()
-        dataset = ClipDataset(table, clip_samples=settings.clip_samples, fit=settings.short_clips)
-        clips = int16_to_float32(dataset.__getitems__(chosen)["waveform"])
+        read = SEDDataModule(settings, {split: table}).dataset(split).__getitems__(chosen)
+        clips = resample(int16_to_float32(read["waveform"]), read["sample_rate"], settings.sample_rate)
         return clips, f"{len(clips)} of the {len(table)} {split} clips of {settings.dataset_type}"
     clips = made_up_sounds(min(count, 16), settings.clip_samples, settings.sample_rate)
     return clips, f"{len(clips)} made-up sounds (tones in noise): there are no clips in {settings.dataset_path}"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_generator import SEDDataModule, Split
+from data_generator import SEDDataModule, Split, load_training_data
 from frame_training import build_wrapper
 from model import build_model
 from runs.measure import (
@@ -111,7 +111,7 @@ def complete_epochs(settings: Config) -> int:
 def training_data(settings: Config, devices: int) -> SEDDataModule:
     """The clips. Raises UserError where a split is missing or empty, or cannot be shared by the devices."""
     splits: tuple[Split, ...] = ("train", "validation", "test") if settings.watch_test else ("train", "validation")
-    data = SEDDataModule(settings, splits)
+    data = load_training_data(settings, splits)
     clips = len(data.tables["train"])
     if clips < devices:
         raise UserError(f"{clips} training clips cannot be shared by {devices} processes: set devices lower.")
@@ -295,7 +295,7 @@ def reading_rate(data: SEDDataModule) -> ReadingRate:
     started = time.perf_counter()
     for row in rows.tolist():
         dataset[row]
-    return ReadingRate(len(rows), time.perf_counter() - started, 2 * data.settings.clip_samples, cold)
+    return ReadingRate(len(rows), time.perf_counter() - started, 2 * dataset.clip_samples, cold)
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def plan_duration(
     """Time some training steps from the store, and a few batches of inference for the validation."""
     devices, part = device_count(settings), one_device(settings)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
-    local = SEDDataModule(part, ("train",))
+    local = load_training_data(part, ("train",))
     training = time_training(part, WholeBatches(local.train_dataloader(), WARM_UP + measured))  # type: ignore[arg-type]
     few = WARM_UP + max(1, measured // 4)
     inference = time_inference(part, WholeBatches(local.train_dataloader(), few))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.clip_store import SPLITS, UNREADABLE
 from data.pseudo_labels import TeacherWriter
-from data_generator import SEDDataModule, Split
+from data_generator import SEDDataModule, load_test_data
 from evaluation.mapping import ClassMapping
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from runs.ledger import make_folder
@@ -98,12 +98,10 @@ def open_part(split: str, settings: Config, members: Sequence[Member]) -> Part:
 
     Raises UserError where the data is missing, or has other classes than a member.
     """
-    # Only the sound is wanted: clips without times as well, of which training with frame targets may refuse some.
-    part = settings.model_copy(update={"test_split": split, "loss_type": "clip_bce"})
-    chosen: Split = part.test_split
-    data = SEDDataModule(part, (chosen,))
+    part = settings.model_copy(update={"test_split": split})
+    data = load_test_data(part)
     for member in members:
-        check_labels(member.checkpoint, member.settings, data.tables[chosen])
+        check_labels(member.checkpoint, member.settings, data.tables[part.test_split])
     return part, data
 
 

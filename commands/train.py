@@ -5,7 +5,7 @@ from typing import Any, Optional
 import pytorch_lightning as pl
 
 from data.labels import published_labels
-from data_generator import SEDDataModule, Split
+from data_generator import Split, load_training_data
 from frame_training import build_wrapper
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
@@ -31,7 +31,7 @@ def run(given: dict[str, Any]) -> None:
         return
     start = None if resumed else starting_weights(settings)
     splits: tuple[Split, ...] = ("train", "validation", "test") if settings.watch_test else ("train", "validation")
-    data = SEDDataModule(settings, splits)
+    data = load_training_data(settings, splits)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = build_model(settings)
     more = {}

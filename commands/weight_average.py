@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from data_generator import SEDDataModule
+from data_generator import SEDDataModule, load_training_data
 from evaluation.metrics import Metric
 from model import build_model
 from model.checkpoint import FRONTEND, PREFIX, Checkpoint, load_network, read_checkpoint, write_checkpoint
@@ -194,7 +194,7 @@ def estimate_statistics(path: Path, given: dict[str, Any]) -> dict[str, Tensor]:
     """
     checkpoint = read_checkpoint(path)
     settings = resolve(given, checkpoint=checkpoint.settings)
-    data = SEDDataModule(settings, ("train",))
+    data = load_training_data(settings, ("train",))
     network = build_model(settings)
     load_network(network, checkpoint)
     frontend = _Frontend(network)

@@ -15,22 +15,25 @@ from settings import UserError
 
 Batch = dict[str, Any]
 
+OF_BATCH = ("unreadable", "sample_rate", "events")  # entries of a batch that have no first axis of clips
 MOST_TRIES = 10  # other clips of its class, and then any others, that are tried in place of one that cannot be read
 
 
 class ClipDataset(Dataset):
     """Clips of a table as training examples, read in batches.
 
-    An item: audio_name, waveform (clip_samples,) int16, target (K,) float32, real_len and index (its place in the
-    table). A clip that is shorter than clip_samples is padded with zeros or repeated (`fit`); a longer one is cut.
-    Files are opened when first read, by each process for itself. A clip that cannot be read is replaced by another
-    one, of its class if possible; without `replace`, for evaluation, it is silent and has the index UNREADABLE.
+    An item: audio_name, waveform (clip_samples,) int16, sample_rate in Hz, target (K,) float32, real_len in samples and
+    index (its place in the table). A clip that is shorter than clip_samples is padded with zeros or repeated (`fit`); a
+    longer one is cut. Files are opened when first read, by each process for itself. A clip that cannot be read is
+    replaced by another one, of its class if possible; without `replace`, for evaluation, it is silent and has the index
+    UNREADABLE.
     """
 
     def __init__(
         self, table: ClipTable, *, clip_samples: int, fit: Literal["pad", "repeat"], replace: bool = True
     ) -> None:
         self.table, self.clip_samples, self.fit, self.replace = table, clip_samples, fit, replace
+        self.sample_rate = table.waveform_rate
         self._open: dict[int, Waveforms] = {}
         self._process = os.getpid()
 
@@ -42,12 +45,12 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         batch = self.__getitems__([index])
-        return {name: value if name == "unreadable" else value[0] for name, value in batch.items()}
+        return {name: value if name in OF_BATCH else value[0] for name, value in batch.items()}
 
     def __getitems__(self, indexes: Sequence[int]) -> Batch:
-        """A whole batch: the items of `__getitem__`, stacked; audio_name is a list, unreadable a count.
+        """A whole batch: the items of `__getitem__`, stacked; audio_name is a list, unreadable a count of clips.
 
-        Of a clip that is replaced, all of the item is the other clip's.
+        A clip that is replaced is so in all of its item.
         """
         batch = _BatchMemory(len(indexes), self.clip_samples)
         chosen = np.array(indexes)
@@ -57,7 +60,7 @@ class ClipDataset(Dataset):
             for candidate in self._candidates(index):
                 try:
                     lengths.append(self._read_into(batch.row(place), candidate))
-                except (OSError, ValueError):
+                except (OSError, UserError):
                     unreadable += 1
                     continue
                 batch.keep(place)
@@ -78,6 +81,7 @@ class ClipDataset(Dataset):
         return {
             "audio_name": [name.decode() for name in self.table.names[chosen]],
             "waveform": batch.waveforms,
+            "sample_rate": self.sample_rate,
             "target": torch.from_numpy(self.table.targets[chosen].astype(np.float32)),
             "real_len": torch.tensor(lengths),
             "index": places,
@@ -113,24 +117,19 @@ class ClipDataset(Dataset):
 
 
 class FrameClipDataset(ClipDataset):
-    """Clips with what is known of their events, for training on frames.
+    """Clips with the annotation of their events, for training on frames.
 
-    An item has besides: events (frame_targets.Events of the batch, in seconds of the clip as it is handed over),
+    An item also has events (frame_targets.Events of the batch, in seconds of the clip as it is read),
     labelling (int8: STRONG, WEAK or UNLABELLED), and with `teacher` its logits (K, T) float16 and has_teacher.
     """
 
-    def __init__(self, *words: Any, sample_rate: int, teacher: Optional[TeacherLogits] = None, **more: Any) -> None:
-        """sample_rate in Hz; the others as ClipDataset's. Raises UserError where no clip is among the teacher's."""
+    def __init__(self, *words: Any, teacher: Optional[TeacherLogits] = None, **more: Any) -> None:
+        """As ClipDataset. Raises UserError where names of clips and of the teacher's file match ambiguously."""
         super().__init__(*words, **more)
-        self.sample_rate, self.teacher = sample_rate, teacher
+        self.teacher = teacher
         self.labelling = labelling(self.table)
         if teacher is not None:
             self.teacher_rows = teacher.rows([name.decode() for name in self.table.names])
-
-    def __getitem__(self, index: int) -> Batch:
-        batch = self.__getitems__([index])
-        whole = ("unreadable", "events")
-        return {name: value if name in whole else value[0] for name, value in batch.items()}
 
     def __getitems__(self, indexes: Sequence[int]) -> Batch:
         batch = super().__getitems__(indexes)

@@ -27,6 +27,7 @@ from settings import UserError
 
 BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, which a processor's cache holds
 UNREADABLE = -1  # index of a clip that could not be read, in evaluation
+PANNS_SAMPLE_RATE = 32000  # of the files that PANNs' scripts pack, which do not name it
 SPLITS = ("train", "validation", "test")
 # What is known of a clip: nothing; which classes it has; all its events with their times (perhaps that it has none).
 UNLABELLED, WEAK, STRONG = 0, 1, 2
@@ -160,6 +161,11 @@ class ClipTable:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def waveform_rate(self) -> int:
+        """Samples per second of the stored waveforms."""
+        return self.sample_rate or PANNS_SAMPLE_RATE
 
     def select(self, wanted: np.ndarray) -> "ClipTable":
         """The clips that `wanted` picks: an (N,) bool array, or clip numbers in the order they shall have."""

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+AUDIOSET_CLASSES = 527
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def published_labels(dataset_type: str, classes: int) -> list[str]:
     """Names in the order of the published checkpoints for a data set; `class 0`, ... where none are known."""
-    if classes == 527:
+    if classes == AUDIOSET_CLASSES:
         return [entry["name"] for entry in _audioset()]
     files = {("esc-50", 50): "esc50_labels.json", ("scv2", 35): "scv2_published_labels.json"}
     if (dataset_type, classes) in files:

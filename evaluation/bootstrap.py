@@ -6,12 +6,13 @@ over clips is then a matrix product: with counts (N, M) per clip, as of true pos
 sums (M, R) of each resample. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13, 15, 16.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from evaluation.metrics import Interval, Metric
 from settings import UserError
 
 Statistic = Callable[[np.ndarray], np.ndarray]  # weights (N, R) -> values (..., R), one or several for each resample
@@ -20,19 +21,6 @@ BLOCK = 64  # resamples at once: 20,000 clips have 5 MB of weights, which a proc
 RESAMPLES = 1000
 FEWEST_RESAMPLES = 200
 MOST_ADDED = 15e9  # weights to add up for an interval of mAP; AudioSet's 20,000 clips need 7e9, some seconds
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval, and how it was found: its level, and the number of resamples."""
-
-    low: float
-    high: float
-    level: float
-    resamples: int
-
-    def __str__(self) -> str:
-        return f"{self.low:.4f} to {self.high:.4f}"
 
 
 @dataclass(frozen=True)
@@ -187,6 +175,27 @@ class WeightedMeanAveragePrecision:
         known = ~np.isnan(values)
         with np.errstate(invalid="ignore"):
             return np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
+
+
+def with_interval(metrics: Sequence[Metric], scores: np.ndarray, targets: np.ndarray, *, seed: int) -> list[Metric]:
+    """The metrics of (N, K) scores and (N, K) targets, mAP and accuracy with their 95 % bootstrap interval over clips.
+
+    mAP's is corrected for bias. A metric without a value gets none. Of very many clips mAP gets fewer
+    resamples; the interval says how many.
+    """
+    found: list[Metric] = []
+    for metric in metrics:
+        interval = None
+        if metric.name == "mAP" and np.isfinite(metric.value):
+            precision = WeightedMeanAveragePrecision(scores, targets)
+            resamples = precision.affordable_resamples()
+            moved = bootstrap(precision, len(scores), resamples=resamples, correct_bias=True, seed=seed)
+            interval = replace(moved, low=max(moved.low, 0.0), high=min(moved.high, 1.0))
+        elif metric.name == "acc" and np.isfinite(metric.value):
+            right = WeightedAccuracy(scores.argmax(axis=1) == targets.argmax(axis=1))
+            interval = bootstrap(right, len(scores), resamples=RESAMPLES, seed=seed)
+        found.append(replace(metric, interval=interval))
+    return found
 
 
 def _indicator(clips: np.ndarray, starts: np.ndarray, count: int) -> csr_array:

@@ -1,15 +1,26 @@
 """Clip-level metrics by name, with the number of classes and clips that each is taken over."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Optional
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from evaluation.bootstrap import RESAMPLES, Interval, WeightedAccuracy, WeightedMeanAveragePrecision, bootstrap
 from utils import d_prime
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval, and how it was found: its level, and the number of resamples."""
+
+    low: float
+    high: float
+    level: float
+    resamples: int
+
+    def __str__(self) -> str:
+        return f"{self.low:.4f} to {self.high:.4f}"
 
 
 @dataclass(frozen=True)
@@ -72,27 +83,6 @@ def frame_metric(scores: np.ndarray, targets: np.ndarray) -> Metric:
     found = [average_precision_score(truth[:, k], flat[:, k]) for k in positive]
     value = float(np.mean(found)) if found else float("nan")
     return Metric(FRAME_METRIC, value, "macro average precision of steps", len(scores), len(found), classes)
-
-
-def with_interval(metrics: Sequence[Metric], scores: np.ndarray, targets: np.ndarray, *, seed: int) -> list[Metric]:
-    """The metrics of (N, K) scores and (N, K) targets, mAP and accuracy with their 95 % bootstrap interval over clips.
-
-    mAP's is corrected for bias (see bootstrap). A metric without a value gets none. Of very many clips mAP gets fewer
-    resamples; the interval says how many.
-    """
-    found: list[Metric] = []
-    for metric in metrics:
-        interval = None
-        if metric.name == "mAP" and np.isfinite(metric.value):
-            precision = WeightedMeanAveragePrecision(scores, targets)
-            resamples = precision.affordable_resamples()
-            moved = bootstrap(precision, len(scores), resamples=resamples, correct_bias=True, seed=seed)
-            interval = replace(moved, low=max(moved.low, 0.0), high=min(moved.high, 1.0))
-        elif metric.name == "acc" and np.isfinite(metric.value):
-            right = WeightedAccuracy(scores.argmax(axis=1) == targets.argmax(axis=1))
-            interval = bootstrap(right, len(scores), resamples=RESAMPLES, seed=seed)
-        found.append(replace(metric, interval=interval))
-    return found
 
 
 MAIN_METRIC = {"multilabel": "mAP", "single_label": "acc"}

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.files import write_text
-from evaluation.bootstrap import Interval
 from evaluation.detection import MACRO, MICRO, DetectionMetric, MetricComparison, System, score_tables
 from evaluation.event_tables import GroundTruth
+from evaluation.metrics import Interval
 from evaluation.postprocess import PostProcessing, truth_table
 from evaluation.scores import Scores
 from settings import Config, UserError, section

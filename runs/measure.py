@@ -82,6 +82,7 @@ def synthetic_batch(settings: Config, clips: int) -> Batch:
     batch: Batch = {
         "audio_name": [f"synthetic {number}" for number in range(clips)],
         "waveform": waveform,
+        "sample_rate": settings.sample_rate,
         "target": target,
         "index": torch.arange(clips),
         "unreadable": 0,

@@ -10,6 +10,7 @@ from torch import nn
 
 from data.clip_store import ClipTable
 from data.labels import published_labels
+from data_generator import check_classes
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
 from model.encoders.htsat import HTSAT_Swin_Transformer
@@ -32,6 +33,7 @@ def check_labels(checkpoint: Checkpoint, settings: Config, table: ClipTable) -> 
     known = checkpoint_labels(checkpoint, settings)
     if class_mapping(known, settings, table) is not None:
         return
+    check_classes(table, settings.classes_num)
     if table.labels and known != table.labels and known[0] != "class 0":
         differing = [pair for pair in zip(known, table.labels, strict=False) if pair[0] != pair[1]]
         raise UserError(

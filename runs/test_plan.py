@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from data.clip_store import STRONG, UNLABELLED, ClipTable, labelling
-from data.labels import audioset_mids
-from data_generator import AUDIOSET_CLASSES, SEDDataModule
+from data.labels import AUDIOSET_CLASSES, audioset_mids
+from data_generator import SEDDataModule
 from evaluation.mapping import ClassMapping, load_mapping
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import shard_path

@@ -9,9 +9,10 @@ import numpy as np
 import pytorch_lightning as pl
 
 from data.clip_store import ClipTable, open_store, read_events
-from data_generator import SEDDataModule
+from data_generator import SEDDataModule, load_test_data
+from evaluation.bootstrap import with_interval
 from evaluation.mapping import NAMED, ClassMapping
-from evaluation.metrics import Metric, with_interval
+from evaluation.metrics import Metric
 from evaluation.scores import EventList, Scores
 from runs.ledger import (
     CheckpointRecord,
@@ -41,7 +42,7 @@ def test_checkpoint(path: str, given: dict[str, Any]) -> None:
 def test_member(member: Member) -> list[Metric]:
     """Test one checkpoint, as test_checkpoint does; returns the metrics, in the first process only."""
     settings = member.settings
-    data = SEDDataModule(settings, (settings.test_split,))
+    data = load_test_data(settings)
     table = data.tables[settings.test_split]
     check_labels(member.checkpoint, settings, table)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
@@ -168,9 +169,9 @@ def clip_durations(table: ClipTable, clip_seconds: float) -> np.ndarray:
     durations = np.full(len(table), clip_seconds)
     for number, path in enumerate(table.paths):
         with open_store(path, "audio_name") as file:
-            if "real_len" in file and table.sample_rate:
+            if "real_len" in file:
                 here = table.path_number == number
-                durations[here] = file["real_len"][:][table.row[here]] / table.sample_rate
+                durations[here] = file["real_len"][:][table.row[here]] / table.waveform_rate
     return np.minimum(durations, clip_seconds)
 
 

@@ -197,14 +197,14 @@ def test_an_average_is_no_safetensors_file(
 def test_statistics_are_those_of_the_training_clips(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all clips in one batch, the mean of each mel band over clips and time."""
     from commands.weight_average import estimate_statistics
-    from data_generator import SEDDataModule
+    from data_generator import load_training_data
     from utils import int16_to_float32
 
     monkeypatch.chdir(trained)
     path = find_checkpoints(str(RUN))[0]
     found = estimate_statistics(path, {"batch_size": 14, "accelerator": "cpu"})
     settings = resolve({"batch_size": 14}, checkpoint=torch.load(path, weights_only=True)["settings"])
-    (batch,) = SEDDataModule(settings, ("train",)).train_dataloader()
+    (batch,) = load_training_data(settings, ("train",)).train_dataloader()
     network = build_model(settings)
     logmel = network.logmel_extractor(network.spectrogram_extractor(int16_to_float32(batch["waveform"])))
     torch.testing.assert_close(found["sed_model.bn0.running_mean"], logmel.mean(dim=(0, 1)), rtol=1e-4, atol=1e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import main
-from data_generator import SEDDataModule
+from data_generator import load_training_data
 from runs.measure import (
     WARM_UP,
     Laps,
@@ -93,7 +93,7 @@ def test_mistakes(words: list[str], said: str, capsys: pytest.CaptureFixture[str
 
 def test_batches_are_whole_and_as_many_as_asked(settings: Config) -> None:
     """14 clips make three whole batches of 4 an epoch; epochs differ."""
-    loader = SEDDataModule(settings, ("train",)).train_dataloader()
+    loader = load_training_data(settings, ("train",)).train_dataloader()
     batches = list(WholeBatches(loader, 7))  # type: ignore[arg-type]
     assert [len(batch["waveform"]) for batch in batches] == [4] * 7
     epochs = [np.concatenate([batch["index"] for batch in batches[n : n + 3]]).tolist() for n in (0, 3)]
@@ -146,7 +146,7 @@ def test_peak_of_the_device_and_its_memory(settings: Config) -> None:
 
 def test_synthetic_batches_are_a_loader_s(settings: Config) -> None:
     """The keys and types that training steps read, in a batch of the store's."""
-    real = next(iter(SEDDataModule(settings, ("train",)).train_dataloader()))
+    real = next(iter(load_training_data(settings, ("train",)).train_dataloader()))
     made = synthetic_batch(settings, 4)
     for name in ("waveform", "target", "index"):
         assert (made[name].shape, made[name].dtype) == (real[name].shape, real[name].dtype)

@@ -17,7 +17,7 @@ from commands.plan import (
     reading_rate,
     schedule_warnings,
 )
-from data_generator import SEDDataModule
+from data_generator import load_training_data
 from model import build_model
 from runs.measure import saved_for_backward
 from sed_model import SEDWrapper
@@ -70,7 +70,7 @@ def test_steps_and_checkpoints_are_those_of_the_run(workspace: Path) -> None:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     big = resolve({"max_epoch": 2})
     plan = Plan()
-    data = SEDDataModule(settings, ("train", "validation"))
+    data = load_training_data(settings, ("train", "validation"))
     plan_disk(big, plan, data, module, 50 * 2**20, 50 * 2**20)
     assert dict(plan.rows)["space on disk"].startswith("1.76 GiB for 3 checkpoints")  # 12 bytes a weight
     assert last.stat().st_size >= 4 * weights + 8 * trained
@@ -146,7 +146,7 @@ def test_the_schedule_as_it_is_said() -> None:
 
 
 def test_reading_rate_counts_the_clips_that_there_are(workspace: Path) -> None:
-    read = reading_rate(SEDDataModule(small(), ("train",)))
+    read = reading_rate(load_training_data(small(), ("train",)))
     assert (read.clips, read.bytes_per_clip) == (14, 16000)
     assert read.clips_per_second == pytest.approx(14 / read.seconds)
     assert "14 random clips" in str(read)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data.clip_store import UNREADABLE, Clip, ClipStoreWriter, Waveforms, read_events, read_store_table
 from data.samplers import BalancedSampler, EpochSampler, ShardSampler
-from data_generator import ClipDataset, SEDDataModule, _as_read, load_table
+from data_generator import ClipDataset, keep_batch, load_table, load_training_data
 from prepare.compress import compress_store
 from prepare.demo import LABELS
 from settings import resolve
@@ -61,7 +61,7 @@ def test_handles_do_not_travel(store: Path) -> None:
 def test_every_way_to_start_a_worker_reads(store: Path, method: str) -> None:
     dataset = ClipDataset(read_store_table(store), clip_samples=8, fit="pad")
     expected = dataset.__getitems__([0, 1])["waveform"]  # the parent's handle is open
-    loader = DataLoader(dataset, 2, num_workers=1, multiprocessing_context=method, collate_fn=_as_read)
+    loader = DataLoader(dataset, 2, num_workers=1, multiprocessing_context=method, collate_fn=keep_batch)
     assert torch.equal(next(iter(loader))["waveform"], expected)
 
 
@@ -73,7 +73,7 @@ def test_full_shared_memory_is_told(store: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("os.pwrite", full)
     dataset = ClipDataset(read_store_table(store), clip_samples=8, fit="pad")
-    loader = DataLoader(dataset, 2, num_workers=1, multiprocessing_context="fork", collate_fn=_as_read)
+    loader = DataLoader(dataset, 2, num_workers=1, multiprocessing_context="fork", collate_fn=keep_batch)
     with pytest.raises(ValueError, match=r"No space left on device.*enlarge /dev/shm"):
         next(iter(loader))
 
@@ -93,10 +93,17 @@ def test_data_that_does_not_fit_is_refused(store: Path) -> None:
     given = {"dataset_type": "esc-50", "dataset_path": str(store.parent)}
     with pytest.raises(ValueError, match="has 50 classes"):
         load_table(resolve({**given, "classes_num": 10}), "train")
-    with pytest.raises(ValueError, match="prepare it again with --sample_rate 16000"):
-        load_table(resolve({**given, "sample_rate": 16000}), "train")
     with pytest.raises(ValueError, match="There is no file"):
         load_table(resolve({**given, "dataset_path": "nowhere"}), "train")
+
+
+def test_a_store_of_another_rate(store: Path) -> None:
+    """The network's input of 8 samples at 16 kHz lasts as long as 16 of the store's at 32 kHz."""
+    settings = resolve({"dataset_type": "esc-50", "dataset_path": str(store.parent), "sample_rate": 16000})
+    settings = settings.model_copy(update={"clip_samples": 8})
+    batch = load_training_data(settings).dataset("train").__getitems__([0, 1])
+    assert batch["sample_rate"] == 32000
+    assert batch["waveform"].shape == (2, 16)
 
 
 def test_a_clip_that_cannot_be_read_is_replaced(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +224,7 @@ def test_loaders_give_every_clip_with_and_without_workers(demo_workspace: Path) 
     for workers in (0, 4):
         path = str(demo_workspace / "workspace" / "data" / "demo")
         settings = resolve({"dataset_path": path, "num_workers": workers, "batch_size": 4})
-        loader = SEDDataModule(settings).train_dataloader()
+        loader = load_training_data(settings).train_dataloader()
         orders.append([name for batch in loader for name in batch["audio_name"]])
     assert orders[0] == orders[1]
     assert len(set(orders[0])) == 14

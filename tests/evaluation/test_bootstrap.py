@@ -15,8 +15,9 @@ from evaluation.bootstrap import (
     draw_weights,
     paired_bootstrap,
     percentile_interval,
+    with_interval,
 )
-from evaluation.metrics import classification_metrics, tagging_metrics, with_interval
+from evaluation.metrics import classification_metrics, tagging_metrics
 
 
 @pytest.mark.parametrize("different_scores", [3, 20, 10**9])

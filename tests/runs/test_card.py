@@ -10,9 +10,8 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 import main
-from data_generator import SEDDataModule
-from evaluation.bootstrap import Interval
-from evaluation.metrics import Metric
+from data_generator import load_training_data
+from evaluation.metrics import Interval, Metric
 from model import build_model
 from prepare import demo, desed, esc50, scv2
 from runs.card import (
@@ -125,7 +124,7 @@ def test_data_of_a_run_that_has_ended(tmp_path: Path, demo_workspace: Path) -> N
     """Splits as they were recorded; source and licence where the store still holds these clips."""
     settings = resolve({**TINY, "dataset_path": str(demo_workspace / "workspace/data/demo")})
     paths = [tmp_path / run / "checkpoints" / "best.ckpt" for run in ("a", "b")]
-    described = describe_data(SEDDataModule(settings, ("train", "validation")).tables)
+    described = describe_data(load_training_data(settings, ("train", "validation")).tables)
     for path in paths:
         path.parent.mkdir(parents=True)
         path.parents[1].joinpath("provenance.json").write_text(json.dumps([{}, {"data": described["splits"]}]))
@@ -185,7 +184,7 @@ def test_card_of_a_run(tmp_path: Path, demo_workspace: Path) -> None:
     """What train calls at its end: best.ckpt of the run, its metric, and the data of its two splits."""
     where = {"workspace": str(tmp_path), "dataset_path": str(demo_workspace / "workspace/data/demo")}
     settings = resolve({**TINY, **where})
-    data = SEDDataModule(settings, ("train", "validation"))
+    data = load_training_data(settings, ("train", "validation"))
     folder = settings.run_folder / "checkpoints"
     folder.mkdir(parents=True)
     described = {**content(classes_num=10), "labels": data.tables["train"].labels, "epoch": 2}

@@ -13,7 +13,7 @@ import main
 from data.clip_store import STRONG, UNLABELLED, WEAK
 from data.pseudo_labels import TeacherWriter
 from data.samplers import FrameBalancedSampler
-from data_generator import SEDDataModule, event_seconds
+from data_generator import event_seconds, load_training_data
 from evaluation.scores import load_scores
 from frame_training import FrameSEDWrapper
 from model import build_model
@@ -30,7 +30,7 @@ def tiny(workspace: Path, **changes: Any) -> Config:
 def test_clips_without_labels_validate_nothing(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = tiny(demo_workspace, loss_type="weak_strong_bce")
     wrapper = FrameSEDWrapper(build_model(settings), settings, LABELS)
-    batch = SEDDataModule(settings, ("train",)).dataset("train").__getitems__(range(4))
+    batch = load_training_data(settings, ("train",)).dataset("train").__getitems__(range(4))
     logged: dict[str, float] = {}
     monkeypatch.setattr(wrapper, "log", lambda name, value, **_: logged.update({name: float(value)}))
     monkeypatch.setattr(FrameSEDWrapper, "trainer", type("Trainer", (), {"world_size": 1})())
@@ -66,20 +66,20 @@ def test_clip_labels_leave_out_what_has_none(demo_workspace: Path, tmp_path: Pat
     place = str(changed_store(demo_workspace, tmp_path / "some", forget))
     settings = tiny(demo_workspace, loss_type="clip_bce", dataset_path=place)
     with pytest.warns(UserWarning, match="4 of 14 clips for train have no labels: clip_bce leaves them out"):
-        data = SEDDataModule(settings, ("train",))
+        data = load_training_data(settings, ("train",))
     assert len(data.tables["train"]) == 10
     settings = tiny(demo_workspace, loss_type="weak_strong_bce", dataset_path=place, balanced_data=True)
     with (
         pytest.warns(UserWarning, match="4 of 14 training clips have no labels, and weak_strong_bce learns nothing"),
         pytest.warns(UserWarning, match="4 of 14 training clips have no class: balanced_data never draws them"),
     ):
-        assert len(SEDDataModule(settings, ("train",)).tables["train"]) == 14
+        assert len(load_training_data(settings, ("train",)).tables["train"]) == 14
 
 
 def test_events_that_are_never_heard_are_told(demo_workspace: Path) -> None:
     settings = tiny(demo_workspace, clip_samples=96000, balanced_data=True, balanced_by="frames")
     with pytest.warns(UserWarning, match=r"\d+ of \d+ events for train begin after the 3 s"):
-        data = SEDDataModule(settings, ("train",))
+        data = load_training_data(settings, ("train",))
     table = data.tables["train"]
     clip, _, seconds = event_seconds(table, 3.0)
     assert 0 < seconds.min() <= seconds.max() <= 3.0
@@ -101,20 +101,20 @@ def test_a_split_without_events_is_refused(demo_workspace: Path, tmp_path: Path)
 
     place = str(changed_store(demo_workspace, tmp_path / "silent", silence))
     with pytest.raises(ValueError, match=r"No clip for validation in .* has an event"):
-        SEDDataModule(tiny(demo_workspace, dataset_path=place), ("train", "validation"))
+        load_training_data(tiny(demo_workspace, dataset_path=place), ("train", "validation"))
 
 
 def test_a_teacher_of_clips_of_another_length_is_refused(demo_workspace: Path, tmp_path: Path) -> None:
-    data = SEDDataModule(tiny(demo_workspace), ("train",)).tables["train"]
+    data = load_training_data(tiny(demo_workspace), ("train",)).tables["train"]
     names = [name.decode() for name in data.names]
     for seconds, name in ((5.0, "short.h5"), (10.0, "long.h5")):
         writer = TeacherWriter(tmp_path / name, labels=data.labels, steps=4, clip_seconds=seconds, source="test")
         with writer:
             writer.add(names[:7], np.zeros((7, 10, 4)))
     with pytest.raises(ValueError, match="5 s a clip, and the network is given 10 s"):
-        SEDDataModule(tiny(demo_workspace, teacher_path=str(tmp_path / "short.h5")), ("train",))
+        load_training_data(tiny(demo_workspace, teacher_path=str(tmp_path / "short.h5")), ("train",))
     with pytest.warns(UserWarning, match="has 50.0% of the 14 training clips"):
-        SEDDataModule(tiny(demo_workspace, teacher_path=str(tmp_path / "long.h5")), ("train",))
+        load_training_data(tiny(demo_workspace, teacher_path=str(tmp_path / "long.h5")), ("train",))
 
 
 def test_a_test_leaves_out_what_is_not_known(

@@ -14,7 +14,7 @@ from data.clip_dataset import FrameClipDataset
 from data.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
 from data.pseudo_labels import TeacherWriter
 from data.samplers import FrameBalancedSampler, LabellingSampler
-from data_generator import SEDDataModule, event_seconds
+from data_generator import event_seconds, load_training_data
 from frame_training import FrameSEDWrapper, Targets, build_wrapper
 from model import build_model
 from model.checkpoint import read_checkpoint
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def dataset(store: Path, fit: str = "pad", samples: int = 32, **more: Any) -> FrameClipDataset:
-    return FrameClipDataset(read_store_table(store), clip_samples=samples, fit=fit, sample_rate=RATE, **more)
+    return FrameClipDataset(read_store_table(store), clip_samples=samples, fit=fit, **more)
 
 
 def test_a_batch_brings_events_and_what_is_known(store: Path) -> None:
@@ -125,7 +125,7 @@ def tiny(workspace: Path, **changes: Any) -> Config:
 
 def first_batch(settings: Config, clips: int = 8) -> tuple[FrameSEDWrapper, dict[str, Any]]:
     torch.manual_seed(0)
-    data = SEDDataModule(settings, ("train",))
+    data = load_training_data(settings, ("train",))
     wrapper = build_wrapper(build_model(settings), settings, data.tables["train"].labels).train()
     assert isinstance(wrapper, FrameSEDWrapper)
     wrapper.log = lambda *_, **__: None  # type: ignore[method-assign]
@@ -277,7 +277,7 @@ def test_data_without_times_is_refused(tmp_path: Path) -> None:
         for split in ("train", "validation"):
             writer.add(Clip(split, np.ones(8, np.int16), [1], split=split))
     with pytest.raises(ValueError, match="needs clips with event times for train"):
-        SEDDataModule(tiny(tmp_path), ("train", "validation"))
+        load_training_data(tiny(tmp_path), ("train", "validation"))
 
 
 def test_processes_learn_from_all_their_clips_alike(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,7 @@ def test_processes_learn_from_all_their_clips_alike(demo_workspace: Path, monkey
     settings = tiny(demo_workspace, loss_type="weak_strong_bce", htsat_drop_path=0.0)
     wrapper, _ = first_batch(settings)
     wrapper.sed_model.eval()
-    batch = SEDDataModule(settings, ("train",)).dataset("train").__getitems__(range(8))
+    batch = load_training_data(settings, ("train",)).dataset("train").__getitems__(range(8))
     batch["labelling"] = torch.tensor([STRONG, WEAK, STRONG, 0, 0, WEAK, 0, 0])
     batch["teacher"] = torch.randn(8, 10, 4).half()
     batch["has_teacher"] = torch.tensor([1, 0, 0, 0, 1, 1, 0, 0]).bool()

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 import main
 from data.clip_store import Clip, ClipStoreWriter
-from data_generator import SEDDataModule
+from data_generator import load_training_data
 from model import build_model
 from model.frontend import BandNorm
 from prepare.demo import LABELS as DEMO_LABELS
@@ -29,7 +29,7 @@ def tiny(workspace: Path, **changes: Any) -> Config:
 def test_eight_clips_are_learned_by_heart(demo_workspace: Path) -> None:
     settings = tiny(demo_workspace, spec_augment=False, htsat_drop_path=0.0, learning_rate=3e-3, weight_decay=0.0)
     torch.manual_seed(0)
-    data = SEDDataModule(settings, ("train",))
+    data = load_training_data(settings, ("train",))
     batch = data.dataset("train").__getitems__(range(8))
     wrapper = SEDWrapper(build_model(settings), settings, data.tables["train"].labels).train()
     wrapper.log = lambda *_, **__: None  # type: ignore[method-assign]
@@ -73,7 +73,7 @@ def test_a_broken_loss_stops_the_run(demo_workspace: Path) -> None:
     settings = tiny(demo_workspace)
     wrapper = SEDWrapper(build_model(settings), settings, [])
     wrapper.loss_func = lambda logits, targets: logits.sum() * float("nan")
-    batch = SEDDataModule(settings, ("train",)).dataset("train").__getitems__([0, 1])
+    batch = load_training_data(settings, ("train",)).dataset("train").__getitems__([0, 1])
     with pytest.raises(ValueError, match="The loss is nan in epoch 0"):
         wrapper.training_step(batch, 0)
 
