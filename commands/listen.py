@@ -7,17 +7,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, Optional, TextIO
+from typing import Any, BinaryIO, Optional, TextIO
 
 import numpy as np
 
-from commands.predict import DEVICES, event_processing
 from data.files import whole_file
-from settings import UserError, requested
-
-if TYPE_CHECKING:
-    from inference import Tagger
-    from inference.streaming import Event, Listener, Update
+from inference.loading import event_processing, has_frames, load_tagger
+from inference.streaming import Event, Listener, Update
+from settings import UserError
 
 PCM = {"s16le": "<i2", "f32le": "<f4"}
 BLOCK_SECONDS = 0.1
@@ -47,8 +44,8 @@ def run(
     if pcm is None and (rate is not None or channels != 1):
         raise UserError("--rate and --channels describe the samples on standard input: give --pcm s16le or f32le too.")
     tagger = load_tagger(given, "listen")
-    from inference.streaming import Listener
-
+    if events is not None and not has_frames(tagger):
+        raise UserError("--events cannot be written: the encoder of the checkpoint has no time axis. It gives tags.")
     with contextlib.ExitStack() as stack:
         if pcm is None:
             name, source = "microphone", stack.enter_context(open_microphone(microphone))
@@ -58,9 +55,10 @@ def run(
             blocks = pcm_blocks(sys.stdin.buffer, pcm, channels, round(rate * BLOCK_SECONDS))
         listener = Listener(tagger, sample_rate=rate, postprocessing=event_processing(tagger), **heard_by)
         screen = stack.enter_context(Screen.of(events, name, top_k))
+        certain = f"an event is certain {listener.delay_seconds:.2f} s after its end"
         print(
-            f"Listening to {name} at {rate} Hz: tags every {listener.hop_seconds:.2f} s, an event is certain "
-            f"{listener.delay_seconds:.2f} s after its end. Ctrl-C ends.",
+            f"Listening to {name} at {rate} Hz: tags every {listener.hop_seconds:.2f} s, "
+            f"{certain if listener.frames else 'no events (the encoder has no time axis)'}. Ctrl-C ends.",
             file=sys.stderr,
         )
         follow(listener, blocks, screen)
@@ -70,19 +68,7 @@ def run(
     return 0
 
 
-def load_tagger(given: dict[str, Any], command: str) -> "Tagger":
-    """The Tagger that --resume_checkpoint and --accelerator ask for. Raises UserError without a checkpoint."""
-    path = requested("resume_checkpoint", given)
-    if path is None:
-        raise UserError(f"{command} needs a checkpoint: --resume_checkpoint PATH, or a known name (see predict)")
-    from inference import Tagger
-
-    tagger = Tagger.from_checkpoint(path, DEVICES[requested("accelerator", given)], given=given)
-    print(tagger.report or f"{path}: run by onnxruntime", file=sys.stderr)
-    return tagger
-
-
-def follow(listener: "Listener", blocks: Iterator[np.ndarray], screen: "Screen") -> None:
+def follow(listener: Listener, blocks: Iterator[np.ndarray], screen: "Screen") -> None:
     """Feed the listener until the blocks end or Ctrl-C, and show what it says; then what its end brings."""
     with contextlib.suppress(KeyboardInterrupt):
         for block in blocks:
@@ -175,7 +161,7 @@ class Screen:
             table.write("filename\tonset\toffset\tevent_label\n")
             yield cls(table, name, top_k)
 
-    def show(self, update: "Update", listener: "Listener") -> None:
+    def show(self, update: Update, listener: Listener) -> None:
         """Finished events, and below them the live line."""
         if self.live and update.events:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -188,14 +174,14 @@ class Screen:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
 
-    def _write(self, event: "Event") -> None:
+    def _write(self, event: Event) -> None:
         print(f"{event.onset:9.2f} {event.offset:9.2f}  {event.peak:.2f}  {event.label}", flush=True)
         if self.table is not None:
             self.table.write(f"{self.name}\t{event.onset:.4f}\t{event.offset:.4f}\t{event.label}\n")
         self.events += 1
         self.late_seconds += event.known_at - event.offset
 
-    def finish(self, listener: "Listener") -> None:
+    def finish(self, listener: Listener) -> None:
         """How much was heard, how late events were certain, and whether the machine kept up."""
         if not listener.evaluations:
             return

@@ -7,68 +7,58 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from settings import UserError, requested, section
+from data.audio import SUFFIXES
+from inference import Tagged, Tagger
+from inference.loading import event_processing, has_frames, load_tagger
+from inference.outputs import STANDARD_INPUT, Outputs, Source, Wanted, sources_of
+from model.known import find_checkpoint
+from settings import UserError, requested
 
-if TYPE_CHECKING:
-    from evaluation.postprocess import PostProcessing
-    from inference import Tagged, Tagger
-    from inference.outputs import Source
-
-ENDED_BY_READER = 141  # exit status, as shells say it of a program that SIGPIPE ends
-DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}
+ENDED_BY_READER = 141  # exit status of a program that SIGPIPE ends, in a shell
 
 
 def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted: Any) -> int:
-    """Tag files, print the top_k classes of each, and write what is wanted (see commands/_outputs.py).
+    """Tag files, print the top_k classes of each, and write the wanted outputs (see inference/outputs.py).
 
-    A file that cannot be read is reported, and the others go on. Returns the exit status: 1 where any file failed, 141
-    where nobody reads standard output any more.
-    After an interruption, the same command goes on. Raises UserError for a mistake in what was given.
+    A file that cannot be read is reported, and the others are tagged. After an interruption the same command resumes.
+    Returns the exit status: 1 where any file failed, 141 where standard output was closed. Raises UserError for a
+    mistake in what was given.
     """
     path = requested("resume_checkpoint", given)
-    if path is None:
-        from model.known import known_names
-
-        raise UserError(
-            f"predict needs a checkpoint: --resume_checkpoint PATH, or a known name ({', '.join(known_names())})"
-        )
-    check_runtime(runtime, path)
-    from inference import Tagger
-    from inference.outputs import Outputs, Wanted
-    from model.known import find_checkpoint
-
+    if path is not None:  # else load_tagger asks for one
+        check_runtime(runtime, path)
     chosen = Wanted(**wanted)
-    tagger = Tagger.from_checkpoint(path, DEVICES[requested("accelerator", given)], given=given)
+    tagger = load_tagger(given, "predict")
+    if not has_frames(tagger):
+        chosen.check_time_axis()
     if "batch_size" in given:
         tagger.batch_size = tagger.settings.batch_size
     file = find_checkpoint(path)[0]
-    print(tagger.report or f"{file}: run by onnxruntime", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         sources = collect(files, Path(folder), by_place=bool(chosen.audacity or chosen.plot))
-        with Outputs(
-            chosen, labels=tagger.labels, settings=tagger.settings, checkpoint=file,
-            postprocessing=lambda: event_processing(tagger),
-        ) as outputs:  # fmt: skip
-            done = outputs.done
-            if done:
-                print(f"{len(done)} files were done before the interruption.", file=sys.stderr)
-            try:
+        processing = event_processing(tagger) if chosen.with_events and has_frames(tagger) else None
+        try:
+            with Outputs(
+                chosen, labels=tagger.labels, settings=tagger.settings, postprocessing=processing, checkpoint=file
+            ) as outputs:
+                done = outputs.done
+                if done:
+                    print(f"{len(done)} files were done before the interruption.", file=sys.stderr)
                 failed = tag_sources(tagger, [source for source in sources if source.key not in done], outputs)
-            except BrokenPipeError:  # who reads what is printed, such as head, has enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tells of it again at the end
-                return ENDED_BY_READER
-            written = outputs.finish()
-    if written:
-        print(f"Written: {', '.join(written)}", file=sys.stderr)
+        except BrokenPipeError:  # the reader of standard output, as head, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at the end
+            return ENDED_BY_READER
+    if chosen.paths():
+        print(f"Written: {', '.join(chosen.paths().values())}", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(sources)} files could not be read.", file=sys.stderr)
     return 1 if failed else 0
 
 
 def check_runtime(runtime: str, path: str) -> None:
-    """Raise UserError where the file is not for the runtime that was asked for."""
+    """Raise UserError where the file is not for the runtime."""
     if runtime not in ("auto", "torch", "onnx"):
         raise UserError(f"--runtime {runtime} is not allowed: give auto, torch or onnx.")
     exported = path.endswith(".onnx")
@@ -81,12 +71,12 @@ def check_runtime(runtime: str, path: str) -> None:
         raise UserError(f"{path} is run by onnxruntime: for --runtime torch give the checkpoint that it came from.")
 
 
-def tag_sources(tagger: "Tagger", sources: "list[Source]", outputs: Any) -> int:
+def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any) -> int:
     """Tag, print and write each recording; returns how many failed."""
     wanted, failed = outputs.wanted, 0
     with progress_bar(len(sources)) as bar:
         tagging = tagger.tag_files(
-            (source.path for source in sources), frame_embeddings=wanted.frame_embeddings, progress=bar.heard
+            (source.path for source in sources), frame_embeddings=wanted.frame_embeddings, progress=bar.advance
         )
         for source, (_, found) in zip(sources, tagging, strict=True):
             bar.next_file()
@@ -103,36 +93,16 @@ def tag_sources(tagger: "Tagger", sources: "list[Source]", outputs: Any) -> int:
     return failed
 
 
-def print_tags(name: str, tagged: "Tagged", count: int) -> None:
+def print_tags(name: str, tagged: Tagged, count: int) -> None:
     lines = [f"{name} ({tagged.duration:.2f} s)", *(f"  {score:.3f}  {label}" for label, score in tagged.top(count))]
     print("\n".join(lines), flush=True)
 
 
-def event_processing(tagger: "Tagger") -> "PostProcessing":
-    """Thresholds and filters for events: the checkpoint's, or 0.5, with what the settings fl_... say in their place."""
-    if all(getattr(tagger.settings, name) in (None, []) for name in section("event detection")):
-        return tagger.postprocessing
-    import json
+def collect(files: list[str], folder: Path, *, by_place: bool) -> list[Source]:
+    """The recordings that were given. Standard input (-) is copied into a file of `folder`.
 
-    import numpy as np
-
-    from evaluation.scores import Scores
-    from evaluation.tables import choose_postprocessing
-
-    stored: dict[str, Any] = {"postprocessing": json.dumps(tagger.postprocessing.as_dict())}
-    none = np.zeros((0, len(tagger.labels)))
-    scores = Scores([], none, none, np.zeros(0), tagger.labels, attributes=stored)
-    return choose_postprocessing(scores, tagger.settings)
-
-
-def collect(files: list[str], folder: Path, *, by_place: bool) -> "list[Source]":
-    """The recordings that were given. What comes on standard input (-) is put into a file of `folder`.
-
-    by_place: whether each writes a file of its own. Raises UserError where two of those would have one name.
+    by_place: whether each writes a file of its own. Raises UserError where two of these files have one name.
     """
-    from data.audio import SUFFIXES
-    from inference.outputs import STANDARD_INPUT, Source, sources_of
-
     sources = list(sources_of([name for name in files if name != STANDARD_INPUT], SUFFIXES))
     if STANDARD_INPUT in files:
         kept = folder / "standard_input"
@@ -150,10 +120,10 @@ def collect(files: list[str], folder: Path, *, by_place: bool) -> "list[Source]"
 
 
 class Bar:
-    """How far a run is: nothing here, for pipes and log files."""
+    """Progress of a run: nothing here, for pipes and log files."""
 
-    def heard(self, seconds: float) -> None:
-        """So many seconds of sound more have been scored."""
+    def advance(self, seconds: float) -> None:
+        """So many more seconds of sound have been scored."""
 
     def next_file(self) -> None:
         """A file is done."""
@@ -161,7 +131,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(files: int) -> Iterator[Bar]:
-    """A bar over the files on a terminal, with the sound that was heard so far; nothing elsewhere."""
+    """A bar over the files on a terminal, with the duration that was scored so far; nothing elsewhere."""
     if not sys.stderr.isatty():
         yield Bar()
         return
@@ -169,7 +139,7 @@ def progress_bar(files: int) -> Iterator[Bar]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("files, {task.description} of sound"), TimeElapsedColumn())
-    # What is printed goes above the bar, but never from a pipe to the terminal.
+    # What is printed to a terminal goes above the bar; what goes into a pipe stays there.
     with Progress(
         *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
     ) as progress:
@@ -181,7 +151,7 @@ class _Rich(Bar):
         self.progress, self.seconds = progress, 0.0
         self.task = progress.add_task("0:00:00", total=files)
 
-    def heard(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.seconds += seconds
         whole = int(self.seconds)
         shown = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

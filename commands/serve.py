@@ -20,15 +20,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from commands.listen import load_tagger
-from commands.predict import event_processing
+from data.audio import read_audio
+from inference import Tagged, Tagger
+from inference.loading import event_processing, load_tagger
+from inference.pictures import sound_of_file
 from settings import UserError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
     from evaluation.postprocess import PostProcessing
-    from inference import Tagged, Tagger
 
 INSTALL = "pip install fastapi uvicorn"
 PAGE = Path(__file__).with_name("serve.html")
@@ -102,7 +103,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         raise UserError(f"{host} port {port} cannot be served ({error}): give another --port or --host.") from None
 
 
-def build_app(tagger: "Tagger", limits: Limits, host: str = "127.0.0.1") -> "FastAPI":
+def build_app(tagger: Tagger, limits: Limits, host: str = "127.0.0.1") -> "FastAPI":
     """The page (/), what it should know (/about), and tagging (POST /tag: the bytes of a file -> JSON, see `answer`).
 
     One sound is tagged at a time. host: the name under which the page is served, beside localhost and IP addresses.
@@ -222,11 +223,8 @@ async def receive(request: "Request", path: Path, limits: Limits) -> None:
         raise RefusedError(400, "The upload broke off.") from None
 
 
-def tag_upload(tagger: "Tagger", processing: "PostProcessing", path: Path, limits: Limits) -> bytes:
+def tag_upload(tagger: Tagger, processing: "PostProcessing", path: Path, limits: Limits) -> bytes:
     """Tag a file; returns `answer`. Raises RefusedError for what is no sound or too long."""
-    from data.audio import read_audio
-    from inference.pictures import sound_of_file
-
     rate = tagger.settings.sample_rate
     try:
         waveform = read_audio(path, rate, seconds=limits.most_seconds + 1)
@@ -244,23 +242,27 @@ def tag_upload(tagger: "Tagger", processing: "PostProcessing", path: Path, limit
     return json.dumps(content, allow_nan=False).encode()
 
 
-def answer(tagged: "Tagged", processing: "PostProcessing") -> dict[str, Any]:
+def answer(tagged: Tagged, processing: "PostProcessing") -> dict[str, Any]:
     """{duration, seconds_per_frame, tags, classes, events}: seconds, and scores between 0 and 1.
 
-    tags: the best classes, [label, clip score]; classes: those and all with events, with their threshold and the frame
-    scores that are held against it; events: in the order of time.
+    tags: the best classes, [label, clip score]; classes: these and all with events, with threshold and smoothed frame
+    scores; events: in the order of time. Without a time axis seconds_per_frame is 0, and there are only tags.
     """
+    tags = tagged.top(MOST_CLASSES)
+    content: dict[str, Any] = {
+        "duration": tagged.duration, "seconds_per_frame": 0.0,
+        "tags": [[label, round(score, 4)] for label, score in tags], "classes": [], "events": [],
+    }  # fmt: skip
+    if len(tagged.framewise) == 0:
+        return content
     table = tagged.events(processing).sort_values(["onset", "offset"], kind="stable")
     scores, step = processing.smooth(
         tagged.framewise[None], durations=np.array([tagged.duration]), seconds_per_frame=tagged.seconds_per_frame
     )
-    tags = tagged.top(MOST_CLASSES)
     shown = dict.fromkeys([*table.event_label, *(label for label, _ in tags)])
     place = {label: processing.labels.index(label) for label in shown}
-    return {
-        "duration": tagged.duration,
+    return content | {
         "seconds_per_frame": step,
-        "tags": [[label, round(score, 4)] for label, score in tags],
         "classes": [
             {"label": label, "threshold": processing.thresholds[k], "scores": scores[0, :, k].round(4).tolist()}
             for label, k in place.items()

@@ -41,14 +41,14 @@ def whole_file(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
     middle = "" if keep else f".{secrets.token_hex(4)}"
     partial = path.with_name(f"{path.name if keep else path.name[:KEPT_CHARACTERS]}{middle}.partial")
     try:
-        with _explained(path, REMEDIES):
+        with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
             partial.open("wb").close()
-        with _explained(path, FULL):
+        with explained(path, FULL):
             yield partial
-        with _explained(path, REMEDIES):
+        with explained(path):
             _sync(partial)
             os.replace(partial, path)
             with suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
@@ -67,8 +67,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def _explained(path: Path, codes: Collection[int]) -> Iterator[None]:
-    """Turn errors with these numbers of the operating system into a UserError about `path`."""
+def explained(path: Path, codes: Collection[int] = tuple(REMEDIES)) -> Iterator[None]:
+    """Turn the operating system's errors with these numbers into a UserError about `path`."""
     try:
         yield
     except UserError:

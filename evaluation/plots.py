@@ -3,6 +3,7 @@
 import base64
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -125,6 +126,23 @@ def clip_figure(view: ClipView) -> Figure:
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
         figure.align_ylabels(axes)
+    return figure
+
+
+def tags_figure(tags: Sequence[tuple[str, float]], sound: ClipSound, duration: float) -> Figure:
+    """Waveform and log-mel spectrogram of a clip of `duration` seconds, and its tags as bars (class, score 0 to 1)."""
+    with matplotlib.rc_context(STYLE):
+        heights = [0.95, 1.5, 0.5 + 0.2 * len(tags)]
+        figure = Figure(figsize=(5.4, sum(heights) + 0.75), layout="constrained")
+        axes = figure.subplots(3, 1, height_ratios=heights)
+        axes[0].sharex(axes[1])
+        _draw_sound(figure, axes[0], axes[1], sound, duration)
+        axes[1].set_xlabel("time (s)")
+        axes[1].set_xlim(0, duration)
+        axes[2].barh([label for label, _ in tags], [score for _, score in tags], color=SCORE_COLOUR)
+        axes[2].invert_yaxis()
+        axes[2].set_xlim(0, 1)
+        axes[2].set_xlabel("score of the clip (0 to 1)")
     return figure
 
 

@@ -1,29 +1,31 @@
-"""What predict writes, recording after recording, and how an interrupted run goes on.
+"""What predict writes, recording after recording, and how an interrupted run resumes.
 
-Each file grows under another name (.partial, .spool) and takes its own at the end. A journal beside the first of them
-has a line for each recording that is written in full, with the sizes the files had then: after an interruption, the
-same command cuts them back to those sizes and goes on behind. A finished run leaves no journal: the next starts anew.
+The results of each recording go into a journal beside the first output. When all recordings are done, the outputs are
+made of it, each whole or not at all, and it is removed. The same command, after an interruption, tags the recordings
+that the journal does not have.
 
 Frame scores of recordings of different lengths do not fit the score store of `test` (evaluation/scores.py), which has
-one number of steps and the truth. The HDF5 files here hold: audio_name (N,) bytes, duration (N,) seconds, clipwise
-(N, K) or embedding (N, C) float32, and for the frames of all recordings one behind the other framewise (T, K) or
-frame_embedding (T, C) float32, where recording n has the rows first_frame[n] to first_frame[n + 1]. Attributes:
+one number of frames and annotations. The HDF5 files here hold: audio_name (N,) bytes, duration (N,) seconds, clipwise
+(N, K) or embedding (N, D) float32, and for the frames of all recordings one behind the other framewise (T, K) or
+frame_embedding (T, D) float32, where recording n has the rows first_frame[n] to first_frame[n + 1]. Attributes:
 labels, seconds_per_frame, and the front-end's settings.
 """
 
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import h5py
 import numpy as np
 
+from data.files import explained, whole_file, write_text
 from inference.tagger import Tagged
 from settings import Config, UserError, section
 
@@ -39,7 +41,7 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 
 @dataclass(frozen=True)
 class Wanted:
-    """The flags of predict that say what to write. Paths; None: not wanted."""
+    """The flags of predict for its outputs: paths, None where not wanted."""
 
     jsonl: Optional[str] = None
     csv: Optional[str] = None
@@ -65,6 +67,16 @@ class Wanted:
         paths = [str(Path(path)) for path in self.paths().values()]
         if len(set(paths)) < len(paths):
             raise UserError(f"Two outputs have the same name: {', '.join(paths)}.")
+
+    def check_time_axis(self) -> None:
+        """Raise UserError for outputs of frames and events, which an encoder without a time axis does not have."""
+        asked = [f"--{name}" for name in ("events", "audacity", "bins") if getattr(self, name) is not None]
+        asked += ["--embeddings_of frames"] if self.embeddings_of == "frames" else []
+        if asked:
+            raise UserError(
+                f"{', '.join(asked)} cannot be written: the encoder of the checkpoint has no time axis. It gives tags "
+                f"and embeddings of whole recordings."
+            )
 
     def make_places(self) -> None:
         """Make the folders in which all of it lies. Raises UserError where a file or folder is in the way."""
@@ -93,7 +105,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Source:
-    """A recording: its file, what it is called in outputs, and its place below the folders of labels and pictures."""
+    """A recording: its file, its name in outputs, and its place below the folders of labels and pictures."""
 
     path: Path
     name: str
@@ -101,13 +113,13 @@ class Source:
 
     @property
     def key(self) -> str:
-        """What tells it from others after an interruption: names that are no UTF-8 may look the same in outputs."""
+        """What identifies it in the journal: names that are no UTF-8 may look the same in outputs."""
         return self.name if self.name == STANDARD_INPUT else str(self.path)
 
 
 @dataclass(frozen=True)
-class Heard:
-    """One recording with its scores and events, as the writers get it."""
+class Result:
+    """One recording with its scores and events (None: the encoder has no time axis, or no output needs them)."""
 
     source: Source
     tagged: Tagged
@@ -116,34 +128,37 @@ class Heard:
 
     def event_rows(self) -> list[tuple[float, float, str]]:
         """Onset and offset in seconds, and class, in the order of time."""
-        assert self.events is not None
+        if self.events is None:
+            return []
         table = self.events.sort_values(["onset", "offset"], kind="stable")
         return [
             (float(a), float(b), str(c)) for a, b, c in zip(table.onset, table.offset, table.event_label, strict=True)
         ]
 
 
-def jsonl_line(heard: Heard) -> bytes:
-    """{file, duration, tags: [{label, score}], events: [{onset, offset, label}]}, seconds."""
-    content = {
-        "file": heard.source.name,
-        "duration": round(heard.tagged.duration, 6),
-        "tags": [{"label": label, "score": round(score, 6)} for label, score in heard.tagged.top(heard.top_k)],
-        "events": [{"onset": round(a, 4), "offset": round(b, 4), "label": c} for a, b, c in heard.event_rows()],
+def jsonl_line(result: Result) -> bytes:
+    """{file, duration, tags: [{label, score}], events: [{onset, offset, label}]}, seconds; events: with a time axis."""
+    content: dict[str, Any] = {
+        "file": result.source.name,
+        "duration": round(result.tagged.duration, 6),
+        "tags": [{"label": label, "score": round(score, 6)} for label, score in result.tagged.top(result.top_k)],
     }
+    if result.events is not None:
+        rows = result.event_rows()
+        content["events"] = [{"onset": round(a, 4), "offset": round(b, 4), "label": c} for a, b, c in rows]
     return (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def csv_rows(heard: Heard, every_frame: bool) -> bytes:
+def csv_rows(result: Result, every_frame: bool) -> bytes:
     """file, start, end, a score for each class: one row for the recording, or one for each of its frames."""
-    tagged, text = heard.tagged, io.StringIO()
+    tagged, text = result.tagged, io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     if every_frame:
         rows = zip(tagged.times(), tagged.framewise, strict=True)
     else:
         rows = zip(np.array([[0.0, tagged.duration]]), tagged.clipwise[None], strict=True)
     for (start, end), scores in rows:
-        writer.writerow([heard.source.name, f"{start:.4f}", f"{end:.4f}", *(f"{score:.6f}" for score in scores)])
+        writer.writerow([result.source.name, f"{start:.4f}", f"{end:.4f}", *(f"{score:.6f}" for score in scores)])
     return text.getvalue().encode()
 
 
@@ -153,28 +168,89 @@ def csv_header(labels: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def event_rows(heard: Heard) -> bytes:
+def event_lines(result: Result) -> bytes:
     """filename, onset, offset (seconds), event_label, tab-separated, as DCASE's tools read them."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")  # it quotes a name that has a tab in it
-    writer.writerows((heard.source.name, f"{a:.4f}", f"{b:.4f}", c) for a, b, c in heard.event_rows())
+    writer.writerows((result.source.name, f"{a:.4f}", f"{b:.4f}", c) for a, b, c in result.event_rows())
     return text.getvalue().encode()
 
 
-def score_block(heard: Heard) -> memoryview:
+def score_block(result: Result) -> memoryview:
     """Clip scores, then those of the frames: (1 + T, K) float32."""
-    return np.concatenate([heard.tagged.clipwise[None], heard.tagged.framewise]).astype("<f4", copy=False).data
+    return np.concatenate([result.tagged.clipwise[None], result.tagged.framewise]).astype("<f4", copy=False).data
 
 
-def embedding_block(heard: Heard) -> memoryview:
+def embedding_block(result: Result) -> memoryview:
     """The clip's embedding, then those of the frames where they are wanted: (1 + T, C) or (1, C) float32."""
-    frames = heard.tagged.frame_embeddings
-    clip = heard.tagged.embedding[None]
+    frames = result.tagged.frame_embeddings
+    clip = result.tagged.embedding[None]
     return (clip if frames is None else np.concatenate([clip, frames])).astype("<f4", copy=False).data
 
 
+class Journal:
+    """A file of the recordings that are done: what each adds to the outputs, and what is needed to resume.
+
+    The first line is the run's identity. Then each recording has a line of JSON and, behind it, its part of each
+    output, whose sizes in bytes the line has. Opening it cuts off a recording that an interruption left incomplete.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        """Raises UserError where the file is another run's, or cannot be written."""
+        self.path, self.entries = path, list[dict[str, Any]]()
+        with explained(path):
+            self.file = path.open("a+b")
+            self._read(f"{identity}\n".encode())
+
+    def _read(self, first: bytes) -> None:
+        length = self.file.seek(0, os.SEEK_END)
+        self.file.seek(0)
+        found = self.file.readline()
+        if not first.startswith(found):
+            self.file.close()
+            raise UserError(
+                f"{self.path} belongs to an interrupted run with another checkpoint, settings or outputs: give the "
+                f"same ones to resume it, or remove the file to start anew."
+            )
+        end = len(found) if found == first else 0
+        while end and (line := self.file.readline()).endswith(b"\n"):
+            try:
+                entry = json.loads(line)
+                begin, size = self.file.tell(), sum(entry["sizes"].values())
+            except (ValueError, KeyError, TypeError):
+                break
+            if begin + size > length:
+                break
+            self.entries.append({**entry, "begin": begin})
+            end = self.file.seek(begin + size)
+        self.file.truncate(end)
+        if not end:
+            self.file.write(first)
+            self.file.flush()
+
+    def add(self, entry: dict[str, Any], parts: Mapping[str, bytes | memoryview]) -> None:
+        """Append a recording: plain values, and bytes for each output."""
+        entry = {**entry, "sizes": {name: memoryview(part).nbytes for name, part in parts.items()}}
+        line = json.dumps(entry).encode() + b"\n"
+        with explained(self.path):
+            begin = self.file.seek(0, os.SEEK_END) + len(line)
+            self.file.writelines([line, *parts.values()])
+            self.file.flush()
+        self.entries.append({**entry, "begin": begin})
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        """The bytes of one output, recording after recording."""
+        for entry in self.entries:
+            before = itertools.takewhile(lambda other: other != name, entry["sizes"])
+            self.file.seek(entry["begin"] + sum(entry["sizes"][other] for other in before))
+            yield self.file.read(entry["sizes"][name])
+
+
 class Outputs:
-    """All that a run of predict writes. Use as a context: leaving it closes the files; `finish` names them."""
+    """All that a run of predict writes, as a context: where it ends without an error, the outputs get their names.
+
+    Labels and pictures, a file for each recording, are written at once; the other outputs are made of the journal.
+    """
 
     def __init__(
         self,
@@ -182,184 +258,116 @@ class Outputs:
         *,
         labels: Sequence[str],
         settings: Config,
-        postprocessing: "Callable[[], PostProcessing]",
+        postprocessing: "Optional[PostProcessing]",
         checkpoint: Path,
     ) -> None:
-        self.wanted, self.labels, self.settings = wanted, list(labels), settings
-        self.postprocessing = postprocessing() if wanted.with_events else None
-        about = checkpoint.stat()
-        identity = [str(checkpoint), about.st_size, about.st_mtime_ns, settings.model_dump(), asdict(wanted)]
-        self.identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        self.columns: dict[str, tuple[bytes, Callable[[Heard], bytes | memoryview]]] = {
+        """postprocessing: None for an encoder without a time axis, and where no output has events.
+
+        Raises UserError where an output cannot be written, or an interrupted run was another one.
+        """
+        self.wanted, self.labels, self.settings, self.postprocessing = wanted, list(labels), settings, postprocessing
+        self.writers: dict[str, tuple[bytes, Callable[[Result], bytes | memoryview]]] = {
             "jsonl": (b"", jsonl_line),
-            "csv": (csv_header(labels), lambda heard: csv_rows(heard, wanted.bins is not None)),
-            "events": (b"filename\tonset\toffset\tevent_label\n", event_rows),
+            "csv": (csv_header(labels), lambda result: csv_rows(result, wanted.bins is not None)),
+            "events": (b"filename\tonset\toffset\tevent_label\n", event_lines),
             "scores": (b"", score_block),
             "embeddings": (b"", embedding_block),
         }
-        self.files: dict[str, BinaryIO] = {}
-        self.journal: Optional[BinaryIO] = None
-        self.entries: list[dict[str, Any]] = []
+        self.paths = {name: Path(path) for name, path in wanted.paths().items()}
+        self.journal: Optional[Journal] = None
+        if self.paths:
+            wanted.make_places()
+            about = checkpoint.stat()
+            identity = [str(checkpoint), about.st_size, about.st_mtime_ns, settings.model_dump(), asdict(wanted)]
+            first = next(iter(self.paths.values()))
+            self.journal = Journal(
+                first.with_name(first.name + ".journal"), hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+            )
 
     def __enter__(self) -> "Outputs":
-        """Begin, or go on where an interrupted run stopped: `done` has the names of what is written already."""
-        paths = self.wanted.paths()
-        if not paths:
-            return self
-        self.wanted.make_places()
-        first = Path(next(iter(paths.values())))
-        self.journal_path = first.with_name(first.name + ".journal")
-        sizes = self._read_journal() if self.journal_path.is_file() else None
-        for flag in self.columns.keys() & paths.keys():
-            path = self._growing(flag)
-            if sizes is None:
-                self.files[flag] = path.open("wb")
-                self.files[flag].write(self.columns[flag][0])
-            else:
-                self.files[flag] = self._cut_back(path, sizes[flag])
-        if sizes is None:
-            self.journal = self.journal_path.open("wb")
-            self._note({"identity": self.identity})
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for file in (*self.files.values(), *([self.journal] if self.journal else [])):
-            file.close()
+    def __exit__(self, kind: Optional[type[BaseException]], *_: object) -> None:
+        if self.journal is not None:
+            with self.journal.file:
+                if kind is None:
+                    self._write(self.journal)
+            if kind is None:
+                self.journal.path.unlink()
 
     @property
     def done(self) -> set[str]:
-        """Keys of the recordings that an interrupted run has written."""
-        return {entry["key"] for entry in self.entries}
+        """Keys of the recordings that are written, now or by an interrupted run."""
+        return {entry["key"] for entry in self.journal.entries} if self.journal else set()
 
     def add(self, source: Source, tagged: Tagged) -> None:
         """Write one recording into everything that is wanted."""
+        if self.journal is None:
+            return
         events = None if self.postprocessing is None else tagged.events(self.postprocessing, source.name)
-        heard = Heard(source, tagged, events, self.wanted.top_k)
-        if self.wanted.audacity is not None:
-            text = "".join(f"{a:.6f}\t{b:.6f}\t{c}\n" for a, b, c in heard.event_rows())
-            write_text(Path(self.wanted.audacity) / f"{source.place}.txt", text)
-        if self.wanted.plot is not None:
+        result = Result(source, tagged, events, self.wanted.top_k)
+        if "audacity" in self.paths:
+            text = "".join(f"{a:.6f}\t{b:.6f}\t{c}\n" for a, b, c in result.event_rows())
+            write_text(self.paths["audacity"] / f"{source.place}.txt", text)
+        if "plot" in self.paths:
             from inference.pictures import draw_recording  # here: it brings matplotlib
 
-            assert self.postprocessing is not None
-            picture = Path(self.wanted.plot) / f"{source.place}.png"
-            draw_recording(picture, source.path, tagged, heard.event_rows(), self.postprocessing, self.settings)
-        for flag, file in self.files.items():
-            file.write(self.columns[flag][1](heard))
-        entry = {"key": source.key, "name": source.name, "duration": tagged.duration, "frames": len(tagged.framewise)}
-        entry["seconds_per_frame"] = tagged.seconds_per_frame
-        self.entries.append(entry)
-        if self.journal is not None:
-            self._note(entry)
+            picture = self.paths["plot"] / f"{source.place}.png"
+            draw_recording(picture, source.path, tagged, result.event_rows(), self.postprocessing, self.settings)
+        entry = {
+            "key": source.key, "name": source.name, "duration": tagged.duration, "frames": len(tagged.framewise),
+            "seconds_per_frame": tagged.seconds_per_frame,
+        }  # fmt: skip
+        parts = {name: write(result) for name, (_, write) in self.writers.items() if name in self.paths}
+        self.journal.add(entry, parts)
 
-    def finish(self) -> list[str]:
-        """Give the files their names; returns them and the folders."""
-        paths = self.wanted.paths()
-        for file in self.files.values():
-            file.close()
-        for flag in ("scores", "embeddings"):
-            if flag in self.files:
-                self._write_arrays(flag, Path(paths[flag]))
-        for flag in self.files:
-            target = Path(paths[flag])
-            os.replace(target.with_name(target.name + ".partial"), target)
-            self._growing(flag).unlink(missing_ok=True)
-        if self.journal is not None:
-            self.journal.close()
-            self.journal_path.unlink()
-        return list(paths.values())
+    def _write(self, journal: Journal) -> None:
+        """Make the outputs of the journal."""
+        for name in (name for name in self.writers if name in self.paths):
+            with whole_file(self.paths[name]) as partial:
+                if name in ("scores", "embeddings"):
+                    self._write_arrays(journal, name, partial)
+                else:
+                    with partial.open("wb") as file:
+                        file.writelines(itertools.chain([self.writers[name][0]], journal.parts(name)))
 
-    def _growing(self, flag: str) -> Path:
-        """The name of a file while recordings are added: HDF5, which a kill can make unreadable, comes last."""
-        path = Path(self.wanted.paths()[flag])
-        return path.with_name(path.name + (".spool" if flag in ("scores", "embeddings") else ".partial"))
-
-    def _note(self, entry: dict[str, Any]) -> None:
-        """A line of the journal, after the files hold what it says."""
-        for file in self.files.values():
-            file.flush()
-        sizes = {flag: file.tell() for flag, file in self.files.items()}
-        assert self.journal is not None
-        self.journal.write((json.dumps({**entry, "sizes": sizes}) + "\n").encode())
-        self.journal.flush()
-
-    def _read_journal(self) -> Optional[dict[str, int]]:
-        """The sizes of the files at the journal's last whole line, or None where it has none; it is cut behind it."""
-        content = self.journal_path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
-            return None
-        try:
-            head, *self.entries = [json.loads(line) for line in whole.splitlines()]
-            sizes = dict((self.entries or [head])[-1]["sizes"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.journal_path} is damaged: remove it, and the run starts anew.") from None
-        if head.get("identity") != self.identity:
-            raise UserError(
-                f"{self.journal_path} belongs to an interrupted run with another checkpoint, settings or outputs: "
-                f"give the same ones to go on with it, or remove it to start anew."
-            )
-        self.journal = self._cut_back(self.journal_path, len(whole))
-        return sizes
-
-    def _cut_back(self, path: Path, size: int) -> BinaryIO:
-        if not path.is_file() or path.stat().st_size < size:
-            raise UserError(
-                f"The interrupted run of {self.journal_path} cannot go on: {path} is not as it left it. Remove the "
-                f"journal, and the run starts anew."
-            )
-        os.truncate(path, size)
-        return path.open("ab")
-
-    def _write_arrays(self, flag: str, path: Path) -> None:
-        """HDF5 or npz from what was put aside, one recording after the other."""
-        names = ("clipwise", "framewise") if flag == "scores" else ("embedding", "frame_embedding")
-        with_frames = flag == "scores" or self.wanted.frame_embeddings
-        frames = [entry["frames"] if with_frames else 0 for entry in self.entries]
+    def _write_arrays(self, journal: Journal, name: str, partial: Path) -> None:
+        """HDF5, or npz where the output's name says so."""
+        of_clips, of_frames = ("clipwise", "framewise") if name == "scores" else ("embedding", "frame_embedding")
+        with_frames = name == "scores" or self.wanted.frame_embeddings
+        entries = journal.entries
+        frames = [entry["frames"] if with_frames else 0 for entry in entries]
         first = np.concatenate([[0], np.cumsum(frames)]).astype(np.int64)
-        partial = path.with_name(path.name + ".partial")
-        values = os.path.getsize(self._growing(flag)) // 4
-        width = values // max(1, len(frames) + int(first[-1]))
-        about: dict[str, Any] = {
-            "audio_name": np.array([entry["name"].encode() for entry in self.entries], dtype="S"),
-            "duration": np.array([entry["duration"] for entry in self.entries], dtype=np.float64),
+        width = entries[0]["sizes"][name] // 4 // (1 + frames[0]) if entries else 0
+        arrays: dict[str, Any] = {
+            "audio_name": np.array([entry["name"].encode() for entry in entries], dtype="S"),
+            "duration": np.array([entry["duration"] for entry in entries], dtype=np.float64),
+            **({"first_frame": first} if with_frames else {}),
         }
-        if with_frames:
-            about["first_frame"] = first
-        if path.suffix == ".npz":
-            about[names[0]] = np.empty((len(frames), width), "<f4")
-            if with_frames:
-                about[names[1]] = np.empty((int(first[-1]), width), "<f4")
-            self._fill(flag, about[names[0]], about.get(names[1]), first)
+        shapes = {of_clips: (len(entries), width), **({of_frames: (int(first[-1]), width)} if with_frames else {})}
+
+        def fill(store: Any) -> None:
+            for number, part in enumerate(journal.parts(name)):
+                block = np.frombuffer(part, "<f4").reshape(-1, width)
+                store[of_clips][number] = block[0]
+                if with_frames:
+                    store[of_frames][first[number] : first[number + 1]] = block[1:]
+
+        if self.paths[name].suffix == ".npz":
+            arrays |= {key: np.empty(shape, "<f4") for key, shape in shapes.items()}
+            fill(arrays)
             with partial.open("wb") as file:
-                np.savez(file, **about)
+                np.savez(file, **arrays)
             return
         with h5py.File(partial, "w") as store:
-            for name, value in about.items():
-                store[name] = value
-            clips = store.create_dataset(names[0], (len(frames), width), "<f4")
-            rows = store.create_dataset(names[1], (int(first[-1]), width), "<f4") if with_frames else None
-            self._fill(flag, clips, rows, first)
-            seconds = self.entries[0]["seconds_per_frame"] if self.entries else 0.0
-            frontend = {name: getattr(self.settings, name) for name in section("front-end")}
+            for key, value in arrays.items():
+                store[key] = value
+            for key, shape in shapes.items():
+                store.create_dataset(key, shape, "<f4")
+            fill(store)
+            seconds = entries[0]["seconds_per_frame"] if entries else 0.0
+            frontend = {setting: getattr(self.settings, setting) for setting in section("front-end")}
             store.attrs.update({"labels": self.labels, "seconds_per_frame": seconds, **frontend})
-
-    def _fill(self, flag: str, clips: Any, rows: Any, first: np.ndarray) -> None:
-        width = clips.shape[1]
-        with self._growing(flag).open("rb") as spool:
-            for number, (begin, end) in enumerate(zip(first[:-1].tolist(), first[1:].tolist(), strict=True)):
-                block = np.fromfile(spool, "<f4", (1 + end - begin) * width).reshape(-1, width)
-                clips[number] = block[0]
-                if rows is not None and end > begin:
-                    rows[begin:end] = block[1:]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that takes its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def sources_of(files: Sequence[str], suffixes: Sequence[str]) -> Iterator[Source]:

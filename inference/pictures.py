@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
 
 from data.audio import stream_audio
-from evaluation.plots import ClipSound, ClipView, clip_figure, save_png
+from evaluation.plots import ClipSound, ClipView, clip_figure, save_png, tags_figure
 from evaluation.postprocess import PostProcessing
 from inference.tagger import Tagged
 from inference.windows import frame_count
@@ -16,6 +17,7 @@ from settings import Config
 
 MOST_COLUMNS = 3000  # of a spectrogram
 HOPS_AT_ONCE = 1024
+MOST_TAGS = 10
 
 
 def draw_recording(
@@ -23,18 +25,23 @@ def draw_recording(
     source: Path,
     tagged: Tagged,
     events: Sequence[tuple[float, float, str]],
-    post: PostProcessing,
+    post: Optional[PostProcessing],
     settings: Config,
 ) -> None:
     """Write a picture: waveform and log-mel spectrogram of `source`, frame scores, and events (onset, offset, class).
 
-    What is true is not known. Raises UserError where the source cannot be read.
+    post: None for an encoder without a time axis, whose tags are drawn in place of scores and events. Raises UserError
+    where the source cannot be read.
     """
+    sound = sound_of_file(source, settings, tagged.duration)
+    if post is None:
+        save_png(tags_figure(tagged.top(MOST_TAGS), sound, tagged.duration), path)
+        return
     number = {label: k for k, label in enumerate(tagged.labels)}
     scores, seconds_per_frame = post.smooth(
         tagged.framewise[None], durations=np.array([tagged.duration]), seconds_per_frame=tagged.seconds_per_frame
     )
-    frames = min(scores.shape[1], frame_count(round(tagged.duration * 1e9), seconds_per_frame * 1e9))
+    frames = min(scores.shape[1], frame_count(tagged.duration, seconds_per_frame))
     view = ClipView(
         duration=tagged.duration,
         labels=list(tagged.labels),
@@ -43,7 +50,7 @@ def draw_recording(
         thresholds=post.thresholds,
         truth=[],
         found=[(number[label], onset, offset) for onset, offset, label in events],
-        sound=sound_of_file(source, settings, tagged.duration),
+        sound=sound,
         truth_known=False,
     )
     save_png(clip_figure(view), path)

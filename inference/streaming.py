@@ -10,7 +10,7 @@ import soxr
 
 from data.audio import mono_waveform
 from inference.tagger import Tagged, Tagger
-from inference.windows import frame_count, taper
+from inference.windows import SlidingAverage, frame_count
 from settings import UserError
 
 if TYPE_CHECKING:
@@ -74,14 +74,15 @@ class Listener:
         window_seconds = self.window / self.rate
         self.delay_seconds = window_seconds / 2 if delay_seconds is None else delay_seconds
         _check(hop_seconds, self.delay_seconds, release, window_seconds, sample_rate)
-        silence = tagger.tag(np.zeros(self.window, np.float32))  # it tells the steps, and the first pass is the slowest
-        self.step_seconds = silence.seconds_per_frame
+        silence = tagger.tag(np.zeros(self.window, np.float32))  # for the frames; also, the first pass is the slowest
+        self.frames = len(silence.framewise)  # of a window; 0: the encoder has no time axis, there are tags alone
+        self.step_seconds = silence.seconds_per_frame or hop_seconds
         self.hop_seconds = self.step_seconds * max(1, round(hop_seconds / self.step_seconds))
         chosen = postprocessing or tagger.postprocessing
         self.resampler = (
             None if sample_rate in (None, self.rate) else soxr.ResampleStream(sample_rate, self.rate, 1, "float32")
         )
-        self.scores = SettledScores(self.window, self.window / round(window_seconds / self.step_seconds))
+        self.scores = SlidingAverage(self.window)
         self.smoother = Smoother(chosen, self.step_seconds)
         self.tracker = EventTracker(chosen, self.step_seconds / chosen.interpolation, release)
         self.buffer, self.filled = np.zeros(2 * self.window, np.float32), 0
@@ -150,9 +151,11 @@ class Listener:
         held = self.buffer[max(0, self.filled - self.window) : self.filled]
         tagged = self.tagger.tag(held)
         events: list[Event] = []
-        if last or self.samples >= self.window:
+        if self.frames and (last or self.samples >= self.window):
             if self.settled_until != self.samples:
-                self.scores.add(tagged.framewise, self.samples - len(held), self.samples if last else None)
+                missing = self.frames - len(tagged.framewise)  # of a sound that is shorter than a window
+                scores = np.pad(tagged.framewise, ((0, missing), (0, 0)), mode="edge")
+                self.scores.add(scores, self.samples - len(held), self.samples if last else None)
             self.settled_until = self.samples
             events = self._settle(last)
         seconds = self.clock() - begin
@@ -162,11 +165,10 @@ class Listener:
         return Update(self.heard, tagged, self.tracker.active_labels(), events, seconds)
 
     def _settle(self, last: bool) -> list[Event]:
-        """Events of the frames that the delay lets go."""
+        """Events of the frames whose delay is over."""
+        step = self.window / self.frames
         until = self.samples - self.delay_seconds * self.rate
-        frames = self.scores.take(
-            frame_count(self.samples, self.scores.step) if last else int(until / self.scores.step + 1e-6)
-        )
+        frames = self.scores.take(frame_count(self.samples, step) if last else int(until / step + 1e-6))
         smooth = self.smoother.feed(frames, self.heard if last else None)
         return self.tracker.feed(smooth, self.heard, last)
 
@@ -180,45 +182,6 @@ def _check(hop: float, delay: float, release: float, window: float, sample_rate:
         raise UserError(f"release = {release:g} is not allowed: it must lie above 0 and be at most 1.")
     if sample_rate is not None and not 1000 <= sample_rate <= 768_000:
         raise UserError(f"A sample rate of {sample_rate} Hz is not allowed: 1000 to 768000 Hz are.")
-
-
-class SettledScores:
-    """The weighted mean of overlapping windows' scores at their absolute times, given away once it is settled.
-
-    As windows.OverlapAverage, of which each frame waits for the last window that reaches it; here it may be taken
-    sooner, and what later windows would say about it counts for nothing. step: samples of a frame.
-    """
-
-    def __init__(self, window: int, step: float) -> None:
-        self.window, self.step, self.first = window, step, 0
-        self.total, self.weight = np.zeros((0, 0)), np.zeros((0, 1))
-
-    def add(self, scores: np.ndarray, start: int, recording: Optional[int] = None) -> None:
-        """(steps, K) of the window that begins at sample `start`; recording: samples in all, with the last window."""
-        begin = max(self.first, int(np.ceil(start / self.step - 0.5)))
-        end = int(np.ceil((start + self.window) / self.step - 0.5))
-        if recording is not None:
-            end = frame_count(recording, self.step)
-        frames = np.arange(begin, end)
-        stops = (frames + 1) * self.step if recording is None else np.minimum((frames + 1) * self.step, recording)
-        place = np.floor(((frames * self.step + stops) / 2 - start) / self.step).astype(int)
-        place = np.clip(place, 0, len(scores) - 1)
-        weight = taper(round(self.window / self.step))[place, None]
-        missing = end - self.first - len(self.total)
-        if missing > 0:
-            self.total = np.pad(self.total.reshape(-1, scores.shape[1]), ((0, missing), (0, 0)))
-            self.weight = np.pad(self.weight, ((0, missing), (0, 0)))
-        here = slice(begin - self.first, end - self.first)
-        self.total[here] += weight * scores[place].astype(np.float64)
-        self.weight[here] += weight
-
-    def take(self, until: int) -> np.ndarray:
-        """(frames, K) float32: those before frame `until` that were not yet given away."""
-        count = min(max(0, until - self.first), len(self.total))
-        taken = (self.total[:count] / self.weight[:count]).astype(np.float32)
-        self.total, self.weight = self.total[count:], self.weight[count:]
-        self.first += count
-        return taken
 
 
 class Smoother:

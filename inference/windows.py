@@ -13,7 +13,7 @@ FRAMES_PUT_AWAY = 4096  # in a block of finished frames: 20 minutes
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a recording, as the network is given it."""
+    """A part of a recording that goes through the network at once."""
 
     samples: np.ndarray  # (window,) float32
     start: int  # its place in the recording, in samples
@@ -50,25 +50,23 @@ def cut_windows(
 
 
 def taper(steps: int) -> np.ndarray:
-    """(steps,) weights of a window's scores: a triangle that is nowhere 0, so that no seam shows where windows meet.
+    """(steps,) weights of a window's scores: a triangle without zeros, for averages without steps at window borders.
 
-    At the edge of a window the network has heard one side of a moment only; the middle of another counts more.
+    At its border a window has context on one side only; the middle of another window counts more.
     """
     middle = np.arange(steps) + 0.5
     return np.minimum(middle, steps - middle) / (steps / 2)
 
 
-class OverlapAverage:
-    """The weighted mean of windows' scores at their absolute times, window after window.
+class SlidingAverage:
+    """The weighted mean of overlapping windows' scores at their absolute times.
 
-    Frame t of the result begins at t * window / steps samples. It takes from each window that covers its middle the
-    score there. Frames that no later window can reach are put away as float32.
+    Frame t begins at t * window / steps samples. Its score is that of its middle, averaged over the windows that
+    were added before `take` returned it. window: in samples.
     """
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.finished: list[np.ndarray] = []  # (FRAMES_PUT_AWAY, K) each, the last one up to `filled`
-        self.filled = 0
         self.first = 0  # the frame with which `total` begins
         self.total = np.zeros((0, 0))  # (frames, K), sums of weight * score
         self.weight = np.zeros((0, 1))
@@ -78,38 +76,47 @@ class OverlapAverage:
 
         recording: samples of the whole, given with the last window.
         """
-        steps = len(scores)
-        step = self.window / steps  # in samples
-        begin = int(np.ceil(start / step - 0.5))
-        end = int(np.ceil((start + self.window) / step - 0.5))
-        if recording is not None:
-            end = frame_count(recording, step)
+        steps, classes = scores.shape
+        step = self.window / steps
+        begin = max(self.first, frame_after(start, step))
+        end = frame_after(start + self.window, step) if recording is None else frame_count(recording, step)
         frames = np.arange(begin, end)
         stops = (frames + 1) * step if recording is None else np.minimum((frames + 1) * step, recording)
         place = np.clip(np.floor(((frames * step + stops) / 2 - start) / step).astype(int), 0, steps - 1)
         weight = taper(steps)[place, None]
-        self._finish_until(begin, scores.shape[1])
-        missing = end - self.first - len(self.total)
-        if missing > 0:
-            self.total = np.pad(self.total, ((0, missing), (0, 0)))
-            self.weight = np.pad(self.weight, ((0, missing), (0, 0)))
-        self.total[: len(frames)] += weight * scores[place].astype(np.float64)
-        self.weight[: len(frames)] += weight
+        missing = max(0, end - self.first - len(self.total))
+        self.total = np.pad(self.total.reshape(-1, classes), ((0, missing), (0, 0)))
+        self.weight = np.pad(self.weight, ((0, missing), (0, 0)))
+        here = slice(begin - self.first, end - self.first)
+        self.total[here] += weight * scores[place].astype(np.float64)
+        self.weight[here] += weight
+
+    def take(self, until: int) -> np.ndarray:
+        """(frames, K) float32: the frames before `until` that were not taken yet."""
+        count = min(max(0, until - self.first), len(self.total))
+        assert np.all(self.weight[:count] > 0), "the windows leave a gap"
+        taken = (self.total[:count] / self.weight[:count]).astype(np.float32)
+        self.total, self.weight, self.first = self.total[count:], self.weight[count:], self.first + count
+        return taken
+
+
+class OverlapAverage(SlidingAverage):
+    """SlidingAverage over a whole recording, of which finished frames are kept as float32."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__(window)
+        self.finished: list[np.ndarray] = []  # (FRAMES_PUT_AWAY, K) each, the last one up to `filled`
+        self.filled = 0
+
+    def add(self, scores: np.ndarray, start: int, recording: Optional[int] = None) -> None:
+        """As SlidingAverage.add; frames that neither this window nor a later one covers are finished."""
+        self._put_away(self.take(frame_after(start, self.window / len(scores))))
+        super().add(scores, start, recording)
 
     def result(self) -> np.ndarray:
         """(T, K) float32, over the whole recording."""
-        self._finish_until(self.first + len(self.total), self.total.shape[1])
+        self._put_away(self.take(self.first + len(self.total)))
         return np.concatenate([*self.finished[:-1], self.finished[-1][: self.filled]])
-
-    def _finish_until(self, frame: int, classes: int) -> None:
-        if self.total.shape[1] != classes:
-            self.total = np.zeros((0, classes))
-        done = frame - self.first
-        if done > 0:
-            assert done <= len(self.weight), "the windows leave a gap"
-            assert self.weight[:done].min() > 0, "the windows leave a gap"
-            self._put_away(self.total[:done] / self.weight[:done])
-            self.total, self.weight, self.first = self.total[done:], self.weight[done:], frame
 
     def _put_away(self, scores: np.ndarray) -> None:
         """Keep (frames, K) in large blocks: a small piece for each window would scatter them over the whole heap."""
@@ -123,9 +130,14 @@ class OverlapAverage:
             scores = scores[count:]
 
 
-def frame_count(samples: int, step: float) -> int:
-    """How many frames of `step` samples cover `samples`; the last one may reach beyond."""
-    return max(1, int(np.ceil(samples / step - 1e-9)))
+def frame_count(length: float, step: float) -> int:
+    """How many frames of `step` cover `length`, both in samples or both in seconds; the last one may reach beyond."""
+    return max(1, int(np.ceil(length / step - 1e-9)))
+
+
+def frame_after(place: float, step: float) -> int:
+    """The first frame of `step` whose middle does not lie before `place`, both in samples or both in seconds."""
+    return int(np.ceil(place / step - 0.5))
 
 
 def into_bins(
@@ -136,8 +148,8 @@ def into_bins(
     seconds_per_bin: float,
     by: Literal["mean", "max"],
 ) -> np.ndarray:
-    """(T, K) frame scores -> (bins, K): the mean over each bin's time, or the highest of the frames that it touches."""
-    count = frame_count(round(duration * 1e9), seconds_per_bin * 1e9)
+    """(T, K) frame scores -> (bins, K): the mean over each bin's time, or the maximum of the frames in it."""
+    count = frame_count(duration, seconds_per_bin)
     edges = np.minimum(np.arange(count + 1) * seconds_per_bin, duration)
     frames = len(framewise)
     begins = np.arange(frames) * seconds_per_frame

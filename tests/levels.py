@@ -1,5 +1,8 @@
-"""A network whose scores are known, and sounds for it: what the tests of listening share."""
+"""Networks whose scores are known and sounds for them, and a small checkpoint: for predict, listen and serve."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,17 +12,24 @@ from torch import Tensor
 from evaluation.postprocess import PostProcessing
 from inference import Tagger
 from inference.streaming import Event, Listener
+from model import build_model
 from settings import resolve
 
 RATE, STEPS = 8000, 32
 STEP = 10 / STEPS  # seconds
 EXACT: dict[str, Any] = {"hop_seconds": 5.0, "delay_seconds": 10.0, "release": 1.0}  # all of Tagger's windows count
 LABELS = ("up", "down")
+NANO: dict[str, Any] = {  # a network for less than a second of 8 kHz, 2 steps of 0.315 s
+    "sample_rate": RATE, "clip_samples": 5040, "htsat_spec_size": 64, "htsat_dim": 16, "htsat_depth": [1, 1, 1, 1],
+    "htsat_num_head": [1, 2, 4, 8], "classes_num": 3,
+}  # fmt: skip
 Row = tuple[str, float, float]
 
 
 class Levels:
     """A network whose scores are known: class 0 is the mean of what is above zero in a step, class 1 below."""
+
+    frames = STEPS
 
     def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         steps = waveform.unflatten(1, (STEPS, -1))
@@ -27,8 +37,32 @@ class Levels:
         return frames.mean(dim=1), frames, frames.mean(dim=1)
 
 
-def levels_tagger(rate: int = RATE, **given: Any) -> Tagger:
-    return Tagger(Levels(), resolve({"sample_rate": rate, **given}), LABELS)
+class FramelessTagger(Tagger):
+    """A Tagger of an encoder without a time axis."""
+
+    @property
+    def has_frames(self) -> bool:
+        return False
+
+    def _tag_all(self, *given: Any) -> Iterator[Any]:
+        for name, found in super()._tag_all(*given):
+            assert not isinstance(found, Exception)
+            yield name, replace(found, framewise=found.framewise[:0], seconds_per_frame=0.0)
+
+
+def levels_tagger(rate: int = RATE, kind: type[Tagger] = Tagger, **given: Any) -> Tagger:
+    return kind(Levels(), resolve({"sample_rate": rate, **given}), LABELS)
+
+
+def save_nano(path: Path, labels: list[str], thresholds: tuple[float, ...]) -> Path:
+    """A calibrated checkpoint of NANO."""
+    torch.manual_seed(0)
+    settings = resolve(NANO)
+    weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
+    calibrated = PostProcessing(tuple(labels), thresholds=thresholds, source="calibrated").as_dict()
+    content = {"state_dict": weights, "settings": settings.model_dump(), "labels": labels}
+    torch.save({**content, "postprocessing": calibrated}, path)
+    return path
 
 
 def levels(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
@@ -45,7 +79,7 @@ def stretches(*parts: tuple[float, float]) -> np.ndarray:
     return np.concatenate([np.full(round(seconds * RATE), level, np.float32) for seconds, level in parts])
 
 
-def heard(listener: Listener, blocks: list[np.ndarray]) -> list[Event]:
+def events_of(listener: Listener, blocks: list[np.ndarray]) -> list[Event]:
     updates = [update for block in blocks for update in listener.feed(block)] + listener.finish()
     return [event for update in updates for event in update.events]
 

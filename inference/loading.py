@@ -1,0 +1,46 @@
+"""What the commands for audio files, live sound and the page share: the Tagger, and how its scores become events."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from inference.tagger import Tagger
+from model.known import known_names
+from settings import UserError, requested, section
+
+if TYPE_CHECKING:
+    from evaluation.postprocess import PostProcessing
+
+DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}  # the setting accelerator -> Tagger's device
+
+
+def load_tagger(given: dict[str, Any], command: str) -> Tagger:
+    """The Tagger of --resume_checkpoint and --accelerator. Prints what was loaded. Raises UserError without them."""
+    path = requested("resume_checkpoint", given)
+    if path is None:
+        names = ", ".join(known_names())
+        raise UserError(f"{command} needs a checkpoint: --resume_checkpoint PATH, or a known name ({names})")
+    tagger = Tagger.from_checkpoint(path, DEVICES[requested("accelerator", given)], given=given)
+    print(tagger.report or f"{path}: run by onnxruntime", file=sys.stderr)
+    return tagger
+
+
+def has_frames(tagger: Tagger) -> bool:
+    """Whether the encoder has a time axis: one without gives tags, but no frame scores and no events."""
+    return getattr(tagger, "has_frames", True)
+
+
+def event_processing(tagger: Tagger) -> "PostProcessing":
+    """Thresholds and filters for events: the settings fl_..., else the checkpoint's, else 0.5 alone."""
+    if all(getattr(tagger.settings, name) in (None, []) for name in section("event detection")):
+        return tagger.postprocessing
+    import json
+
+    import numpy as np
+
+    from evaluation.scores import Scores
+    from evaluation.tables import choose_postprocessing
+
+    stored: dict[str, Any] = {"postprocessing": json.dumps(tagger.postprocessing.as_dict())}
+    none = np.zeros((0, len(tagger.labels)))
+    scores = Scores([], none, none, np.zeros(0), tagger.labels, attributes=stored)
+    return choose_postprocessing(scores, tagger.settings)
