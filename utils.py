@@ -1,8 +1,14 @@
 """Small numerics of the paper. Closed to additions: new code has a room of its own."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from scipy.special import ndtri
+
+if TYPE_CHECKING:  # preparing data takes float32_to_int16 from here, and would wait seconds for torch
+    import torch
 
 INT16_SCALE = 32767.0  # int16 = float x 32767, as PANNs packed AudioSet
 
@@ -30,6 +36,8 @@ def do_mixup(x: torch.Tensor, mixup_lambda: torch.Tensor) -> torch.Tensor:
 
 def get_mix_lambda(alpha: float, batch_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(batch_size,) mixup weights from Beta(alpha, alpha)."""
+    import torch
+
     concentration = torch.full((batch_size,), float(alpha))
     return torch.distributions.Beta(concentration, concentration).sample().to(device)
 

@@ -1,67 +1,19 @@
 """The table of commands, and the parser made of it: python main.py COMMAND [--setting value ...]."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
+from prepare.adapters import all_flags
 from settings import all_settings, resolve, unknown_setting
 
 DESCRIPTION = "HTS-AT on the command line. Each setting of config.py is a flag: --max_epoch 5."
 
+Arguments = list[tuple[str, dict[str, Any]]]
+
 # command: (help, its own arguments beside the settings)
-COMMANDS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
-    "prepare": (
-        "make the clip store of a data set",
-        [
-            ("--raw", {"help": "folder of the downloaded data set; soundscapes: bank, a store or folder of clips"}),
-            ("--clips", {"help": "demo, soundscapes: how many clips to make", "type": int, "default": 400}),
-            ("--segments", {"help": "audioset: CSV of the segments", "metavar": "FILE"}),
-            (
-                "--table",
-                {
-                    "help": "folder: CSV or TSV of labels or events; desed, audioset-strong: TSV of events to test on",
-                    "metavar": "FILE",
-                },
-            ),
-            (
-                "--segment_seconds",
-                {"help": "folder: cut recordings with events into clips so long", "type": float, "metavar": "SECONDS"},
-            ),
-            (
-                "--strong",
-                {"help": "desed, audioset-strong: TSV of the events to train on (desed: A,B)", "metavar": "FILE"},
-            ),
-            ("--weak", {"help": "desed: TSV of training clips with classes alone", "metavar": "FILE"}),
-            ("--unlabelled", {"help": "desed: training audio of which nothing is known", "metavar": "FOLDER"}),
-            ("--validation", {"help": "desed: TSV of the events to validate on", "metavar": "FILE"}),
-            ("--class_names", {"help": "audioset-strong: mid_to_display_name.tsv: names and order", "metavar": "FILE"}),
-            (
-                "--bank_folds",
-                {
-                    "help": "soundscapes: folds of the bank for train/validation/test, as 1,2/3/4; with none in the "
-                    "middle, 1,2,3//4, a fifth of the training folds' clips is kept apart to validate on "
-                    "[as esc_fold says]",
-                    "metavar": "FOLDS",
-                },
-            ),
-            ("--backgrounds", {"help": "soundscapes: audio to mix events into [coloured noise]", "metavar": "FOLDER"}),
-            ("--polyphony", {"help": "soundscapes: how many events at once, at most", "type": int, "default": 3}),
-            ("--snr", {"help": "soundscapes: dB of an event above the background, lowest,highest", "default": "6,24"}),
-            ("--event_seconds", {"help": "soundscapes: shortest,longest event", "default": "0.5,4"}),
-            (
-                "--weak_share",
-                {"help": "soundscapes: share of the training ones without times", "type": float, "default": 0.0},
-            ),
-            (
-                "--unlabelled_share",
-                {"help": "soundscapes: share of the training ones without classes", "type": float, "default": 0.0},
-            ),
-            (
-                "--label_order",
-                {"help": "scv2: sorted, or published as in the published checkpoint", "default": "sorted"},
-            ),
-            ("--processes", {"help": "audioset: how many parts to pack at once", "type": int, "default": 1}),
-        ],
-    ),
+COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
+    "prepare": ("make the clip store of a data set", all_flags),
     "train": ("train a network, or go on with a run (--resume auto)", []),
     "test": ("evaluate a checkpoint (--resume_checkpoint PATH)", []),
     "cross_validate": (
@@ -247,7 +199,7 @@ def build_parser(chosen: str | None) -> Parser:
             argument_default=argparse.SUPPRESS,
         )
         if name == chosen:
-            for flag, options in arguments:
+            for flag, options in arguments() if callable(arguments) else arguments:
                 command.add_argument(flag, **options)
             add_settings(command)
     return parser

@@ -112,6 +112,17 @@ def read_audio(
     return np.concatenate(list(stream_audio(path, sample_rate, start=start, seconds=seconds)))
 
 
+def audio_seconds(path: Path) -> float:
+    """Duration in the header of a file. Raises UserError where it is no audio or has no samples."""
+    try:
+        info = soundfile.info(path)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read as audio: {error}") from None
+    if info.frames == 0:
+        raise UserError(f"{path} holds no samples.")
+    return info.frames / info.samplerate
+
+
 def mono_waveform(waveform: Any, rate: int, sample_rate: int) -> np.ndarray:
     """(samples,) or (channels, samples) at `rate`, float in [-1, 1] or int16 -> (samples,) float32 at sample_rate.
 

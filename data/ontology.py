@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.labels import ASSETS
+from data.labels import audioset_mids
 from settings import UserError
 
 
 @dataclass(frozen=True)
 class Ontology:
-    """Ancestors and children among the 527 classes; entries of the ontology that are no classes are passed through.
+    """Ancestors and children among the 527 classes, also across entries of the ontology that are no classes.
 
     ancestors: (527, 527) bool, [k, a] where a is an ancestor of k. children: the class numbers below each class.
     """
@@ -29,16 +29,13 @@ def read_ontology(path: Path) -> Ontology:
         below = {entry["id"]: list(entry["child_ids"]) for entry in json.loads(path.read_text())}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no AudioSet ontology, a list of entries with id and child_ids: {error!r}") from None
-    classes = json.loads((ASSETS / "audioset_labels.json").read_text())
-    number = {entry["mid"]: entry["index"] for entry in classes}
-    ancestors = np.zeros((len(classes), len(classes)), dtype=bool)
-    for entry in classes:
-        for descendant in _descendants(entry["mid"], below):
+    number = {mid: index for index, mid in enumerate(audioset_mids())}
+    ancestors = np.zeros((len(number), len(number)), dtype=bool)
+    for mid, index in number.items():
+        for descendant in _descendants(mid, below):
             if descendant in number:
-                ancestors[number[descendant], entry["index"]] = True
-    children = [
-        sorted({number[found] for found in _nearest_classes(entry["mid"], below, set(number))}) for entry in classes
-    ]
+                ancestors[number[descendant], index] = True
+    children = [sorted({number[found] for found in _nearest_classes(mid, below, set(number))}) for mid in number]
     return Ontology(ancestors, children)
 
 
@@ -54,7 +51,7 @@ def _descendants(mid: str, below: dict[str, list[str]]) -> set[str]:
 
 
 def _nearest_classes(mid: str, below: dict[str, list[str]], classes: set[str]) -> set[str]:
-    """The classes right below an entry; below an entry that is no class, those right below that one."""
+    """The classes right below an entry; an entry that is no class counts as its own children."""
     found: set[str] = set()
     for entry in below.get(mid, []):
         found |= {entry} if entry in classes else _nearest_classes(entry, below, classes)

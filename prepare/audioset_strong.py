@@ -13,9 +13,9 @@ from typing import Optional
 from rich.console import Console
 from rich.progress import Progress
 
-from data.audio import SUFFIXES
-from data.clip_store import STRONG, Clip, ClipStoreWriter, Event, Task
-from prepare.audioset import (
+from data.clip_store import STRONG, Clip, ClipStoreWriter, Event, Task, store_path
+from prepare.adapters import Flags
+from prepare.segments import (
     CLASS_OF_MID,
     CLIP_SECONDS,
     AudiosetReport,
@@ -23,27 +23,36 @@ from prepare.audioset import (
     Segment,
     find_audio,
     index_audio,
+    no_audio,
     note_length,
     read_clips,
     write_details,
 )
-from prepare.audioset import LABELS as AUDIOSET_LABELS
-from settings import UserError
+from prepare.segments import LABELS as AUDIOSET_LABELS
+from settings import Config, UserError
 
+NAME = "audioset-strong"
 SOURCE = (
     "S. Hershey et al.: The Benefit of Temporally-Strong Labels in Audio Event Classification, ICASSP 2021 (labels); "
     "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
 )
 LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
 TASK: Task = "multilabel"
+FLAGS: Flags = {
+    "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the audio files"},
+    "strong": {"type": str, "metavar": "FILE", "help": "TSV of the training segments, audioset_train_strong.tsv"},
+    "table": {"type": Path, "metavar": "FILE", "help": "TSV of the segments to test on, audioset_eval_strong.tsv"},
+    "class_names": {"type": Path, "metavar": "FILE", "help": "mid_to_display_name.tsv: names and order of the classes"},
+}
+
 COLUMNS = ("segment_id", "start_time_seconds", "end_time_seconds", "label")
-SEGMENT_ID = re.compile(r"(?P<ytid>.+)_(?P<start>\d+)")  # an id may itself hold _ and -; the start is in milliseconds
+SEGMENT_ID = re.compile(r"(?P<ytid>.+)_(?P<start>\d+)")  # an id may hold _ and -; the start is in milliseconds
 VALIDATION_SHARE = 0.05  # of the training segments
 
 
 @dataclass(frozen=True, slots=True)
 class TimedMid:
-    """An event as the table has it: AudioSet's id of its class, and seconds from the segment's start."""
+    """An event in a table: AudioSet's id of its class, and seconds from the start of the segment."""
 
     mid: str
     onset: float
@@ -60,12 +69,12 @@ class StrongSegment:
 
 @dataclass
 class StrongReport(AudiosetReport):
-    """What became of the segments of both tables."""
+    """Counts and names of the segments of both tables."""
 
     per_split: Counter[str] = field(default_factory=Counter)  # clips
     events: int = 0
     empty_events: int = 0  # without duration, or beyond the end of their clip
-    unknown: Counter[str] = field(default_factory=Counter)  # evaluation events of each class that training lacks
+    unknown: Counter[str] = field(default_factory=Counter)  # evaluation events of classes without training events
 
     def __str__(self) -> str:
         splits = ", ".join(f"{split} {count}" for split, count in self.per_split.items())
@@ -83,27 +92,21 @@ class StrongReport(AudiosetReport):
         return "\n".join(lines)
 
 
-def prepare_audioset_strong(
-    raw: Path,
-    store: Path,
-    sample_rate: int,
-    strong: Path,
-    table: Optional[Path] = None,
-    *,
-    class_names: Optional[Path] = None,
-    seed: int,
+def prepare(
+    settings: Config, raw: Path, strong: str, table: Optional[Path] = None, class_names: Optional[Path] = None
 ) -> StrongReport:
     """Write the store of the segments of the official tables whose audio is below `raw`, clip after clip.
 
-    strong: audioset_train_strong.tsv, for training, of which 5 % of the segments that are there serve validation,
-    chosen by the seed; table: audioset_eval_strong.tsv, for testing. class_names: mid_to_display_name.tsv (mid, tab,
-    name), which gives the order of the classes as well; without it they are sorted by mid, and named as in AudioSet's
-    527 classes where they are among them, else by mid. The classes are those of `strong`; events of others in `table`
-    are left out and counted. Audio is found, and cut from longer files, as prepare.audioset does it. Events end with
-    their clip, at 10 s at the latest. A table of the clips that are missing, corrupt, short or cut lies beside the
-    store. Raises UserError where a table or folder is missing or wrong, and where no audio is found.
+    strong: audioset_train_strong.tsv, for training; 5 % of its segments with audio, chosen by random_seed, are the
+    validation set. table: audioset_eval_strong.tsv, for testing. class_names: mid_to_display_name.tsv (mid, tab, name),
+    which also gives the order of the classes; without it they are sorted by mid, and named as in AudioSet's 527 classes
+    where they are among them, else by mid. The classes are those of `strong`; events of others in `table` are left out
+    and counted. prepare.segments finds the audio and cuts it from longer files. Events end with their clip, at 10 s at
+    the latest. A table of the clips that are missing, corrupt, short or cut lies beside the store. Raises UserError
+    where a table or folder is missing or wrong, and where no audio is found.
     """
-    segments = {"train": read_strong(strong), "test": read_strong(table) if table else []}
+    store, rate = store_path(settings.dataset_path, NAME), settings.sample_rate
+    segments = {"train": read_strong(Path(strong)), "test": read_strong(table) if table else []}
     both = {one.segment.ytid for one in segments["train"]} & {one.segment.ytid for one in segments["test"]}
     if both:
         raise UserError(f"{strong} and {table} both list {min(both)}: a clip must not be trained and tested.")
@@ -117,12 +120,8 @@ def prepare_audioset_strong(
     names = [one.segment.name for rows in segments.values() for one in rows]
     report = StrongReport(store, missing=[name for name in names if name not in there])
     if not found["train"]:
-        raise UserError(
-            f"None of the {len(segments['train'])} clips of {strong} is in {raw}, which has {len(audio)} audio files "
-            f"({', '.join(SUFFIXES)}). A clip is named <YTID> or Y<YTID>, with or without _<start>, as in "
-            f"Y{segments['train'][0].segment.ytid}.wav."
-        )
-    held_out = choose_validation([one for one, _ in found["train"]], seed)
+        raise no_audio([one.segment for one in segments["train"]], Path(strong), raw, audio)
+    held_out = choose_validation([one for one, _ in found["train"]], settings.random_seed)
     splits = {
         "train": [row for row in found["train"] if row[0].segment.ytid not in held_out],
         "validation": [row for row in found["train"] if row[0].segment.ytid in held_out],
@@ -130,8 +129,8 @@ def prepare_audioset_strong(
     }
     numbers = {mid: number for number, mid in enumerate(mids)}
     with ClipStoreWriter(
-        store, clip_samples=CLIP_SECONDS * sample_rate, sample_rate=sample_rate, labels=labels,
-        dataset_type="audioset-strong", task=TASK, source=SOURCE, licence=LICENCE,
+        store, clip_samples=CLIP_SECONDS * rate, sample_rate=rate, labels=labels,
+        dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
     ) as writer:  # fmt: skip
         _write(writer, splits, numbers, report)
         if report.clips == 0:
@@ -186,7 +185,7 @@ def _parse_event(row: list[str], place: str) -> tuple[str, TimedMid]:
         raise UserError(
             f"{place}: an event from {start!r} to {end!r} s of {mid!r}; rising seconds and a mid are needed."
         )
-    return name, TimedMid(sys.intern(mid), onset, offset)  # one text for each class, not one a line
+    return name, TimedMid(sys.intern(mid), onset, offset)  # one string for each class, not one a line
 
 
 def _parse_segment(name: str) -> Segment:
@@ -197,7 +196,7 @@ def _parse_segment(name: str) -> Segment:
 
 
 def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str], list[str]]:
-    """The classes in their order, and their names, no two alike; see prepare_audioset_strong for class_names.
+    """The classes in their order, and their names, no two alike; see prepare for class_names.
 
     Raises UserError where class_names lacks one of the classes, or is no such table.
     """
@@ -227,9 +226,9 @@ def _read_names(path: Path) -> dict[str, str]:
 
 
 def choose_validation(segments: Sequence[StrongSegment], seed: int) -> set[str]:
-    """Ids of the videos that serve validation: of the segments with one rarest class 5 % each, at least one in all.
+    """Ids of the validation videos: 5 % of the segments with the same rarest class, at least one in all.
 
-    They are ordered by a hash of seed and id, so that a few segments more or fewer change little.
+    The order is a hash of seed and id, so that a few segments more or fewer change little.
     """
     clips = Counter(mid for one in segments for mid in {event.mid for event in one.events})
     groups: dict[str, list[tuple[bytes, str]]] = defaultdict(list)
@@ -249,7 +248,7 @@ def _write(
     numbers: dict[str, int],
     report: StrongReport,
 ) -> None:
-    """Read the clips one by one and write them with the events whose class has a number."""
+    """Read the clips one by one and write them with the events of the known classes."""
     console, rate = Console(stderr=True), writer.attributes["sample_rate"]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("clips", total=sum(map(len, splits.values())))
@@ -267,7 +266,7 @@ def _write(
 
 
 def _events(events: list[TimedMid], seconds: float, numbers: dict[str, int], report: StrongReport) -> list[Event]:
-    """The events as the store has them, none after the clip's end; those that are left out are counted."""
+    """The events in the numbering of the store, cut at the end of the clip; those left out are counted."""
     kept = []
     for event in events:
         if event.mid not in numbers:

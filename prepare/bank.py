@@ -1,8 +1,7 @@
 """A bank of sounds to mix soundscapes of: clips of one class each, none of which serves two splits."""
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,23 +12,24 @@ import numpy as np
 
 from data.audio import mono_waveform, read_audio
 from data.clip_store import SPLITS, Waveforms, open_store, read_store_table
-from prepare.demo import GAP_SECONDS, SHARES
-from prepare.folder import read_class_folders
+from prepare.mixing import GAP_SECONDS
 from prepare.report import PrepareReport
+from prepare.stratify import SHARES, share_out
+from prepare.tables import read_class_folders
 from settings import UserError
 
 FRAME_SECONDS = 0.01
-QUIET_DB = 30.0  # a frame of 10 ms that lies so far below the loudest one of its clip does not sound
-SILENT_RMS = 1e-4  # a clip whose loudest frame lies below this (-80 dBFS) is silent
+QUIET_DB = 30.0  # a frame of 10 ms so far below the loudest one of its clip does not sound
+SILENT_RMS = 1e-4  # a clip whose loudest frame is below this (-80 dBFS) is silent
 VALIDATION_SHARE = 0.2  # of the training folds, where no fold is left for validation
 ESC_NAME = re.compile(r"\d+-(\d+)-[A-Z]-\d+\.\w+")  # fold, Freesound's number of the recording, take, class
 
 
 @dataclass(frozen=True)
 class Sounds:
-    """The clips of a bank as they lie on the disk. read: number of a clip -> (samples,) float32 at the rate asked for.
+    """The clips of a bank on the disk. read: number of a clip -> (samples,) float32 at the rate of the soundscapes.
 
-    Raises UserError or OSError where a clip cannot be read.
+    read raises UserError or OSError where a clip cannot be read.
     """
 
     names: list[str]
@@ -38,7 +38,7 @@ class Sounds:
     split: np.ndarray  # (N,) str, "" without splits
     labels: list[str]
     source: str
-    licence: str
+    licence: str  # "" where the bank names none
     read: Callable[[int], np.ndarray]
 
 
@@ -55,7 +55,7 @@ class Foreground:
 
 @dataclass(frozen=True)
 class Bank:
-    """What soundscapes are mixed of. labels: the classes that have clips, in the order of the store."""
+    """The sounds of soundscapes. labels: the classes that have clips, in the order of the store."""
 
     labels: list[str]
     foregrounds: list[Foreground]
@@ -63,7 +63,7 @@ class Bank:
 
     @cached_property
     def by_class(self) -> dict[str, dict[int, list[Foreground]]]:
-        """Split -> class -> the clips that it may use; classes without any are not there."""
+        """split -> class -> its clips; classes without clips are left out."""
         grouped: dict[str, dict[int, list[Foreground]]] = {split: {} for split in SPLITS}
         for foreground in self.foregrounds:
             grouped[foreground.split].setdefault(foreground.label, []).append(foreground)
@@ -92,7 +92,7 @@ def open_sounds(path: Path, sample_rate: int, report: PrepareReport) -> Iterator
             split=np.array([split.decode() for split in table.split]),
             labels=labels,
             source=table.attributes.get("source") or path.name,
-            licence=table.attributes.get("licence", "that of the bank's clips"),
+            licence=table.attributes.get("licence", ""),
             read=lambda number: mono_waveform(waveforms.read(number), table.sample_rate or sample_rate, sample_rate),
         )
 
@@ -107,21 +107,21 @@ def _folder_sounds(folder: Path, sample_rate: int, report: PrepareReport) -> Sou
         split=np.full(len(entries), ""),
         labels=labels,
         source=folder.resolve().name,
-        licence="that of the bank's clips",
-        read=lambda number: read_audio(folder / entries[number].name, sample_rate),
+        licence="",
+        read=lambda number: read_audio(entries[number].path, sample_rate),
     )
 
 
 def build_bank(
     sounds: Sounds, sample_rate: int, report: PrepareReport, *, folds: Optional[str], esc_fold: int, seed: int
 ) -> Bank:
-    """Look at every clip and share them out: by their splits, else by folds, else by source, 70/15/15 % of each class.
+    """Read every clip and split them: by their own splits, else by folds, else by source, 70/15/15 % of each class.
 
     folds: those for train/validation/test, as `1,2/3/4`; with none in the middle, `1,2,3//4`, a fifth of the sources of
-    each class of the training folds serves validation. None: esc_fold for testing, the next one for validation, the
-    others for training, as a training on the bank itself does. Clips of one source (ESC-50 names it) stay together.
-    Clips that have not exactly one class, are silent or cannot be read are reported as skipped. Raises UserError for
-    folds that there are not or that are given twice, and where a split has no clip.
+    each class of the training folds is for validation. None: esc_fold for testing, the next one for validation, the
+    others for training, as in data_generator. Clips of one source (ESC-50's names contain it) stay together. Clips that
+    have not exactly one class, are silent or cannot be read are reported as skipped. Raises UserError for folds that do
+    not exist or are given twice, and where a split has no clip.
     """
     usable, sounding = [], {}
     for number, name in enumerate(sounds.names):
@@ -131,7 +131,7 @@ def build_bank(
             sounding[number] = sounding_frames(sounds.read(number), sample_rate)
             if not sounding[number].any():
                 raise UserError("It is silent.")
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             report.skipped.append((name, str(error)))
             continue
         usable.append(number)
@@ -159,11 +159,11 @@ def sounding_frames(sound: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def choose_stretch(sounding: np.ndarray, shortest: float, longest: float, rng: np.random.Generator) -> tuple[int, int]:
-    """First and last frame (exclusive) of a random part of a clip that begins and ends sounding.
+    """First and last frame (exclusive) of a random stretch of a clip that begins and ends with a sounding frame.
 
-    sounding: (frames,) bool with at least one True. Quiet parts of over 0.5 s are never inside: there a part ends. Its
-    length is drawn from shortest to longest (seconds), and may miss that where the clip sounds for less, or where a
-    quiet part of up to 0.5 s would be its end.
+    sounding: (frames,) bool with at least one True. Quiet parts of over 0.5 s are never inside. The length is drawn
+    from shortest to longest (seconds); it is shorter where the clip sounds for less, and differs where the end would be
+    in a quiet part of up to 0.5 s.
     """
     frames = np.flatnonzero(sounding)
     parts = np.split(frames, np.flatnonzero(np.diff(frames) > GAP_SECONDS / FRAME_SECONDS) + 1)
@@ -181,7 +181,7 @@ def choose_stretch(sounding: np.ndarray, shortest: float, longest: float, rng: n
 
 
 def _splits(sounds: Sounds, usable: np.ndarray, folds: Optional[str], esc_fold: int, seed: int) -> np.ndarray:
-    """(N,) split of each usable clip, "" for those that no split uses."""
+    """(N,) split of each usable clip, "" for unused ones."""
     given, fold = sounds.split[usable], sounds.fold[usable]
     sources = [_source(sounds.names[number]) for number in usable]
     labels = sounds.targets[usable].argmax(axis=1)
@@ -201,13 +201,13 @@ def _splits(sounds: Sounds, usable: np.ndarray, folds: Optional[str], esc_fold: 
 
 
 def _source(name: str) -> str:
-    """The recording that a clip was cut from, where ESC-50's names tell it; else the clip itself."""
+    """The recording that a clip of ESC-50 was cut from, by its name; for other clips the clip itself."""
     match = ESC_NAME.fullmatch(Path(name).name)
     return f"recording {match[1]}" if match else name
 
 
 def _default_folds(fold: np.ndarray, esc_fold: int) -> tuple[list[int], list[int], list[int]]:
-    """As data_generator shares out the folds of a data set."""
+    """The folds of train, validation and test, as data_generator chooses them."""
     present = np.unique(fold).tolist()
     if len(present) < 3 or esc_fold not in present:
         raise UserError(
@@ -234,30 +234,3 @@ def _parse_folds(text: str, fold: np.ndarray) -> list[list[int]]:
             f"are kept apart for validation."
         )
     return chosen
-
-
-def share_out(sources: Sequence[str], labels: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
-    """(N,) split of each clip: of every class about `shares` of its clips, with all clips of one source in one split.
-
-    sources: (N,) names; labels: (N,) classes. A class with as many sources as there are splits, or more, is in all of
-    them; one with fewer fills the splits in their order.
-    """
-    rng = np.random.default_rng(seed)
-    place: dict[str, str] = {}
-    for label in np.unique(labels):
-        sizes = Counter(sources[clip] for clip in np.flatnonzero(labels == label).tolist())
-        names = sorted(set(sizes) - set(place))
-        free = sorted((names[i] for i in rng.permutation(len(names))), key=lambda name: -sizes[name])
-        have = Counter(dict.fromkeys(shares, 0))
-        for name in sizes.keys() & place.keys():  # a recording with sounds of two classes
-            have[place[name]] += sizes[name]
-        for name in free:  # the largest first, each to the split that lacks most
-            split = max(shares, key=lambda one: shares[one] * sizes.total() - have[one])
-            place[name] = split
-            have[split] += sizes[name]
-        for empty in [split for split in shares if not have[split]]:
-            used = Counter(place[name] for name in sizes)
-            spare = [name for name in free if used[place[name]] > 1]
-            if spare:
-                place[spare[-1]] = empty
-    return np.array([place[source] for source in sources], dtype="U10")

@@ -1,23 +1,40 @@
-"""The demo data set: synthetic soundscapes of 10 s with events of ten classes and their times, from a seed alone."""
+"""The demo data set: synthetic soundscapes of 10 s with timed events of ten classes, from a seed."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from data.clip_store import SPLITS, Clip, ClipStoreWriter, Event, Task
+from data.clip_store import Clip, ClipStoreWriter, Event, Task, store_path
+from prepare.adapters import Flags
+from prepare.mixing import CLIP_SECONDS, Generator, check_count, draw_clips, is_apart, to_int16
 from prepare.report import PrepareReport
-from settings import UserError
-from utils import float32_to_int16
+from settings import Config
 
+NAME = "demo"
 SOURCE = "synthesized by prepare/demo.py"
 LICENCE = "CC0 1.0"
 TASK: Task = "multilabel"
-CLIP_SECONDS = 10.0
-GAP_SECONDS = 0.5  # between two events of one class in a clip
-SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
+FLAGS: Flags = {
+    "clips": {"type": int, "metavar": "N", "help": "how many clips to make [400]"},
+}
 
-Generator = np.random.Generator
+
+def prepare(settings: Config, clips: int = 400) -> PrepareReport:
+    """Write `clips` soundscapes, 70 % for training, 15 % each for validation and test.
+
+    A clip depends on random_seed, its split and its number only. Raises UserError for fewer than 10 clips.
+    """
+    check_count(clips)
+    rate = settings.sample_rate
+    report = PrepareReport(store_path(settings.dataset_path, NAME))
+    with ClipStoreWriter(
+        report.path, clip_samples=int(CLIP_SECONDS * rate), sample_rate=rate, labels=LABELS,
+        dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
+    ) as writer:  # fmt: skip
+        for name, split, _, rng in draw_clips(clips, settings.random_seed):
+            writer.add(synthesize_clip(name, split, rate, rng))
+            report.clips += 1
+    return report
 
 
 def _times(seconds: float, rate: int) -> np.ndarray:
@@ -151,33 +168,10 @@ def synthesize_clip(name: str, split: str, rate: int, rng: Generator) -> Clip:
             _, shortest, longest = EVENTS[LABELS[label]]
             seconds = float(rng.uniform(shortest, longest))
             onset = float(rng.uniform(0, CLIP_SECONDS - seconds))
-            same = [event for event in events if event.label == label]
-            if any(onset < e.offset + GAP_SECONDS and e.onset < onset + seconds + GAP_SECONDS for e in same):
-                continue  # events of one class stay apart
+            if not is_apart(events, label, onset, onset + seconds):
+                continue
             sound = synthesize_event(LABELS[label], seconds, rate, rng)
             start = int(onset * rate)
             mix[start : start + len(sound)] += level * 10 ** (rng.uniform(6, 24) / 20) * sound
             events.append(Event(label, start / rate, (start + len(sound)) / rate))
-    peak = np.abs(mix).max()
-    waveform = float32_to_int16(mix if peak < 0.99 else mix * (0.99 / peak))
-    return Clip(name, waveform, sorted({event.label for event in events}), split=split, events=events)
-
-
-def prepare_demo(store: Path, sample_rate: int, seed: int, clips: int) -> PrepareReport:
-    """Write `clips` soundscapes, 70 % for training, 15 % each for validation and test.
-
-    A clip depends on the seed, its split and its number only. Raises UserError for fewer than 10 clips.
-    """
-    if clips < 10:
-        raise UserError(f"--clips {clips} is not allowed: the demo needs at least 10, to fill its three splits.")
-    report = PrepareReport(store)
-    with ClipStoreWriter(
-        store, clip_samples=int(CLIP_SECONDS * sample_rate), sample_rate=sample_rate, labels=LABELS,
-        dataset_type="demo", task=TASK, source=SOURCE, licence=LICENCE,
-    ) as writer:  # fmt: skip
-        for split, share in SHARES.items():
-            for number in range(round(clips * share)):
-                rng = np.random.default_rng([seed, SPLITS.index(split), number])
-                writer.add(synthesize_clip(f"{split}_{number:05d}.wav", split, sample_rate, rng))
-                report.clips += 1
-    return report
+    return Clip(name, to_int16(mix), sorted({event.label for event in events}), split=split, events=events)

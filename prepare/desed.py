@@ -1,66 +1,88 @@
-"""DESED: domestic recordings and soundscapes in ten classes, with times, with classes alone, or with nothing known."""
+"""DESED: domestic recordings and soundscapes in ten classes, strongly, weakly or not annotated."""
 
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
-from data.clip_store import STRONG, UNLABELLED, WEAK, Task
-from prepare.folder import Entry, find_audio, measure, read_event_rows, read_table, write_entries
+from data.clip_store import STRONG, UNLABELLED, WEAK, Task, store_path
+from data.labels import read_labels
+from prepare.adapters import Flags
 from prepare.report import PrepareReport
-from settings import UserError
+from prepare.tables import (
+    Entry,
+    entry_of,
+    find_audio,
+    measure,
+    read_event_rows,
+    read_table,
+    require_columns,
+    require_folder,
+    write_entries,
+)
+from settings import Config, UserError
 
+NAME = "desed"
 SOURCE = (
     "N. Turpault, R. Serizel, A. Parag Shah, J. Salamon: Sound event detection in domestic environments with weakly "
     "labeled data and soundscape synthesis, DCASE Workshop 2019"
 )
 LICENCE = "as stated with the download of DESED; the clips are their authors'"
 TASK: Task = "multilabel"
-LABELS: list[str] = json.loads((Path(__file__).parents[1] / "assets" / "desed_labels.json").read_text())
+FLAGS: Flags = {
+    "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the clips"},
+    "table": {"type": Path, "metavar": "FILE", "help": "TSV of the events to test on"},
+    "strong": {"type": str, "metavar": "FILE", "help": "TSV of the events to train on; several as A,B"},
+    "weak": {"type": Path, "metavar": "FILE", "help": "TSV of the classes of training clips without event times"},
+    "unlabelled": {"type": Path, "metavar": "FOLDER", "help": "training audio without annotation"},
+    "validation": {"type": Path, "metavar": "FILE", "help": "TSV of the events to validate on"},
+}
+
+LABELS = read_labels("desed_labels.json")
 WEAK_COLUMNS = ("filename", "event_labels")
 
 
-def prepare_desed(
+def prepare(
+    settings: Config,
     raw: Path,
-    store: Path,
-    sample_rate: int,
     table: Optional[Path] = None,
-    *,
-    strong: Sequence[Path] = (),
+    strong: str = "",
     weak: Optional[Path] = None,
     unlabelled: Optional[Path] = None,
     validation: Optional[Path] = None,
 ) -> PrepareReport:
-    """Write the store of the clips below `raw` that some tables name, side by side: what is known of each is kept.
+    """Write one store of the clips below `raw` that the tables name, each with the annotation that it has.
 
-    table: the strong table of the split `test`; validation: that of `validation`; strong: those of `train`; weak: clips
-    of `train` with classes alone; unlabelled: a folder (in `raw`, or anywhere) whose audio belongs to `train` as well.
-    A strong table is a TSV with the columns filename, onset, offset, event_label, times in seconds; a clip without
-    events has one line with the last three empty. A weak one has filename and event_labels, with commas between them.
-    A file that is not directly in `raw` is looked for in its folders; of several with its name the one whose folders
-    are named most like those of the table is taken. A training clip that comes twice is taken once, as what is known
-    best of it. Clips are kept whole, whatever their length. Files that are missing or cannot be read are skipped and
-    reported. Raises UserError, with the line, for classes other than DESED's ten, offsets that are not after their
-    onset, and events that end over 0.5 s after their clip (less is cut); and for a clip of train in another split.
+    table: the strong table of the split `test`; validation: that of `validation`; strong: those of `train`, with
+    commas between; weak: clips of `train` with classes alone; unlabelled: a folder (in `raw`, or anywhere) of audio for
+    `train`. A strong table is a TSV with the columns filename, onset, offset, event_label, times in seconds; a clip
+    without events has one line with the last three empty. A weak one has filename and event_labels, with commas between
+    them. A file that is not directly in `raw` is looked for in its folders; of several with its name the one whose
+    folders are named most like those of the table is taken. A training clip in several sets is taken once, with its
+    strongest annotation. Clips are kept whole, whatever their length. Files that are missing or cannot be read are
+    skipped and reported. Raises UserError, with the line, for classes other than DESED's ten, offsets that are not
+    after their onset, and events that end over 0.5 s after their clip (less is cut); and for a clip in two splits.
     """
-    if not raw.is_dir():
-        raise UserError(f"There is no folder {raw}: --raw must be the folder of DESED's clips.")
-    strong_sets = [*((path, "train") for path in strong), (validation, "validation"), (table, "test")]
+    require_folder(raw, "the folder of DESED's clips")
+    training = [(Path(name), "train") for name in strong.split(",") if name]
+    strong_sets = [*training, (validation, "validation"), (table, "test")]
     tables = [(path, split, read_strong) for path, split in strong_sets if path is not None]
     if weak is not None:
         tables.append((weak, "train", read_weak))
     if not tables:
-        raise UserError("DESED needs a table: --strong, --weak, --validation or --table; only the rest is unlabelled.")
+        raise UserError("prepare --dataset_type desed needs a table: --table, --strong, --weak or --validation.")
     sets = {str(path): _labelled(path, split, read) for path, split, read in tables}
-    report = PrepareReport(store)
+    report = PrepareReport(store_path(settings.dataset_path, NAME))
     sets = {name: measure(entries, raw, report, Path(name)) for name, entries in sets.items()}
     if unlabelled is not None:
         folder = unlabelled if unlabelled.is_dir() else raw / unlabelled
         sets[str(folder)] = measure(_unlabelled(folder), folder, report)
     entries = merge(sets, raw)
-    write_entries(entries, LABELS, sample_rate, report, dataset_type="desed", task=TASK, source=SOURCE, licence=LICENCE)
+    write_entries(
+        entries, LABELS, settings.sample_rate, report,
+        dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
+    )  # fmt: skip
     return report
 
 
@@ -77,26 +99,22 @@ def read_strong(table: Path) -> list[Entry]:
 def read_weak(table: Path) -> list[Entry]:
     """The clips and classes of a weak table. Raises UserError for missing columns, and for a line without a class."""
     columns, rows = read_table(table)
-    lacking = [name for name in WEAK_COLUMNS if name not in columns]
-    if lacking:
-        raise UserError(f"{table} lacks the columns {', '.join(lacking)} of a weak table; it has {', '.join(columns)}.")
+    require_columns(table, columns, WEAK_COLUMNS)
     entries: dict[str, Entry] = {}
     for row in rows:
-        name, labels = row.cells["filename"], [label.strip() for label in row.cells["event_labels"].split(",")]
-        if not name:
-            raise UserError(f"{row.place}: the filename is empty.")
-        for label in labels:
-            _check_class(label, row.place)
-        entries.setdefault(name, Entry(name, labelling=WEAK)).labels.update(labels)
+        entry = entry_of(entries, row)
+        entry.labelling = WEAK
+        for label in row.cells["event_labels"].split(","):
+            _check_class(label.strip(), row.place)
+            entry.labels.add(label.strip())
     return list(entries.values())
 
 
 def merge(sets: dict[str, list[Entry]], raw: Path) -> list[Entry]:
     """All entries of some tables and folders ({path: entries}), each file once, with names that no two share.
 
-    A file in several sets is taken from the first: those that know most of their clips must come first. Where several
-    files have one name, theirs become their paths from `raw`. Raises UserError where a file is in two splits, or twice
-    in one table.
+    A file in several sets is taken from the first: sets with stronger annotation must come first. Files that share a
+    name are named by their paths from `raw`. Raises UserError where a file is in two splits, or twice in one table.
     """
     taken: dict[Path, tuple[Entry, str]] = {}
     for place, entries in sets.items():

@@ -1,65 +1,62 @@
 """Speech Commands V2: 105,829 recordings of 1 s of 35 words, with official lists of validation and test clips."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.audio import SUFFIXES, read_int16
-from data.clip_store import Clip, ClipStoreWriter, Task
+from data.audio import SUFFIXES
+from data.clip_store import Task, store_path
+from data.labels import read_labels
+from prepare.adapters import Flags
 from prepare.report import PrepareReport
-from settings import UserError
+from prepare.tables import Entry, require_folder, write_entries
+from settings import Config, UserError
 
+NAME = "scv2"
 SOURCE = "P. Warden: Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition, 2018, arXiv 1804.03209"
 LICENCE = "Creative Commons Attribution 4.0"
 TASK: Task = "single_label"
-# Class numbers of the published HTS-AT checkpoint: those of a directory listing.
-PUBLISHED_LABELS: list[str] = json.loads(
-    (Path(__file__).parents[1] / "assets" / "scv2_published_labels.json").read_text()
-)
+FLAGS: Flags = {
+    "raw": {"type": Path, "metavar": "FOLDER", "help": "folder with one folder a word and the two lists"},
+    "label_order": {
+        "type": str,
+        "metavar": "ORDER",
+        "help": "sorted, or published: the order of the published checkpoint [sorted]",
+    },
+}
+
+PUBLISHED_LABELS = read_labels("scv2_published_labels.json")  # in the order of a directory listing
 LABEL_ORDERS = ("sorted", "published")
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 CLIP_SECONDS = 1
 
 
-def prepare_scv2(raw: Path, store: Path, sample_rate: int, label_order: str = "sorted") -> PrepareReport:
+def prepare(settings: Config, raw: Path, label_order: str = "sorted") -> PrepareReport:
     """Write the store of a folder with one folder a word, testing_list.txt and validation_list.txt.
 
-    label_order: `sorted`, the words that are there in alphabetical order; `published`, the 35 words as the published
-    checkpoint numbers them. Folders that begin with `_` or `.` are no words. Clips that no list names are for training.
-    Clips over 1 s are cut; shorter ones keep their length and are filled when they are read. Files that cannot be read,
-    and those that a list names but that are absent, are skipped and reported. Raises UserError for another
-    label_order, missing lists, a clip in both of them, and words that the published order lacks.
+    label_order: `sorted`, the words in alphabetical order; `published`, the 35 words as the published checkpoint
+    numbers them. Folders that begin with `_` or `.` are no words. Clips that no list names are for training. Clips over
+    1 s are cut; shorter ones keep their length and are filled when they are read. Files that cannot be read, and those
+    in a list that are absent, are skipped and reported. Raises UserError for another label_order, missing lists, a clip
+    in both of them, and words that the published order lacks.
     """
     words = find_words(raw)
     labels = _labels(words, label_order)
     split_of = read_lists(raw)
-    clips = [f"{word}/{name}" for word in words for name in _audio_names(raw / word)]
-    report = PrepareReport(store)
-    report.skipped += [(name, reason) for name, reason in _absent(split_of, clips)]
-    with ClipStoreWriter(
-        store, clip_samples=CLIP_SECONDS * sample_rate, sample_rate=sample_rate, labels=labels,
-        dataset_type="scv2", task=TASK, source=SOURCE, licence=LICENCE,
-    ) as writer:  # fmt: skip
-        for name in clips:
-            label = labels.index(name.partition("/")[0])
-            try:
-                waveform = read_int16(raw / name, sample_rate)
-                writer.add(Clip(name, waveform, [label], split=split_of.get(name, "train")))
-            except UserError as error:
-                report.skipped.append((name, str(error)))
-                continue
-            report.clips += 1
-        if report.clips == 0:
-            raise UserError(
-                f"None of the {len(clips)} audio files in the word folders of {raw} could be read.\n{report}"
-            )
+    names = [f"{word}/{name}" for word in words for name in _audio_names(raw / word)]
+    entries = [
+        Entry(name, {name.partition("/")[0]}, split=split_of.get(name, "train"), path=raw / name) for name in names
+    ]
+    report = PrepareReport(store_path(settings.dataset_path, NAME), skipped=list(_absent(split_of, names)))
+    write_entries(
+        entries, labels, settings.sample_rate, report, clip_seconds=CLIP_SECONDS,
+        dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
+    )  # fmt: skip
     return report
 
 
 def find_words(raw: Path) -> list[str]:
     """The names of the word folders, sorted. Raises UserError where there are none."""
-    if not raw.is_dir():
-        raise UserError(f"There is no folder {raw}: --raw must be the unpacked Speech Commands V2.")
+    require_folder(raw, "the unpacked Speech Commands V2")
     words = sorted(path.name for path in raw.iterdir() if path.is_dir() and not path.name.startswith(("_", ".")))
     if not words:
         raise UserError(f"{raw} has no folders: --raw must hold one folder a word, as Speech Commands V2 comes.")
@@ -88,14 +85,14 @@ def read_lists(raw: Path) -> dict[str, str]:
 
 def _labels(words: list[str], label_order: str) -> list[str]:
     if label_order not in LABEL_ORDERS:
-        raise UserError(f"label order {label_order!r} is not allowed: it must be {' or '.join(LABEL_ORDERS)}.")
+        raise UserError(f"--label_order {label_order} is not allowed: it must be {' or '.join(LABEL_ORDERS)}.")
     if label_order == "sorted":
         return words
     strange = [word for word in words if word not in PUBLISHED_LABELS]
     if strange:
         raise UserError(
-            f"The folders {', '.join(strange)} are none of the published checkpoint's 35 words: take them away, or use "
-            f"the label order sorted."
+            f"The folders {', '.join(strange)} are none of the published checkpoint's 35 words: remove them, or use "
+            f"--label_order sorted."
         )
     return PUBLISHED_LABELS
 
@@ -104,8 +101,9 @@ def _audio_names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
 
 
-def _absent(split_of: dict[str, str], clips: list[str]) -> Iterator[tuple[str, str]]:
-    there = set(clips)
+def _absent(split_of: dict[str, str], names: list[str]) -> Iterator[tuple[str, str]]:
+    """(clip, reason) of those that a list names and no folder holds."""
+    there = set(names)
     for name, split in split_of.items():
         if name not in there:
-            yield name, f"{LISTS[split]} names it, but no word folder holds it."
+            yield name, f"It is in {LISTS[split]} but in no word folder."

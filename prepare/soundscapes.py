@@ -1,21 +1,43 @@
-"""Soundscapes mixed from a bank of clips: foreground sounds over a background, with the times that are then known."""
+"""Soundscapes mixed from a bank of clips: events over a background, with their classes and times."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
-from data.audio import read_audio
-from data.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, Task
-from prepare.bank import FRAME_SECONDS, Bank, Foreground, build_bank, choose_stretch, open_sounds, share_out
-from prepare.demo import CLIP_SECONDS, GAP_SECONDS, SHARES
-from prepare.folder import audio_seconds, find_audio
+from data.audio import audio_seconds, read_audio
+from data.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, Task, store_path
+from prepare.adapters import Flags
+from prepare.bank import FRAME_SECONDS, Bank, Foreground, build_bank, choose_stretch, open_sounds
+from prepare.mixing import CLIP_SECONDS, Generator, check_count, draw_clips, is_apart, to_int16
 from prepare.report import PrepareReport
-from settings import UserError
-from utils import float32_to_int16
+from prepare.stratify import SHARES, share_out
+from prepare.tables import find_audio
+from settings import Config, UserError
 
+NAME = "soundscapes"
+SOURCE = "mixed by prepare/soundscapes.py from: {bank}"
+LICENCE = "that of the bank's clips"  # where the bank names none
 TASK: Task = "multilabel"
+FLAGS: Flags = {
+    "raw": {"type": Path, "metavar": "BANK", "help": "bank of sounds, a clip store (.h5) or a folder of audio a class"},
+    "clips": {"type": int, "metavar": "N", "help": "how many clips to make [400]"},
+    "bank_folds": {
+        "type": str,
+        "metavar": "FOLDS",
+        "help": "folds of the bank for train/validation/test, as 1,2/3/4; with none in the middle, 1,2,3//4, a fifth "
+        "of the clips of the training folds is for validation [by esc_fold]",
+    },
+    "backgrounds": {"type": Path, "metavar": "FOLDER", "help": "audio to mix events into [coloured noise]"},
+    "polyphony": {"type": int, "metavar": "N", "help": "how many events at once, at most [3]"},
+    "snr": {"type": str, "metavar": "DB,DB", "help": "dB of an event above the background, lowest,highest [6,24]"},
+    "event_seconds": {"type": str, "metavar": "S,S", "help": "shortest,longest event [0.5,4]"},
+    "weak_share": {"type": float, "metavar": "SHARE", "help": "share of the training clips without event times [0]"},
+    "unlabelled_share": {"type": float, "metavar": "SHARE", "help": "share of the training clips without classes [0]"},
+}
+
 MOST_EVENTS = 6  # in a soundscape: 1 to so many are drawn
 PLACEMENTS = 10  # onsets that are tried for an event before it is left out
 RAMP_SECONDS = 0.01  # fade-in and fade-out of an event
@@ -23,32 +45,81 @@ BACKGROUND_DB = (-48.0, -38.0)  # root mean square of the background, full scale
 SLOPES = (0.0, 1.5)  # coloured noise: its power falls with frequency ** -slope; 0 white, 1 pink
 LOWEST_HZ = 50.0  # coloured noise is white below, or most of it would be too low to hear
 
-Generator = np.random.Generator
+
+def prepare(
+    settings: Config,
+    raw: Path,
+    clips: int = 400,
+    bank_folds: Optional[str] = None,
+    backgrounds: Optional[Path] = None,
+    polyphony: int = 3,
+    snr: str = "6,24",
+    event_seconds: str = "0.5,4",
+    weak_share: float = 0.0,
+    unlabelled_share: float = 0.0,
+) -> "SoundscapeReport":
+    """Write `clips` soundscapes of the bank `raw`, 70 % for training, 15 % each for validation and test.
+
+    raw: a clip store, or a folder with one folder of audio a class. bank_folds, esc_fold: which clips of the bank are
+    for which split (prepare.bank.build_bank). backgrounds: a folder of recordings; None: coloured noise. The other
+    flags: see Mix. The classes are those that the bank has clips of. A soundscape depends on the bank, random_seed, its
+    split and its number only; of the training ones the last are weak and then unlabelled. Beyond the datasets of every
+    store, event_source (E,) names the clip of the bank that an event was cut from. Raises UserError for fewer than 10
+    clips, and for an unusable bank, folds or backgrounds.
+    """
+    check_count(clips)
+    if not raw.exists():
+        raise UserError(
+            f"There is no {raw}: --raw must be the bank of the soundscapes, a clip store (.h5) or a folder with one "
+            f"folder of audio a class."
+        )
+    mix = Mix(polyphony, _pair("snr", snr), _pair("event_seconds", event_seconds), weak_share, unlabelled_share)
+    rate, seed = settings.sample_rate, settings.random_seed
+    report = SoundscapeReport(store_path(settings.dataset_path, NAME))
+    behind = Backgrounds(backgrounds, rate, seed, report)
+    with open_sounds(raw, rate, report) as sounds:
+        bank = build_bank(sounds, rate, report, folds=bank_folds, esc_fold=settings.esc_fold, seed=seed)
+        _count(bank, report)
+        with ClipStoreWriter(
+            report.path, clip_samples=int(CLIP_SECONDS * rate), sample_rate=rate, labels=bank.labels,
+            dataset_type=NAME, task=TASK, source=SOURCE.format(bank=sounds.source), licence=sounds.licence or LICENCE,
+        ) as writer:  # fmt: skip
+            _write(writer, bank, behind, mix, list(draw_clips(clips, seed)), report)
+    return report
+
+
+def _pair(name: str, text: str) -> tuple[float, float]:
+    """Two numbers with a comma between. Raises UserError for anything else."""
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"--{name} {text} is not allowed: give two numbers, as 0.5,4.") from None
+    return first, second
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How soundscapes are mixed. Raises UserError for what cannot be.
+    """How soundscapes are mixed. Raises UserError for impossible values.
 
     polyphony: events at once, at most. snr: dB of an event above the background, lowest and highest, both as root mean
     squares. event_seconds: shortest and longest event.
     """
 
-    polyphony: int = 3
-    snr: tuple[float, float] = (6.0, 24.0)
-    event_seconds: tuple[float, float] = (0.5, 4.0)
-    weak_share: float = 0.0  # of the training soundscapes: their classes are stored, not their times
-    unlabelled_share: float = 0.0  # of the training soundscapes: nothing is stored but the sound
+    polyphony: int
+    snr: tuple[float, float]
+    event_seconds: tuple[float, float]
+    weak_share: float  # of the training soundscapes: stored with classes, without times
+    unlabelled_share: float  # of the training soundscapes: stored without annotation
 
     def __post_init__(self) -> None:
         if self.polyphony < 1:
             raise UserError(f"--polyphony {self.polyphony} is not allowed: at least 1 event must have room.")
         if not self.snr[0] <= self.snr[1] < np.inf or not np.isfinite(self.snr[0]):
-            raise UserError(f"--snr {_pair(self.snr)} is not allowed: give the lowest and the highest dB, as 6,24.")
+            raise UserError(f"--snr {_shown(self.snr)} is not allowed: give the lowest and the highest dB, as 6,24.")
         if not FRAME_SECONDS <= self.event_seconds[0] <= self.event_seconds[1] <= CLIP_SECONDS:
             raise UserError(
-                f"--event_seconds {_pair(self.event_seconds)} is not allowed: give the shortest and the longest event, "
-                f"from {FRAME_SECONDS} to {CLIP_SECONDS:.0f} s, as 0.5,4."
+                f"--event_seconds {_shown(self.event_seconds)} is not allowed: give the shortest and the longest "
+                f"event, from {FRAME_SECONDS} to {CLIP_SECONDS:.0f} s, as 0.5,4."
             )
         if min(self.weak_share, self.unlabelled_share) < 0 or self.weak_share + self.unlabelled_share > 1:
             raise UserError(
@@ -57,9 +128,13 @@ class Mix:
             )
 
 
+def _shown(values: tuple[float, float]) -> str:
+    return f"{values[0]:g},{values[1]:g}"
+
+
 @dataclass
 class SoundscapeReport(PrepareReport):
-    """What was mixed. skipped: clips of the bank, and backgrounds, that could not be used."""
+    """Counts of events and sounds. skipped: clips of the bank, and backgrounds, that could not be used."""
 
     events: int = 0
     foregrounds: dict[str, int] = field(default_factory=dict)  # clips of the bank for each split
@@ -73,7 +148,7 @@ class SoundscapeReport(PrepareReport):
 
 
 class Backgrounds:
-    """Where backgrounds come from: recordings below a folder, each for one split only, or coloured noise."""
+    """The source of backgrounds: recordings below a folder, each for one split only, or coloured noise."""
 
     def __init__(self, folder: Optional[Path], sample_rate: int, seed: int, report: PrepareReport) -> None:
         """folder: None for noise. Files that cannot be read are reported; raises UserError where 3 are not left."""
@@ -149,10 +224,8 @@ def mix_soundscape(
         sound[start : start + len(event)] += level * 10 ** (rng.uniform(*mix.snr) / 20) * event
         events.append(Event(chosen.label, start / rate, (start + len(event)) / rate))
         sources.append(chosen.name)
-    peak = np.abs(sound).max()
-    waveform = float32_to_int16(sound if peak < 0.99 else sound * (0.99 / peak))
     labels = sorted({event.label for event in events})
-    return Clip(name, waveform, labels, split=split, events=events, labelling=STRONG), sources
+    return Clip(name, to_int16(sound), labels, split=split, events=events, labelling=STRONG), sources
 
 
 def _place(
@@ -162,59 +235,15 @@ def _place(
     for _ in range(PLACEMENTS):
         start = int(rng.integers(samples - length + 1))
         onset, offset = start / rate, (start + length) / rate
-        near = (e for e in events if e.label == label)
-        apart = not any(onset < e.offset + GAP_SECONDS and e.onset < offset + GAP_SECONDS for e in near)
-        if apart and _most_at_once(events, onset, offset) < polyphony:
+        if is_apart(events, label, onset, offset) and _most_at_once(events, onset, offset) < polyphony:
             return start
     return None
 
 
 def _most_at_once(events: list[Event], onset: float, offset: float) -> int:
-    """How many events sound at once between two times, at most; that many begin or have begun where one begins."""
+    """The most events that sound at once between two times; that maximum is reached where one of them begins."""
     times = [onset, *(event.onset for event in events if onset < event.onset < offset)]
     return max(sum(event.onset <= time < event.offset for event in events) for time in times)
-
-
-def prepare_soundscapes(
-    raw: Path,
-    store: Path,
-    sample_rate: int,
-    *,
-    seed: int,
-    clips: int,
-    mix: Mix,
-    backgrounds: Optional[Path] = None,
-    folds: Optional[str] = None,
-    esc_fold: int = 1,
-) -> SoundscapeReport:
-    """Write `clips` soundscapes of the bank `raw`, 70 % for training, 15 % each for validation and test.
-
-    raw: a clip store, or a folder with one folder of audio a class. folds, esc_fold: which clips of the bank serve
-    which split (prepare.bank.build_bank). backgrounds: a folder of recordings; None: coloured noise. The classes are
-    those that the bank has clips of. A soundscape depends on the bank, the seed, its split and its number only; of the
-    training ones the last are weak and then unlabelled, as `mix` says. Beside what every store has, event_source (E,)
-    names the clip of the bank that an event was cut from. Raises UserError for fewer than 10 clips, and where bank,
-    folds or backgrounds are not as they must be.
-    """
-    if clips < 10:
-        raise UserError(f"--clips {clips} is not allowed: soundscapes need at least 10, to fill their three splits.")
-    if not raw.exists():
-        raise UserError(
-            f"There is no {raw}: --raw must be the bank of the soundscapes, a clip store (.h5) or a folder with one "
-            f"folder of audio a class."
-        )
-    report = SoundscapeReport(store)
-    behind = Backgrounds(backgrounds, sample_rate, seed, report)
-    with open_sounds(raw, sample_rate, report) as sounds:
-        bank = build_bank(sounds, sample_rate, report, folds=folds, esc_fold=esc_fold, seed=seed)
-        _count(bank, report)
-        with ClipStoreWriter(
-            store, clip_samples=int(CLIP_SECONDS * sample_rate), sample_rate=sample_rate, labels=bank.labels,
-            dataset_type="soundscapes", task=TASK, source=f"mixed by prepare/soundscapes.py from: {sounds.source}",
-            licence=sounds.licence,
-        ) as writer:  # fmt: skip
-            _write(writer, bank, behind, mix, seed, clips, report)
-    return report
 
 
 def _write(
@@ -222,41 +251,35 @@ def _write(
     bank: Bank,
     backgrounds: Backgrounds,
     mix: Mix,
-    seed: int,
-    clips: int,
+    drawn: Sequence[tuple[str, str, int, Generator]],
     report: SoundscapeReport,
 ) -> None:
+    training = _labellings(sum(split == "train" for _, split, _, _ in drawn), mix)
     sources: list[str] = []
-    for split, share in SHARES.items():
-        count = round(clips * share)
-        for number, labelling in enumerate(_labellings(count, mix if split == "train" else Mix())):
-            rng = np.random.default_rng([seed, SPLITS.index(split), number])
-            clip, used = mix_soundscape(f"{split}_{number:05d}.wav", split, bank, backgrounds, mix, rng)
-            if labelling != STRONG:
-                labels = clip.labels if labelling == WEAK else []
-                clip, used = Clip(clip.name, clip.waveform, labels, split=split, labelling=labelling), []
-            writer.add(clip)
-            sources += used
-            report.clips += 1
-            report.events += len(used)
+    for name, split, number, rng in drawn:
+        clip, used = mix_soundscape(name, split, bank, backgrounds, mix, rng)
+        labelling = training[number] if split == "train" else STRONG
+        if labelling != STRONG:
+            labels = clip.labels if labelling == WEAK else []
+            clip, used = Clip(clip.name, clip.waveform, labels, split=split, labelling=labelling), []
+        writer.add(clip)
+        sources += used
+        report.clips += 1
+        report.events += len(used)
     writer.file["event_source"] = np.array([name.encode() for name in sources], dtype="S")
 
 
 def _labellings(count: int, mix: Mix) -> list[int]:
-    """What is known of each soundscape of a split: the strong ones first, so that those of a smaller share stay."""
+    """The annotation of each training soundscape, strong ones first: a larger share changes only the last ones."""
     weak, unlabelled = round(count * mix.weak_share), round(count * mix.unlabelled_share)
     unlabelled = min(unlabelled, count - weak)
     return [STRONG] * (count - weak - unlabelled) + [WEAK] * weak + [UNLABELLED] * unlabelled
 
 
 def _count(bank: Bank, report: SoundscapeReport) -> None:
-    """Note how many clips each split has, and which classes have none in it."""
+    """Report how many clips of the bank each split has, and which classes have none in it."""
     for split in SPLITS:
         report.foregrounds[split] = sum(found.split == split for found in bank.foregrounds)
         absent = [label for k, label in enumerate(bank.labels) if k not in bank.by_class[split]]
         if absent:
             report.absent[split] = absent
-
-
-def _pair(values: tuple[float, float]) -> str:
-    return f"{values[0]:g},{values[1]:g}"

@@ -1,4 +1,7 @@
-"""Clips -> train, validation and test, with the classes shared out evenly, from a seed."""
+"""Clips -> train, validation and test, stratified by class, from a seed."""
+
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -6,6 +9,7 @@ from data.clip_store import SPLITS
 from settings import UserError
 
 TRAIN, VALIDATION, TEST = range(3)  # places in SPLITS
+SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 ATTEMPTS = 30  # orders to try where clips of several classes leave a class out of a split: nearly always one
 
 
@@ -13,10 +17,10 @@ def stratified_split(targets: np.ndarray, seed: int) -> np.ndarray:
     """Split of each clip: about 70 % train, 15 % validation and 15 % test of every class.
 
     targets: (N, K) bool. Returns (N,) of "train", "validation", "test"; the same for the same targets and seed. Clips
-    go by the rarest of their classes, the rarest class first; those without a class are a group of their own. A class
+    are grouped by their rarest class, the rarest first; those without a class are a group of their own. A class
     with 3 clips or more is in all three splits; one with fewer is in train. Where clips have several classes this can
-    be impossible: then the best of 30 tries, and a class of one or two clips may leave train. Raises UserError for
-    another shape.
+    be impossible: then the best of 30 tries counts, and a class of one or two clips may leave train. Raises UserError
+    for another shape.
     """
     if targets.ndim != 2:
         raise UserError(f"targets must be (clips, classes); an array of shape {targets.shape} was given.")
@@ -83,3 +87,30 @@ def _cover(assigned: np.ndarray, targets: np.ndarray, order: np.ndarray) -> None
                 if spare:
                     assigned[spare[0]] = split
                     moved = True
+
+
+def share_out(sources: Sequence[str], labels: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
+    """(N,) split of each clip: about `shares` of the clips of every class, all clips of one source in one split.
+
+    sources: (N,) names; labels: (N,) classes. A class with as many sources as there are splits, or more, is in all of
+    them; one with fewer fills the splits in their order.
+    """
+    rng = np.random.default_rng(seed)
+    place: dict[str, str] = {}
+    for label in np.unique(labels):
+        sizes = Counter(sources[clip] for clip in np.flatnonzero(labels == label).tolist())
+        names = sorted(set(sizes) - set(place))
+        free = sorted((names[i] for i in rng.permutation(len(names))), key=lambda name: -sizes[name])
+        have = Counter(dict.fromkeys(shares, 0))
+        for name in sizes.keys() & place.keys():  # a recording with sounds of two classes
+            have[place[name]] += sizes[name]
+        for name in free:  # the largest first, each to the split that lacks most
+            split = max(shares, key=lambda one: shares[one] * sizes.total() - have[one])
+            place[name] = split
+            have[split] += sizes[name]
+        for empty in [split for split in shares if not have[split]]:
+            used = Counter(place[name] for name in sizes)
+            spare = [name for name in free if used[place[name]] > 1]
+            if spare:
+                place[spare[-1]] = empty
+    return np.array([place[source] for source in sources], dtype="U10")

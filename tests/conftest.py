@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from filelock import FileLock
 
-from prepare.demo import prepare_demo
+from prepare import demo
+from settings import resolve
 from tests.helpers import TINY_FLAGS, run_python
 
 STORE = Path("workspace", "data", "demo", "demo.h5")
@@ -43,7 +44,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with workspace/data/demo/demo.h5, which no test changes: 14 clips train, 3 validate, 3 test."""
 
     def make(folder: Path) -> None:
-        prepare_demo(folder / STORE, sample_rate=32000, seed=1, clips=20)
+        demo.prepare(resolve({"dataset_path": str((folder / STORE).parent), "random_seed": 1}), clips=20)
 
     return made_once(tmp_path_factory, "demo_data", make)
 

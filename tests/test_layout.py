@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from prepare.adapters import ADAPTERS
 from tests.helpers import ROOT
 
 FLOORS = [  # from the top: a file imports its own package and the floors below
@@ -42,6 +43,13 @@ def test_imports_point_down(path: Path) -> None:
     for module, name in imports(path):
         other = module.split(".")[0]
         assert other == room or FLOOR[other] > FLOOR[room], f"{path.name} imports {module} {name}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("prepare/*.py")), ids=lambda path: path.stem)
+def test_no_adapter_is_imported_in_prepare(path: Path) -> None:
+    """An adapter is a file that the table ADAPTERS names; the table itself imports the one that is asked for."""
+    named = {module for pair in imports(path) for module in (pair[0], ".".join(pair))}
+    assert not named & {f"prepare.{adapter}" for adapter in ADAPTERS.values()}
 
 
 def test_every_module_has_a_room() -> None:
