@@ -1,9 +1,9 @@
 """Confidence intervals by the bootstrap over clips: percentile intervals, and two systems compared in pairs.
 
-A resample draws as many clips as there are, with replacement. A statistic is told how often each clip was drawn, for
-a block of resamples at once: weights (N, R), float32 with whole numbers, one column a resample. A metric made of sums
-over clips is then a matrix product: with counts (N, M) per clip, as of true positives, `counts.T @ weights` are the
-sums (M, R) of each resample. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13, 15, 16.
+A resample draws N of N clips with replacement. A statistic takes the number of times each clip was drawn, for a block
+of resamples at once: weights (N, R), float32 with whole numbers, one column a resample. A metric made of sums over
+clips is then a matrix product: with counts (N, M) per clip, such as true positives, `counts.T @ weights` are the sums
+(M, R) of each resample. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13, 15, 16.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # weights (N, R) -> values (...,
 BLOCK = 64  # resamples at once: 20,000 clips have 5 MB of weights, which a processor's cache holds
 RESAMPLES = 1000
 FEWEST_RESAMPLES = 200
-MOST_ADDED = 15e9  # weights to add up for an interval of mAP; AudioSet's 20,000 clips need 7e9, some seconds
+MOST_ADDED = 15e9  # weights to add for an interval of mAP; AudioSet's 20,000 clips need 7e9, some seconds
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Comparison:
 def draw_weights(clips: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Blocks (N, at most BLOCK) of weights; resample r of a seed is the same however many are drawn."""
     if clips < 1:
-        raise UserError("A bootstrap over clips needs at least one clip, and there is none.")
+        raise UserError("A bootstrap over clips needs at least one clip: there is none.")
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, BLOCK):
         drawn = (rng.integers(clips, size=clips) for _ in range(min(BLOCK, resamples - start)))
@@ -49,12 +49,12 @@ def bootstrap_values(statistic: Statistic, clips: int, *, resamples: int = RESAM
 
 
 def percentile_interval(values: np.ndarray, level: float = 0.95) -> Interval:
-    """The middle `level` of (resamples,) values. Those that are NaN, where a resample has no value, are left out.
+    """The middle `level` of (resamples,) values, without those that are NaN (resamples without a value).
 
     Raises UserError where the level does not lie between 0 and 1.
     """
     if not 0 < level < 1:
-        raise UserError(f"level = {level} is not allowed: give a share between 0 and 1, as 0.95.")
+        raise UserError(f"level = {level} is not allowed: give a share between 0 and 1, such as 0.95.")
     known = values[~np.isnan(values)]
     if len(known) == 0:
         return Interval(float("nan"), float("nan"), level, len(values))
@@ -74,7 +74,7 @@ def bootstrap(
     """The percentile interval of a statistic of one value a resample, (N, R) -> (R,).
 
     correct_bias: move the interval by the bootstrap's estimate of bias, the observed value minus the mean of the
-    resamples. Average precision needs it: a clip that is drawn twice lends its rank to its double, so that resamples
+    resamples. Average precision needs it: a clip that is drawn twice takes two neighbouring ranks, so that resamples
     score higher than the clips they come from, the more the fewer positives a class has. (With 20 positives a class
     the plain interval can lie wholly above the observed value.)
     """
@@ -89,8 +89,8 @@ def paired_bootstrap(
 ) -> Comparison:
     """Compare two systems, each scored on the same clips, by the difference first - second in the same resamples.
 
-    The p value is twice the smaller share of differences on one side of zero, with the observed one counted among
-    them (so that it is never 0), and at most 1. It goes with the interval: below 1 - level, zero lies outside.
+    The p value is twice the smaller share of differences on one side of zero, the observed one included (so that it
+    is never 0), and at most 1. It agrees with the interval: where it is below 1 - level, zero lies outside.
     """
 
     def difference(weights: np.ndarray) -> np.ndarray:
@@ -106,21 +106,21 @@ def paired_bootstrap(
 
 
 class WeightedAccuracy:
-    """Accuracy as a statistic. right: (N,) bool, whether each clip's class was found."""
+    """Accuracy as a statistic. right: (N,) bool, True where a clip's class was found."""
 
     def __init__(self, right: np.ndarray) -> None:
         self.right = right.astype(np.float32)
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        return (self.right @ weights).astype(np.float64) / len(self.right)  # a resample has as many clips
+        return (self.right @ weights).astype(np.float64) / len(self.right)  # a resample has N clips as well
 
 
 @dataclass(frozen=True)
 class RankedClass:
-    """The clips of one class in falling order of score, as what average precision needs.
+    """The clips of one class in falling order of score, for average precision.
 
-    A step is a score that at least one positive clip has. drawn and positive are indicators (steps, N): the clips
-    with a score above the next step's that the steps before do not hold, and the step's positive clips.
+    A step is a score of at least one positive clip. drawn and positive are indicators (steps, N): of the clips that
+    are added between the step before and this one, and of the step's positive clips.
     """
 
     drawn: csr_array
@@ -142,7 +142,7 @@ class RankedClass:
 
     @property
     def added(self) -> int:
-        """How many weights a resample adds up."""
+        """The number of weights that a resample adds."""
         return self.drawn.nnz + self.positive.nnz
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
@@ -156,32 +156,35 @@ class RankedClass:
 
 
 class WeightedMeanAveragePrecision:
-    """Macro average precision as a statistic: of the classes with positives, those that a resample still has.
+    """Macro average precision as a statistic, over the classes with positives in the resample.
 
     scores: (N, K). targets: (N, K) bool. Ties and weights count as in scikit-learn's average_precision_score with
-    sample_weight, which the tests compare with.
+    sample_weight; the tests compare with it.
     """
 
     def __init__(self, scores: np.ndarray, targets: np.ndarray) -> None:
         self.classes = [RankedClass.rank(scores[:, k], targets[:, k]) for k in np.flatnonzero(targets.any(axis=0))]
 
     def affordable_resamples(self) -> int:
-        """RESAMPLES; with very many clips fewer, so that it does not take minutes, but at least FEWEST_RESAMPLES."""
+        """RESAMPLES; fewer for very many clips, to stay within seconds, but at least FEWEST_RESAMPLES."""
         added = sum(ranked.added for ranked in self.classes)
         return int(np.clip(MOST_ADDED // max(added, 1), FEWEST_RESAMPLES, RESAMPLES))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        values = np.array([ranked.average_precision(weights) for ranked in self.classes])  # (classes, R)
-        known = ~np.isnan(values)
-        with np.errstate(invalid="ignore"):
-            return np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
+        return mean_of_known(np.array([ranked.average_precision(weights) for ranked in self.classes]))
+
+
+def mean_of_known(values: np.ndarray) -> np.ndarray:
+    """(K, R) -> (R,) means over the values that are not NaN; NaN where all are."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
 
 
 def with_interval(metrics: Sequence[Metric], scores: np.ndarray, targets: np.ndarray, *, seed: int) -> list[Metric]:
     """The metrics of (N, K) scores and (N, K) targets, mAP and accuracy with their 95 % bootstrap interval over clips.
 
-    mAP's is corrected for bias. A metric without a value gets none. Of very many clips mAP gets fewer
-    resamples; the interval says how many.
+    mAP's is corrected for bias. A metric without a value has no interval. With very many clips mAP has fewer resamples.
     """
     found: list[Metric] = []
     for metric in metrics:

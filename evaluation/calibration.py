@@ -1,38 +1,45 @@
-"""Thresholds, filter lengths and minimum durations for a metric, found on clips with known events.
+"""Thresholds, filter lengths and minimum durations that maximize a metric on clips with known events.
 
-Each class is searched for itself: a class's detections do not change what intersection and collar F1 say about another.
-For each filter length the best of all thresholds is found exactly (sed_scores_eval follows every score at which a
-detection appears or vanishes); at the best pair, minimum durations are then tried. PSDS looks at all thresholds: its
-filter lengths are those with the largest area under the class's own PSD-ROC, and its thresholds and durations are the
-best by intersection F1 at PSDS1's tolerances (0.7 and 0.7).
+Each class is searched by itself: a class's detections do not change another's intersection and collar F1. For each
+filter length the best of all thresholds is found exactly (sed_scores_eval follows every score at which a detection
+appears or vanishes); at the best pair, minimum durations are then tried. PSDS covers all thresholds: its filter lengths
+are those with the largest area under the class's own PSD-ROC, and its thresholds and durations are the best by
+intersection F1 at PSDS1's tolerances (0.7 and 0.7).
 """
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Optional
+from functools import partial
+from typing import Any, Literal, Optional
 
 import numpy as np
 import pandas as pd
 from sed_scores_eval import collar_based, intersection_based
 
-from evaluation.detection import score_tables
-from evaluation.event_tables import GroundTruth
-from evaluation.postprocess import PostProcessing, detected_frames, truth_table
+from evaluation.event_metrics import (
+    COLLAR_SECONDS,
+    OFFSET_SHARE,
+    ClipCounts,
+    collar_counts,
+    f1_of,
+    intersection_counts,
+)
+from evaluation.event_tables import EventSet, GroundTruth
+from evaluation.postprocess import PostProcessing
+from evaluation.psds import PSDS1, PsdsFromScores
+from evaluation.score_tables import score_tables
 from evaluation.scores import Scores
-from settings import UserError
+from evaluation.systems import truth_of_scores
 
 Objective = Literal["intersection_f1", "collar_f1", "psds1"]
-Tables = dict[str, pd.DataFrame]
-Truth = dict[str, list[tuple[float, float, str]]]
-FILTER_LENGTHS = (1, 3, 5, 7, 9, 11)  # steps of 312.5 ms: up to 3.4 s
-MINIMUM_DURATIONS = (0.0, 0.4, 0.7, 1.0, 1.3, 2.0)  # seconds: between one, two, three, ... steps
+# Of a median filter: 1, 3, ..., 11 frames of 312.5 ms, 1, 3, 7, 13, 23, ..., 85 frames of 40 ms.
+FILTER_SECONDS = (0.0, 0.12, 0.28, 0.5, 0.94, 1.56, 2.19, 2.81, 3.44)
+MINIMUM_DURATIONS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0, 1.3, 2.0)  # seconds; those shorter than a frame are not tried
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What was found, with the metric of each class before and after; NaN where a class has no true events."""
+    """The post-processing found, and the metric of each class before and after; NaN for one without true events."""
 
     post: PostProcessing
     before: dict[str, float]
@@ -41,47 +48,41 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class _Criterion:
-    """F1 of each class at given thresholds, and the best F1 of each class over all thresholds, with that threshold."""
+    """counts: of detected events. best: of all thresholds, (F1, precision, recall, threshold, ...) by class."""
 
-    f1: Callable[[Tables, Truth, dict[str, float]], dict[str, float]]
-    best: Callable[[Tables, Truth], tuple[dict[str, float], dict[str, float]]]
-
-
-def _intersection(tolerance: float) -> _Criterion:
-    limits = {"dtc_threshold": tolerance, "gtc_threshold": tolerance}
-
-    def best(tables: Tables, truth: Truth) -> tuple[dict[str, float], dict[str, float]]:
-        found = intersection_based.best_fscore(tables, truth, **limits)
-        return found[0], found[3]
-
-    return _Criterion(lambda tables, truth, at: intersection_based.fscore(tables, truth, at, **limits)[0], best)
+    counts: Callable[[EventSet, GroundTruth], ClipCounts]
+    best: Callable[..., tuple[Any, ...]]
 
 
-def _collar() -> _Criterion:
-    limits = {"onset_collar": 0.2, "offset_collar": 0.2, "offset_collar_rate": 0.2}
-
-    def best(tables: Tables, truth: Truth) -> tuple[dict[str, float], dict[str, float]]:
-        found = collar_based.best_fscore(tables, truth, **limits)
-        return found[0], found[3]
-
-    return _Criterion(lambda tables, truth, at: collar_based.fscore(tables, truth, at, **limits)[0], best)
+def _intersection(share: float) -> _Criterion:
+    return _Criterion(
+        partial(intersection_counts, share=share),
+        partial(intersection_based.best_fscore, dtc_threshold=share, gtc_threshold=share),
+    )
 
 
-CRITERIA = {"intersection_f1": _intersection(0.5), "collar_f1": _collar(), "psds1": _intersection(0.7)}
+_COLLAR = partial(
+    collar_based.best_fscore,
+    onset_collar=COLLAR_SECONDS,
+    offset_collar=COLLAR_SECONDS,
+    offset_collar_rate=OFFSET_SHARE,
+)
+CRITERIA: dict[Objective, _Criterion] = {
+    "intersection_f1": _intersection(0.5),
+    "collar_f1": _Criterion(collar_counts, _COLLAR),
+    "psds1": _intersection(PSDS1.dtc),
+}
 
 
 def calibrate(scores: Scores, objective: Objective, start: Optional[PostProcessing] = None) -> Calibrated:
-    """Search the post-processing of a score store that raises `objective` on its clips.
+    """Search the post-processing of a score store that maximizes `objective` on its clips.
 
-    start: what classes without true events keep; its gaps and interpolation are kept for all. Raises UserError where
-    the store has no frame scores or no true events.
+    start: the values of classes without true events, and for all classes maximum_gap and interpolation. Raises
+    UserError for a store without frame scores or true events.
     """
-    if scores.framewise is None or not scores.events or not any(scores.events):
-        raise UserError("Calibration needs frame scores and true events: the clips must have times.")
+    scores.frame_scores()  # first: a store without them has no events either
     start = start or PostProcessing(tuple(scores.labels))
-    durations = dict(zip(scores.names, scores.durations.tolist(), strict=True))
-    truth = GroundTruth.build(truth_table(scores.names, scores.events, scores.labels), durations, scores.labels)
-    search = _Search(scores, truth.by_clip(), truth.present, CRITERIA[objective], start)
+    search = _Search(scores, truth_of_scores(scores), CRITERIA[objective], start)
     lengths = search.by_area() if objective == "psds1" else None
     post = search.minimum_durations(search.thresholds(lengths))
     split = scores.attributes.get("split", "unknown")
@@ -90,78 +91,62 @@ def calibrate(scores: Scores, objective: Objective, start: Optional[PostProcessi
     return Calibrated(post, _of_all(scores.labels, measure(start)), _of_all(scores.labels, measure(post)))
 
 
+def filter_lengths(seconds_per_frame: float) -> list[int]:
+    """The odd numbers of frames that come nearest to FILTER_SECONDS, each once."""
+    frames = [2 * round((seconds / seconds_per_frame - 1) / 2) + 1 for seconds in FILTER_SECONDS]
+    return sorted({max(length, 1) for length in frames})
+
+
 def _of_all(labels: list[str], values: dict[str, float]) -> dict[str, float]:
     return {label: float(values.get(label, float("nan"))) for label in labels}
 
 
 @dataclass
 class _Search:
-    """Score tables and truth of the classes `present`, and one criterion."""
+    """Scores, ground truth, and the criterion of the search."""
 
     scores: Scores
-    truth: Truth
-    present: list[str]
+    truth: GroundTruth
     criterion: _Criterion
     start: PostProcessing
 
-    def tables(self, post: PostProcessing) -> Tables:
-        """Filtered and interpolated scores, as sed_scores_eval has them."""
-        assert self.scores.framewise is not None
-        smoothed, step = post.smooth(
-            self.scores.framewise, durations=self.scores.durations, seconds_per_frame=self.scores.seconds_per_frame
-        )
-        return self._as_tables(smoothed, step)
-
-    def _as_tables(self, framewise: np.ndarray, step: float) -> Tables:
-        place = [self.scores.labels.index(label) for label in self.present]
+    def tables(self, post: PostProcessing) -> dict[str, pd.DataFrame]:
+        """Filtered and interpolated scores of the classes with true events, for sed_scores_eval."""
+        smoothed, step = self.scores.smooth(post)
+        present = [self.scores.labels.index(label) for label in self.truth.present]
         return score_tables(
-            framewise[:, :, place], names=self.scores.names, labels=self.present, durations=self.scores.durations,
-            seconds_per_frame=step,
+            smoothed[:, :, present], names=self.scores.names, labels=self.truth.present,
+            durations=self.scores.durations, seconds_per_frame=step,
         )  # fmt: skip
 
     def f1(self, post: PostProcessing) -> dict[str, float]:
-        """F1 of each class of the events that `post` decodes."""
-        assert self.scores.framewise is not None
-        found = post.decode(
-            self.scores.framewise, names=self.scores.names, durations=self.scores.durations,
-            seconds_per_frame=self.scores.seconds_per_frame,
-        )  # fmt: skip
-        step, frames = self.scores.seconds_per_frame / post.interpolation, self.scores.framewise.shape[1]
-        active = detected_frames(
-            found,
-            names=self.scores.names,
-            labels=post.labels,
-            frames=frames * post.interpolation,
-            seconds_per_frame=step,
-        )
-        return self.criterion.f1(self._as_tables(active, step), self.truth, dict.fromkeys(self.present, 0.5))
+        """F1 of each class for the events that `post` decodes; NaN for one without true events."""
+        counts = self.criterion.counts(self.truth.index(self.scores.decode(post)), self.truth)
+        values = f1_of(*(part.sum(axis=0) for part in (counts.found, counts.false, counts.positive)))
+        return dict(zip(self.truth.labels, values.tolist(), strict=True))
 
     def areas(self, post: PostProcessing) -> dict[str, float]:
-        """Normalized area under the PSD-ROC of each class (PSDS1's tolerances, up to 100 false alarms an hour)."""
-        durations = dict(zip(self.scores.names, self.scores.durations.tolist(), strict=True))
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
-            _, by_class, *_ = intersection_based.psds(
-                self.tables(post), self.truth, durations, dtc_threshold=0.7, gtc_threshold=0.7, cttc_threshold=None,
-                alpha_ct=0.0, alpha_st=0.0, max_efpr=100.0,
-            )  # fmt: skip
-        return by_class
+        """Normalized area under the PSD-ROC of each class with true events (PSDS1's tolerances)."""
+        return PsdsFromScores(self.tables(post), self.truth, PSDS1).result().per_class
 
     def by_area(self) -> dict[str, int]:
-        """The filter length of each class that gives it the largest area; the shorter one of equals."""
+        """The filter length of each class with the largest area; the shorter one of equals."""
         best: dict[str, tuple[float, int]] = {}
-        for length in FILTER_LENGTHS:
+        for length in filter_lengths(self.scores.seconds_per_frame):
             areas = self.areas(self._with_filter(length))
-            for label in self.present:
+            for label in self.truth.present:
                 if label not in best or areas[label] > best[label][0]:
                     best[label] = areas[label], length
         return {label: length for label, (_, length) in best.items()}
 
     def thresholds(self, lengths: Optional[dict[str, int]]) -> PostProcessing:
-        """The best threshold of each class and, unless they are given, its filter length; the shorter of equals."""
+        """The best threshold of each class and, unless `lengths` has it, its filter length; the shorter of equals."""
         best: dict[str, tuple[float, float, int]] = {}
-        for length in FILTER_LENGTHS if lengths is None else sorted(set(lengths.values())):
-            f1, at = self.criterion.best(self.tables(self._with_filter(length)), self.truth)
-            for label in self.present:
+        for length in (
+            filter_lengths(self.scores.seconds_per_frame) if lengths is None else sorted(set(lengths.values()))
+        ):
+            f1, _, _, at, *_ = self.criterion.best(self.tables(self._with_filter(length)), self.truth.by_clip())
+            for label in self.truth.present:
                 wanted = lengths is None or lengths[label] == length
                 if wanted and np.isfinite(at[label]) and (label not in best or f1[label] > best[label][0]):
                     best[label] = f1[label], at[label], length
@@ -175,8 +160,10 @@ class _Search:
         """The best of MINIMUM_DURATIONS for each class; the shorter of equals."""
         best: dict[str, tuple[float, float]] = {}
         for seconds in MINIMUM_DURATIONS:
+            if 0 < seconds < self.scores.seconds_per_frame:
+                continue
             f1 = self.f1(replace(post, minimum_duration=(seconds,)))
-            for label in self.present:
+            for label in self.truth.present:
                 if label not in best or f1[label] > best[label][0]:
                     best[label] = f1[label], seconds
         durations = zip(post.labels, post.minimum_duration, strict=True)

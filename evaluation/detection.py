@@ -1,4 +1,4 @@
-"""Event-level metrics, each with its name, its criterion and the tool that defines it; intervals and comparisons."""
+"""All metrics of a system's detections, each with its criterion and defining tool; intervals and comparisons."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,19 +30,27 @@ from evaluation.event_metrics import (
 )
 from evaluation.event_tables import EventSet, GroundTruth, check_clips, join_overlapping
 from evaluation.metrics import tagging_metrics
-from evaluation.postprocess import frame_edges
-from evaluation.psds import PSDS1, PSDS2, PsdRoc, PsdsFromScores, PsdsResult, Scenario, psds_from_operating_points
+from evaluation.psds import (
+    PSDS1,
+    PSDS2,
+    PsdRoc,
+    PsdsFromScores,
+    PsdsResult,
+    PsdsStatistic,
+    Scenario,
+    psds_from_operating_points,
+)
 
 COLLAR = "onset 200 ms, offset 200 ms or 20 %"
 ERRORS = "segments of 1 s; micro with substitutions"  # there, a class in place of another is one error, not two
 MACRO, MICRO = "macro", "micro"
-MOST_ADDED = 4e8  # numbers to add up for an interval of a PSDS, some seconds; more get fewer resamples
+MOST_ADDED = 4e8  # values to add for an interval of a PSDS, some seconds; more get fewer resamples
 FEWEST_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """What was counted of a class: events, segments or clips. positives: how many of them are true."""
+    """Counts of events, segments or clips of a class. positives: the true ones."""
 
     true_positives: int
     false_positives: int
@@ -52,10 +60,10 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class DetectionMetric:
-    """One named number, as mean over the classes (macro), of all classes' counts together (micro) and for each class.
+    """One metric: macro (mean over the classes), micro (of the summed counts of all classes) and for each class.
 
-    A class without true events has NaN, and is left out of the macro value. unit: what the counts count. intervals:
-    for "macro", "micro" and classes. curve, class_curves: of a PSDS. note: what else a reader should know.
+    A class without true events has NaN, and is left out of the macro value. unit: of the counts. intervals: of "macro",
+    "micro" and classes. curve, class_curves: of a PSDS. note: a remark for the reader.
     """
 
     name: str
@@ -73,7 +81,7 @@ class DetectionMetric:
 
     @property
     def interval(self) -> Optional[Interval]:
-        """That of the macro value, where there is one."""
+        """That of the macro value, if any."""
         return self.intervals.get(MACRO)
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,11 +91,11 @@ class DetectionMetric:
 
 @dataclass(frozen=True)
 class System:
-    """What a system says of the clips of a ground truth.
+    """A system's detections in the clips of a ground truth.
 
-    events: the table that is evaluated. operating_points: tables of further thresholds, for PSDS alone. tables:
-    {filename: frame scores} as of score_tables, which make PSDS independent of thresholds. clipwise: (N, K) scores and
-    targets: (N, K) truth of the clips, for mAP.
+    events: the table that is evaluated. operating_points: tables of further thresholds, for PSDS alone. tables: the
+    frame scores, see score_tables, with which PSDS is independent of thresholds. clipwise: (N, K) scores and targets:
+    (N, K) ground truth of the clips, for mAP.
     """
 
     events: pd.DataFrame
@@ -99,7 +107,7 @@ class System:
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric, and how its bootstrap finds it anew: statistic gives a value for each of `rows`. None: it has none.
+    """A metric and its statistic for the bootstrap, with a value for each of `rows`; None: no bootstrap.
 
     correct_bias: move the interval by the bootstrap's estimate of bias (see bootstrap). Average precision needs it, and
     so does PSDS: resamples add to the deviation between classes that it subtracts.
@@ -114,7 +122,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """A metric of two systems: value says which one, macro or micro; comparison is of the first minus the second."""
+    """A metric of two systems. value: macro or micro; comparison: of the first minus the second."""
 
     name: str
     criterion: str
@@ -132,26 +140,27 @@ class MetricComparison:
 def measure(truth: GroundTruth, system: System) -> list[Measured]:
     """All metrics of a system that its scores and events allow, without intervals.
 
-    Raises UserError, with their names, for detections in clips that the ground truth does not know.
+    Raises UserError, with their names, for detections in clips without a duration.
     """
     check_clips(system.events, truth.seconds, "The table of detections")
-    found, true, classes = truth.index(join_overlapping(system.events)), truth.events, len(truth.labels)
-    events = "clips have the classes of their events"
-    segments = segment_counts(found, true, truth.durations, classes)
+    found = truth.index(join_overlapping(system.events))
+    segments = segment_counts(found, truth)
     psds1, psds2 = (_psds(truth, system, scenario) for scenario in (PSDS1, PSDS2))
     measured = [
         *(_intersection(truth, found, share) for share in (0.5, 0.7)),
-        _counted("collar F1", COLLAR, "sed_scores_eval", truth, collar_counts(found, true, len(truth.names), classes)),
+        _counted("collar F1", COLLAR, "sed_scores_eval", truth, collar_counts(found, truth)),
         _counted(
             "collar F1, onset only", "onset 200 ms", "sed_scores_eval", truth,
-            collar_counts(found, true, len(truth.names), classes, offset_collar=None),
+            collar_counts(found, truth, offsets=False),
         ),
         _counted("segment F1", "segments of 1 s", "sed_scores_eval", truth, segments),
         _counted("segment error rate", ERRORS, "sed_scores_eval", truth, segments, error_rate_of),
         psds1,
         _macro_mean(psds1),
         psds2,
-        _counted("clip F1", events, "scikit-learn", truth, clip_counts(found, true, len(truth.names), classes)),
+        _counted(
+            "clip F1", "clips have the classes of their events", "scikit-learn", truth, clip_counts(found, truth)
+        ),
     ]  # fmt: skip
     if system.clipwise is not None and system.targets is not None:
         measured.append(_precision(truth, system.clipwise, system.targets))
@@ -161,7 +170,7 @@ def measure(truth: GroundTruth, system: System) -> list[Measured]:
 def with_intervals(
     measured: Sequence[Measured], clips: int, *, resamples: int = RESAMPLES, seed: int
 ) -> list[DetectionMetric]:
-    """The metrics with their 95 % bootstrap intervals over the clips, where they have a statistic."""
+    """The metrics, those with a statistic with their 95 % bootstrap intervals over the clips, unless resamples is 0."""
     return [_with_interval(each, clips, min(resamples, each.resamples), seed) for each in measured]
 
 
@@ -199,7 +208,7 @@ def _row(measured: Measured, row: str) -> Statistic:
 
 
 def _with_interval(measured: Measured, clips: int, resamples: int, seed: int) -> DetectionMetric:
-    if measured.statistic is None:
+    if measured.statistic is None or resamples == 0:
         return measured.metric
     values = bootstrap_values(measured.statistic, clips, resamples=resamples, seed=seed)
     if measured.correct_bias:
@@ -216,7 +225,7 @@ def _with_interval(measured: Measured, clips: int, resamples: int, seed: int) ->
 def _counted(
     name: str, criterion: str, tool: str, truth: GroundTruth, counts: ClipCounts, formula: Formula = f1_of
 ) -> Measured:
-    """A metric that is made of counts of each clip and class."""
+    """A metric of counts of each clip and class."""
     statistic = CountStatistic(counts, formula)
     macro, micro, *by_class = statistic(np.ones((len(truth.names), 1), dtype=np.float32))[:, 0].tolist()
     sums = np.stack([counts.found, counts.false, counts.positive - counts.found, counts.positive]).sum(axis=1)
@@ -234,7 +243,7 @@ def _counted(
 
 
 def _intersection(truth: GroundTruth, found: EventSet, share: float) -> Measured:
-    counts = intersection_counts(found, truth.events, truth.durations, len(truth.labels), dtc=share, gtc=share)
+    counts = intersection_counts(found, truth, share)
     measured = _counted("intersection F1", f"DTC = GTC = {share:g}", "psds_eval", truth, counts)
     values = measured.metric.per_class
     missed = [label for label in truth.present if values[label] == 0]
@@ -261,15 +270,15 @@ def _psds(truth: GroundTruth, system: System, scenario: Scenario) -> Measured:
                 truth, scenario, criterion, "psds_eval", psds_from_operating_points(points, truth, scenario), note
             )
         )
-    result = PsdsFromScores(system.tables, truth, scenario).result()
-    metric = _psds_metric(truth, scenario, f"{scenario.criterion}; all thresholds", "sed_scores_eval", result)
-    assert result.statistic is not None
-    most = int(np.clip(MOST_ADDED // result.statistic.added, FEWEST_RESAMPLES, RESAMPLES))
-    return Measured(metric, (MACRO, *truth.present), result.statistic, True, most)
+    source = PsdsFromScores(system.tables, truth, scenario)
+    metric = _psds_metric(truth, scenario, f"{scenario.criterion}; all thresholds", "sed_scores_eval", source.result())
+    statistic = PsdsStatistic(source)
+    most = int(np.clip(MOST_ADDED // statistic.added, FEWEST_RESAMPLES, RESAMPLES))
+    return Measured(metric, (MACRO, *truth.present), statistic, True, most)
 
 
 def _macro_mean(psds1: Measured) -> Measured:
-    """PSDS1 without what it subtracts for the deviation between classes, as results on AudioSet Strong are given.
+    """PSDS1 without the deviation between classes (alpha_ST = 0), as results on AudioSet Strong are reported.
 
     The mean over classes of the areas under their curves is the area under the mean of the curves.
     """
@@ -327,66 +336,3 @@ def _for_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_for_json(part) for part in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-# --- single metrics --------------------------------------------------------------------------------------------------
-
-
-def intersection_f1(
-    detections: pd.DataFrame, truth: pd.DataFrame, durations: dict[str, float], *, labels: list[str]
-) -> DetectionMetric:
-    """Intersection-based F1 (Bilen et al., ICASSP 2020), DTC = GTC = 0.5 and CTTC = 0.3, as psds_eval defines it.
-
-    Tables as of decode_events; durations: {filename: seconds}.
-    """
-    known = GroundTruth.build(truth, durations, labels)
-    check_clips(detections, durations, "The table of detections")
-    return _intersection(known, known.index(join_overlapping(detections)), 0.5).metric
-
-
-def collar_f1(
-    scores: dict[str, pd.DataFrame], truth: pd.DataFrame, *, labels: list[str], thresholds: np.ndarray
-) -> DetectionMetric:
-    """Collar-based F1: onset within 200 ms, offset within 200 ms or 20 % of the event, by sed_scores_eval.
-
-    scores: {filename: table of sed_scores_eval}, as of score_tables. NaN for classes without true events.
-    """
-    from sed_scores_eval import collar_based
-
-    seconds = {name: float(table.offset.iloc[-1]) for name, table in scores.items()}
-    known = GroundTruth.build(truth, seconds, labels)
-    by_label = dict(zip(labels, np.broadcast_to(thresholds, len(labels)).tolist(), strict=True))
-    values = collar_based.fscore(
-        {name: table[["onset", "offset", *known.present]] for name, table in scores.items()}, known.by_clip(),
-        {label: by_label[label] for label in known.present},
-        onset_collar=0.2, offset_collar=0.2, offset_collar_rate=0.2,
-    )[0]  # fmt: skip
-    per_class = {label: float(values.get(label, float("nan"))) for label in labels}
-    return DetectionMetric("collar F1", COLLAR, "sed_scores_eval", float(values["macro_average"]), per_class)
-
-
-def psds1(
-    scores: dict[str, pd.DataFrame], truth: pd.DataFrame, durations: dict[str, float], *, labels: list[str]
-) -> DetectionMetric:
-    """Polyphonic sound detection score of scenario 1 (DCASE task 4), over all thresholds, by sed_scores_eval.
-
-    DTC = GTC = 0.7, no cross triggers, alpha_ST = 1, at most 100 false alarms an hour. The score itself punishes
-    deviation between classes; the values of the classes are their own normalized areas.
-    """
-    return _psds(GroundTruth.build(truth, durations, labels), System(truth, tables=scores), PSDS1).metric
-
-
-def score_tables(
-    framewise: np.ndarray, *, names: list[str], labels: list[str], durations: np.ndarray, seconds_per_frame: float
-) -> dict[str, pd.DataFrame]:
-    """(N, frames, K) scores -> the tables of sed_scores_eval, one a clip: onset, offset and a column for each class."""
-    from sed_scores_eval.base_modules.scores import create_score_dataframe
-
-    tables = {}
-    for clip, name in enumerate(names):
-        edges = frame_edges(framewise.shape[1], seconds_per_frame, float(durations[clip]))
-        inside = edges[1:] > edges[:-1]
-        tables[name] = create_score_dataframe(
-            framewise[clip][inside].astype(np.float64), np.append(edges[:-1][inside], edges[-1]), labels
-        )
-    return tables

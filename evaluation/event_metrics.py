@@ -1,7 +1,7 @@
-"""Detected against true events: counts for each clip and class, and the F1 and error rate that they make.
+"""Detected against true events: counts for each clip and class, and F1 and error rate from them.
 
-The counts of a clip do not depend on other clips, so that a bootstrap over clips counts once and then only adds up.
-What is counted follows psds_eval (intersection) and sed_scores_eval (collar, segment); the tests compare with both.
+The counts of a clip do not depend on other clips: a bootstrap over clips counts once and then only adds.
+The criteria are those of psds_eval (intersection) and sed_scores_eval (collar, segment); the tests compare with both.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,11 @@ import pandas as pd
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from evaluation.event_tables import EventSet
+from evaluation.bootstrap import mean_of_known
+from evaluation.event_tables import EventSet, GroundTruth
 
+COLLAR_SECONDS = 0.2
+OFFSET_SHARE = 0.2  # of the true event: the collar of its offset, where it is longer
 TIME_DECIMALS = 6  # to which sed_scores_eval rounds before it compares times
 SEGMENT_SECONDS = 1.0
 ALL = slice(None)
@@ -22,7 +25,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class ClipCounts:
-    """Counts (N, K) for each clip and class: true positives, false positives, and the positives that there are.
+    """Counts (N, K) for each clip and class: true positives (found), false positives, and positives.
 
     unit: what is counted (events, segments, clips). errors: (N,) substitutions, deletions and insertions over all
     classes together, for segments only.
@@ -39,13 +42,13 @@ Formula = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def f1_of(found: np.ndarray, false: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """2 TP / (2 TP + FP + FN); NaN where there are no positives, which have no recall."""
+    """2 TP / (2 TP + FP + FN); NaN without positives."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(positive > 0, 2 * found / (found + false + positive), np.nan)
 
 
 def error_rate_of(found: np.ndarray, false: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """(FN + FP) / positives: deletions and insertions; NaN where there are no positives."""
+    """(FN + FP) / positives: deletions and insertions; NaN without positives."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(positive > 0, (positive - found + false) / positive, np.nan)
 
@@ -72,82 +75,65 @@ class CountStatistic:
         return np.concatenate([mean_of_known(by_class)[None], micro[None], by_class])
 
 
-def mean_of_known(values: np.ndarray) -> np.ndarray:
-    """(K, R) -> (R,) means over what is not NaN; NaN where nothing is known."""
-    known = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
-
-
-def intersection_counts(
-    detected: EventSet, true: EventSet, durations: np.ndarray, classes: int, *, dtc: float, gtc: float
-) -> ClipCounts:
+def intersection_counts(detected: EventSet, truth: GroundTruth, share: float) -> ClipCounts:
     """Intersection criterion (Bilen et al., A Framework for the Robust Evaluation of Sound Event Detection, 2020).
 
-    A detection is relevant where true events of its class cover at least the share `dtc` of it. A true event is found
-    where relevant detections cover at least the share `gtc` of it. A detection that is not relevant is false, unless it
-    lies wholly outside its clip of `durations` (N,) seconds: psds_eval counts only what intersects the recording. A
-    relevant detection whose event is not covered enough is neither. psds_eval's cross-trigger criterion (CTTC) changes
-    none of these counts.
+    share: of both criteria, DTC and GTC. A detection is relevant where true events of its class cover at least this
+    share of it. A true event is found where relevant detections cover at least this share of it. A detection that is
+    not relevant is false, unless it lies wholly outside its clip: psds_eval counts only what intersects the recording.
+    A relevant detection whose event is not covered enough is neither. psds_eval's cross-trigger criterion (CTTC)
+    changes none of these counts.
     """
-    pairs = overlaps(detected, true, classes)
+    true = truth.events
+    pairs = overlaps(detected, true, len(truth.labels))
     shared = np.minimum(detected.offset[pairs.first], true.offset[pairs.second])
     shared = shared - np.maximum(detected.onset[pairs.first], true.onset[pairs.second])
     precision = shared / (detected.offset - detected.onset)[pairs.first]
-    relevant = _sums(precision, pairs.first, len(detected)) >= dtc
+    relevant = _sums(precision, pairs.first, len(detected)) >= share
     counted = relevant[pairs.first]
     coverage = shared[counted] / (true.offset - true.onset)[pairs.second[counted]]
-    found = _sums(coverage, pairs.second[counted], len(true)) >= gtc
-    false = ~relevant & (detected.onset < durations[detected.clip]) & (detected.offset > 0)
-    shape = (len(durations), classes)
-    return ClipCounts("events", _count(true, shape, found), _count(detected, shape, false), _count(true, shape))
+    found = _sums(coverage, pairs.second[counted], len(true)) >= share
+    false = ~relevant & (detected.onset < truth.durations[detected.clip]) & (detected.offset > 0)
+    return ClipCounts("events", _count(true, truth, found), _count(detected, truth, false), _count(true, truth))
 
 
-def collar_counts(
-    detected: EventSet,
-    true: EventSet,
-    clips: int,
-    classes: int,
-    *,
-    onset_collar: float = 0.2,
-    offset_collar: Optional[float] = 0.2,
-    offset_share: float = 0.2,
-) -> ClipCounts:
+def collar_counts(detected: EventSet, truth: GroundTruth, *, offsets: bool = True) -> ClipCounts:
     """Collar criterion (Mesaros, Heittola and Virtanen, Metrics for Polyphonic Sound Event Detection, 2016).
 
-    A detection fits a true event of its class in its clip where the onsets lie at most onset_collar seconds apart, and
-    the offsets at most offset_collar seconds or the share offset_share of the true event, whichever is more; with
-    offset_collar = None only onsets count. Of all ways to pair them, each used once, one with the most pairs is taken,
-    as sed_scores_eval does (a maximum bipartite matching, not the first that fits).
+    A detection fits a true event of its class in its clip where the onsets lie at most COLLAR_SECONDS apart, and, with
+    `offsets`, the offsets at most COLLAR_SECONDS or OFFSET_SHARE of the true event, whichever is more. Of all ways to
+    pair them, each used once, one with the most pairs is taken, as in sed_scores_eval (a maximum bipartite matching,
+    not the first that fits).
     """
-    pairs = same_class_pairs(detected, true, classes)
-    fits = _within(detected.onset[pairs.first] - true.onset[pairs.second], onset_collar)
-    if offset_collar is not None:
-        collar = np.maximum(offset_collar, offset_share * (true.offset - true.onset)[pairs.second])
+    true = truth.events
+    pairs = same_class_pairs(detected, true, len(truth.labels))
+    fits = _within(detected.onset[pairs.first] - true.onset[pairs.second], COLLAR_SECONDS)
+    if offsets:
+        collar = np.maximum(COLLAR_SECONDS, OFFSET_SHARE * (true.offset - true.onset)[pairs.second])
         fits &= _within(detected.offset[pairs.first] - true.offset[pairs.second], collar)
     first, second = pairs.first[fits], pairs.second[fits]
-    # One graph for all clips and classes: it falls apart into theirs, as no edge joins two of them.
+    # One graph for all clips and classes: no edge joins two of them, so that each is matched by itself.
     graph = csr_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(len(detected), len(true)))
     matched = maximum_bipartite_matching(graph, perm_type="column") >= 0 if graph.nnz else np.zeros(len(detected), bool)
-    shape = (clips, classes)
     return ClipCounts(
-        "events", _count(detected, shape, matched), _count(detected, shape, ~matched), _count(true, shape)
+        "events", _count(detected, truth, matched), _count(detected, truth, ~matched), _count(true, truth)
     )
 
 
-def segment_counts(detected: EventSet, true: EventSet, durations: np.ndarray, classes: int) -> ClipCounts:
-    """Segment criterion (Mesaros, Heittola and Virtanen, 2016): segments of 1 s, the last one of a clip begun or whole.
+def segment_counts(detected: EventSet, truth: GroundTruth) -> ClipCounts:
+    """Segment criterion (Mesaros, Heittola and Virtanen, 2016): segments of 1 s, the last one of a clip may be shorter.
 
     A class is active in a segment that one of its events reaches into. Segments that begin after a clip's end do not
     count. Over all classes the errors of a segment are max(true, detected) - right ones: a wrong class in place of a
     missed one is one substitution, not an insertion and a deletion.
     """
-    segments = np.ceil(durations / SEGMENT_SECONDS).astype(np.int64)
+    classes = len(truth.labels)
+    segments = np.ceil(truth.durations / SEGMENT_SECONDS).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(segments)])
     rounded = EventSet(
         detected.clip, detected.label, detected.onset.round(TIME_DECIMALS), detected.offset.round(TIME_DECIMALS)
-    )  # sed_scores_eval rounds the times of detections, and leaves the true ones as they are
-    on, wanted = _active_segments(rounded, segments, starts, classes), _active_segments(true, segments, starts, classes)
+    )  # as in sed_scores_eval, which rounds the times of detections but not of true events
+    on, wanted = (_active_segments(events, segments, starts, classes) for events in (rounded, truth.events))
     right = np.intersect1d(on, wanted, assume_unique=True)
     clip = np.repeat(np.arange(len(segments)), segments)
 
@@ -163,15 +149,15 @@ def segment_counts(detected: EventSet, true: EventSet, durations: np.ndarray, cl
     )
 
 
-def clip_counts(detected: EventSet, true: EventSet, clips: int, classes: int) -> ClipCounts:
+def clip_counts(detected: EventSet, truth: GroundTruth) -> ClipCounts:
     """Tagging by events: a clip has the classes of which it has at least one event."""
-    on, wanted = (_count(events, (clips, classes)) > 0 for events in (detected, true))
+    on, wanted = (_count(events, truth) > 0 for events in (detected, truth.events))
     return ClipCounts("clips", (on & wanted).astype(int), (on & ~wanted).astype(int), wanted.astype(int))
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Numbers of events that belong together, (P,) of the first set and (P,) of the second."""
+    """P pairs of events, by their place in the first set (P,) and in the second (P,)."""
 
     first: np.ndarray
     second: np.ndarray
@@ -198,7 +184,7 @@ def overlaps(first: EventSet, second: EventSet, classes: int) -> Pairs:
 
 
 def _sums(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """(groups,) sums. By pandas, as psds_eval: it compensates rounding, which decides where a sum meets a criterion."""
+    """(groups,) sums, by pandas as in psds_eval: it compensates rounding, which decides sums that meet a criterion."""
     return pd.Series(values).groupby(group).sum().reindex(range(groups), fill_value=0.0).to_numpy()
 
 
@@ -207,7 +193,7 @@ def _within(difference: np.ndarray, collar: float | np.ndarray) -> np.ndarray:
 
 
 def _active_segments(events: EventSet, segments: np.ndarray, starts: np.ndarray, classes: int) -> np.ndarray:
-    """Sorted numbers segment * classes + class of what is active; segments are numbered through all clips."""
+    """Sorted numbers segment * classes + class of the active ones; segments are numbered through all clips."""
     limit = segments[events.clip]
     first = np.minimum(np.floor(events.onset / SEGMENT_SECONDS).astype(np.int64), limit)
     length = np.minimum(np.ceil(events.offset / SEGMENT_SECONDS).astype(np.int64), limit) - first
@@ -216,7 +202,8 @@ def _active_segments(events: EventSet, segments: np.ndarray, starts: np.ndarray,
     return np.unique((starts[events.clip[event]] + first[event] + within) * classes + events.label[event])
 
 
-def _count(events: EventSet, shape: tuple[int, int], chosen: np.ndarray | slice = ALL) -> np.ndarray:
+def _count(events: EventSet, truth: GroundTruth, chosen: np.ndarray | slice = ALL) -> np.ndarray:
     """(N, K) numbers of the chosen events."""
-    cell = events.clip[chosen] * shape[1] + events.label[chosen]
-    return np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
+    clips, classes = len(truth.names), len(truth.labels)
+    cell = events.clip[chosen] * classes + events.label[chosen]
+    return np.bincount(cell, minlength=clips * classes).reshape(clips, classes)

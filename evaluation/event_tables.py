@@ -1,12 +1,13 @@
-"""Tables of events and durations, as DCASE writes them (tab-separated): read, checked, and as arrays.
+"""Tables of events and durations in DCASE's format (tab-separated): read, checked, and as arrays.
 
 Events: filename, onset, offset (seconds), event_label; a row with nothing but a filename is a clip without events.
-Durations: filename, duration (seconds); they say which clips there are.
+Durations: filename, duration (seconds), one row for each clip of the data set.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,9 @@ class EventSet:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What is true of N clips: names, durations (N,) in seconds, K labels, and the table of their events.
+    """N clips with their names, durations (N,) in seconds, K labels, and the table of their true events.
 
-    No two events of a class overlap in a clip: join_overlapping saw to that.
+    No two events of a class overlap in a clip: join_overlapping has joined them.
     """
 
     names: list[str]
@@ -45,20 +46,20 @@ class GroundTruth:
 
     @classmethod
     def build(cls, table: pd.DataFrame, durations: dict[str, float], labels: Sequence[str]) -> "GroundTruth":
-        """Raises UserError where there are no events, or clips that `durations` does not know."""
+        """Raises UserError for a table without events, and for clips without a duration."""
         if len(table) == 0:
             raise UserError("The ground truth has no events: there is nothing to evaluate against.")
         check_clips(table, durations, "The ground truth")
         seconds = np.array(list(durations.values()), dtype=np.float64)
         return cls(list(durations), seconds, list(labels), join_overlapping(table))
 
-    @property
+    @cached_property
     def events(self) -> EventSet:
         return self.index(self.table)
 
-    @property
+    @cached_property
     def present(self) -> list[str]:
-        """The classes with true events: the others have no score of their own."""
+        """The classes with true events: the others have no metric of their own."""
         known = set(self.table.event_label)
         return [label for label in self.labels if label in known]
 
@@ -67,14 +68,14 @@ class GroundTruth:
         return dict(zip(self.names, self.durations.tolist(), strict=True))
 
     def by_clip(self) -> dict[str, list[tuple[float, float, str]]]:
-        """The events of each clip, as sed_scores_eval takes them: it refuses events of a class that touch."""
+        """The events of each clip for sed_scores_eval, which refuses events of a class that touch: they are joined."""
         events: dict[str, list[tuple[float, float, str]]] = {name: [] for name in self.names}
         for name, onset, offset, label in join_overlapping(self.table, touching=True).itertuples(index=False):
             events[name].append((float(onset), float(offset), str(label)))
         return events
 
     def index(self, table: pd.DataFrame) -> EventSet:
-        """The events of a table of the same clips and classes, as numbers."""
+        """The events of a table of the same clips and classes, as arrays."""
         return EventSet(
             pd.Index(self.names).get_indexer(pd.Index(table.filename)),
             pd.Index(self.labels).get_indexer(pd.Index(table.event_label)),
@@ -105,33 +106,33 @@ def read_events(path: Path) -> pd.DataFrame:
 
 
 def read_durations(path: Path) -> dict[str, float]:
-    """{filename: seconds}. Raises UserError, with the lines, for what is no duration, and clips that stand twice."""
+    """{filename: seconds}. Raises UserError, with the lines, for durations that are not allowed, and repeated clips."""
     text = _read_text(path, ["filename", "duration"])
     _refuse(path, text.filename.isna(), "filename is empty")
     seconds = _numbers(path, text, "duration")
     _refuse(path, seconds <= 0, "the duration is not above 0 s")
-    _refuse(path, text.filename.duplicated(), "the clip stands in the table twice")
+    _refuse(path, text.filename.duplicated(), "the clip is in the table twice")
     if len(text) == 0:
         raise UserError(f"{path} names no clips.")
     return dict(zip(text.filename.tolist(), seconds.tolist(), strict=True))
 
 
 def check_clips(table: pd.DataFrame, durations: dict[str, float], what: str) -> None:
-    """Raise UserError that names the clips of a table which the durations do not know."""
+    """Raise UserError, with their names, for clips of a table without a duration. what: the table, for the message."""
     unknown = sorted(set(table.filename) - durations.keys())
     if unknown:
         more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise UserError(
-            f"{what} has events in clips that the durations do not know: {', '.join(unknown[:SHOWN])}{more}. They "
-            f"know {len(durations)} clips, as {next(iter(durations))}: add these, or take the events out."
+            f"{what} has events in clips without a duration: {', '.join(unknown[:SHOWN])}{more}. Add them to the "
+            f"durations of {len(durations)} clips ({next(iter(durations))}, ...), or remove the events."
         )
 
 
 def join_overlapping(table: pd.DataFrame, *, touching: bool = False) -> pd.DataFrame:
     """A table in which overlapping events of one class in one clip are one event, sorted by clip, class and time.
 
-    psds_eval and sed_scores_eval refuse tables with such events, so that their metrics are defined on joined ones.
-    touching: join events as well of which one begins where another ends (sed_scores_eval refuses true ones).
+    psds_eval and sed_scores_eval refuse tables with such events: their metrics are defined on joined ones.
+    touching: also join events of which one begins where another ends, which sed_scores_eval refuses as ground truth.
     """
     if len(table) == 0:
         return table[EVENT_COLUMNS]
@@ -146,7 +147,7 @@ def join_overlapping(table: pd.DataFrame, *, touching: bool = False) -> pd.DataF
 
 
 def _read_text(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """The columns of a table as text, NaN where nothing stands; the index is the line's number in the file."""
+    """The columns of a table as text, NaN for empty fields; the index is the line's number in the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # of lines with more fields than the first one
@@ -162,12 +163,12 @@ def _read_text(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     except OSError as error:
         raise UserError(f"The table {path} cannot be read: {error.strerror}.") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no tab-separated table: {error}.") from None
+        raise UserError(f"{path} is not a tab-separated table: {error}.") from None
     missing = [column for column in columns if column not in text.columns]
     if missing:
         raise UserError(
-            f"{path} lacks {', '.join(missing)}: its first line has {', '.join(map(str, text.columns))}; a "
-            f"tab-separated table with {', '.join(columns)} is needed."
+            f"{path} lacks {', '.join(missing)}: its first line has {', '.join(map(str, text.columns))}. Give a "
+            f"tab-separated table with {', '.join(columns)}."
         )
     text.index = text.index + 2
     return text[list(columns)].dropna(how="all")
@@ -175,7 +176,7 @@ def _read_text(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 def _numbers(path: Path, text: pd.DataFrame, column: str) -> pd.Series:
     values = pd.to_numeric(text[column], errors="coerce")
-    _refuse(path, ~np.isfinite(values), f"{column} is no finite number of seconds")
+    _refuse(path, ~np.isfinite(values), f"{column} is not a finite number of seconds")
     return values.astype(np.float64)
 
 

@@ -1,8 +1,8 @@
 """Scores of a network's classes -> scores of a data set's classes, by named groups (the maximum of each).
 
 A mapping is a JSON file: {"about": text, "classes": {NAME: {"from": [...], "threshold": 0.3, "why": text}, ...}}, where
-a plain list may stand in place of {"from": [...]}. Its entries are names of the network's classes, AudioSet's ids
-("/m/09x0r") or class numbers; about, threshold and why may be left out. assets/ has `published` and `reviewed`, from
+a plain list may replace {"from": [...]}. The entries of "from" are names of the network's classes, AudioSet's ids
+("/m/09x0r") or class numbers; about, threshold and why are optional. assets/ has `published` and `reviewed`, from
 AudioSet's 527 classes to DESED's ten.
 """
 
@@ -17,13 +17,14 @@ import numpy as np
 from settings import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BLOCK_ROWS = 2048  # frames mapped at once: what is read of them, a processor's cache holds
+BLOCK_ROWS = 2048  # frames mapped at once: they fit into a processor's cache
+ENTRIES = {"from", "threshold", "why"}
 NAMED = {"published": ASSETS / "desed_published.json", "reviewed": ASSETS / "desed_reviewed.json"}
 
 
 @dataclass(frozen=True)
 class ClassMapping:
-    """K groups of a network's S classes. thresholds: one for each group, where the mapping brings them."""
+    """K groups of a network's S classes. thresholds: one for each group, if the mapping has them."""
 
     name: str
     labels: tuple[str, ...]
@@ -45,7 +46,7 @@ class ClassMapping:
         return mapped.reshape(*scores.shape[:-1], len(self.groups))
 
     def in_order(self, labels: Sequence[str]) -> "ClassMapping":
-        """The same groups in the order of `labels`. Raises UserError where these are other classes."""
+        """The groups in the order of `labels`. Raises UserError where these are other classes."""
         if sorted(labels) != sorted(self.labels):
             raise UserError(
                 f"The mapping {self.name} leads to the classes {', '.join(self.labels)}; the data has "
@@ -57,14 +58,14 @@ class ClassMapping:
 
 
 def mapping_labels(which: str) -> list[str]:
-    """The classes that a mapping leads to. which: published, reviewed, or a JSON file."""
+    """The classes of a mapping. which: published, reviewed, or a JSON file."""
     return list(_read(which))
 
 
 def load_mapping(which: str, sources: Sequence[str], mids: Sequence[str] = ()) -> ClassMapping:
     """A mapping from the classes `sources`. which: published, reviewed, or a JSON file; mids: their AudioSet ids.
 
-    Raises UserError, with their names, for unknown classes, empty groups, and a class that stands in two groups.
+    Raises UserError, with their names, for unknown classes, empty groups, and a class in two groups.
     """
     places: dict[str | int, int] = {k: k for k in range(len(sources))}
     places.update({mid: k for k, mid in enumerate(mids)})
@@ -89,14 +90,14 @@ def load_mapping(which: str, sources: Sequence[str], mids: Sequence[str] = ()) -
 def _place(which: str, label: str, item: Any, places: Mapping[str | int, int]) -> int:
     if not isinstance(item, (str, int)) or isinstance(item, bool) or item not in places:
         raise UserError(
-            f"The mapping {which}, {label}: {item!r} is no class of the network; name its classes as it does, by "
+            f"The mapping {which}, {label}: {item!r} is no class of the network; give its classes by name, by "
             f"AudioSet's id, or by number, 0 to {sum(isinstance(key, int) for key in places) - 1}."
         )
     return places[item]
 
 
 def _check_overlaps(which: str, groups: Mapping[str, Sequence[int]], sources: Sequence[str]) -> None:
-    """Raise UserError for classes that stand in two groups, or twice in one."""
+    """Raise UserError for classes in two groups, or twice in one."""
     found: dict[int, str] = {}
     twice = []
     for label, group in groups.items():
@@ -109,14 +110,14 @@ def _check_overlaps(which: str, groups: Mapping[str, Sequence[int]], sources: Se
 
 
 def _read(which: str) -> dict[str, dict[str, Any]]:
-    """The classes of a mapping file, each as {"from": [...], ...}. Raises UserError where it is none."""
+    """The classes of a mapping file, each as {"from": [...], ...}. Raises UserError for another kind of file."""
     path = NAMED.get(which, Path(which))
     if not path.is_file():
         raise UserError(f"There is no mapping {which}: give {', '.join(NAMED)}, or the path of a JSON file.")
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     classes = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(classes, dict) or not classes:
         raise UserError(f'{path} is no mapping: it needs {{"classes": {{NAME: {{"from": [...]}}}}}}.')
@@ -125,17 +126,8 @@ def _read(which: str) -> dict[str, dict[str, Any]]:
 
 def _entry(which: str, label: str, entry: Any) -> dict[str, Any]:
     entry = {"from": entry} if isinstance(entry, list) else entry
-    if (
-        not isinstance(entry, dict)
-        or not isinstance(entry.get("from"), list)
-        or entry.keys()
-        - {
-            "from",
-            "threshold",
-            "why",
-        }
-    ):
-        raise UserError(f"The mapping {which}, {label}: from, threshold and why are known, and from is a list.")
+    if not isinstance(entry, dict) or not isinstance(entry.get("from"), list) or entry.keys() - ENTRIES:
+        raise UserError(f"The mapping {which}, {label}: give from (a list), threshold and why; nothing else is known.")
     if not entry["from"]:
         raise UserError(f"The mapping {which}: the group of {label} is empty.")
     threshold = entry.get("threshold", 0.5)

@@ -22,11 +22,12 @@ from evaluation.scores import EventList
 TRUE_COLOUR, FOUND_COLOUR, SCORE_COLOUR = "#3aa883", "#d1495b", "#2b3a55"
 MOST_SHOWN = 8  # classes of a clip, each with a strip of its own
 MOST_CURVES = 12  # classes whose curves can be told apart
-BINS = 32
+MOST_COLUMNS = 1000  # of a waveform of any length
+BINS = 32  # of a histogram
 MEL_TICKS = np.array([100, 500, 1000, 3000, 10000])  # Hz
 LOGIT_TICKS = {1e-6: "1e-6", 1e-3: "0.001", 0.5: "0.5", 1 - 1e-3: "0.999", 1 - 1e-6: "1 - 1e-6"}
-LOGIT_EDGE = 1e-7  # float32 has nothing nearer to 1
-# Names of classes are no formulas. Letters are drawn by the browser, which has those of every script.
+LOGIT_EDGE = 1e-7  # about float32's distance from 1 to the next number
+# Class names are not formulas. Text stays text: the browser has the letters of every script.
 STYLE: Any = {"font.size": 8, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "hts-at"}
 
 
@@ -42,9 +43,9 @@ class ClipSound:
 
 @dataclass(frozen=True)
 class ClipView:
-    """A clip in a figure. scores: (frames, K), as they are held against the thresholds (K,); duration in seconds.
+    """A clip in a figure. scores: (frames, K), to compare with the thresholds (K,); duration in seconds.
 
-    truth_known: False where nobody has said what is true; then it is empty.
+    truth_known: False for a clip without annotation, whose truth is empty.
     """
 
     duration: float
@@ -59,14 +60,14 @@ class ClipView:
 
     @property
     def shown(self) -> list[int]:
-        """The classes that are true, then those that are detected; the highest score where there are none."""
+        """The true classes, then the detected ones; without any, the class of the highest score."""
         both = dict.fromkeys(label for events in (self.truth, self.found) for label, *_ in events)
         return list(both)[:MOST_SHOWN] or [int(self.scores.max(axis=0).argmax())]
 
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """An axis of scores: between 0 and 1 a logit scale, on which 0.999 and 0.99999 lie apart; others as they are."""
+    """An axis of scores: a logit scale between 0 and 1, on which 0.999 and 0.99999 are distinct; else a linear one."""
 
     logit: bool
     low: float
@@ -74,7 +75,7 @@ class ScoreScale:
 
     @classmethod
     def of(cls, scores: np.ndarray) -> "ScoreScale":
-        """The scale on which all of the scores have a place."""
+        """The scale that holds all of the scores."""
         low, high = (float(scores.min()), float(scores.max())) if scores.size else (0.0, 1.0)
         logit = low >= 0 and high <= 1
         ends = place_on_logit(np.array([min(low, 0.05), max(high, 0.95)])) if logit else np.array([low, high])
@@ -96,15 +97,15 @@ class ScoreScale:
 
 
 def place_on_logit(scores: np.ndarray) -> np.ndarray:
-    """log(s / (1 - s)), with 0 and 1 a little inside."""
+    """log(s / (1 - s)), with 0 and 1 moved inside by LOGIT_EDGE."""
     inside = np.clip(scores.astype(np.float64), LOGIT_EDGE, 1 - LOGIT_EDGE)
     return np.log(inside / (1 - inside))
 
 
 def clip_figure(view: ClipView) -> Figure:
-    """Waveform and log-mel spectrogram, where there is sound, and a strip for each class shown.
+    """Waveform and log-mel spectrogram, if there is sound, and a strip for each class shown.
 
-    A strip has the class's scores and threshold, the true events as ground and the detected ones as a bar.
+    A strip has the class's scores and threshold, the true events as background and the detected ones as a bar.
     """
     shown = view.shown
     heights = [*([0.95, 1.5] if view.sound is not None else []), *([0.85] * len(shown))]
@@ -147,9 +148,7 @@ def tags_figure(tags: Sequence[tuple[str, float]], sound: ClipSound, duration: f
 
 
 def _draw_sound(figure: Figure, top: Axes, bottom: Axes, sound: ClipSound, duration: float) -> None:
-    columns = np.array_split(
-        sound.waveform, min(1000, len(sound.waveform))
-    )  # what a figure can show of 320,000 samples
+    columns = np.array_split(sound.waveform, min(MOST_COLUMNS, len(sound.waveform)))
     seconds = np.linspace(0, len(sound.waveform) / sound.sample_rate, len(columns))
     lows, highs = [part.min() for part in columns], [part.max() for part in columns]
     top.fill_between(seconds, lows, highs, color=SCORE_COLOUR, linewidth=0.3)
@@ -186,7 +185,7 @@ def _draw_strip(axis: Axes, view: ClipView, label: int, scale: ScoreScale) -> No
 
 
 def roc_figure(curve: PsdRoc, class_curves: dict[str, PsdRoc]) -> Figure:
-    """The curve of a polyphonic sound detection score, whose area it is, and those of the classes."""
+    """The curve whose area is the polyphonic sound detection score, and those of the classes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.8), layout="constrained")
         axis = figure.subplots()
@@ -205,13 +204,13 @@ def roc_figure(curve: PsdRoc, class_curves: dict[str, PsdRoc]) -> Figure:
 
 
 def _draw_curve(axis: Axes, curve: PsdRoc, *, label: str, color: str, linewidth: float) -> None:
-    rates = [0.0, *curve.rates]  # a curve that begins behind the right end is empty
+    rates = [0.0, *curve.rates]  # empty for a curve that begins behind the right end
     alarms = [0.0, *curve.false_alarms, MOST_FALSE_ALARMS]
     axis.step(alarms, [*rates, rates[-1]], where="post", label=label, color=color, linewidth=linewidth)
 
 
 def histogram_figure(positive: np.ndarray, negative: np.ndarray, threshold: float, scale: ScoreScale) -> Figure:
-    """Scores of the frames in which a class is true (P,) and of the others (Q,), and the class's threshold."""
+    """Scores of the frames with a class (P,) and of the others (Q,), and the class's threshold."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.3, 2.2), layout="constrained")
         axis = figure.subplots()
@@ -234,7 +233,7 @@ def histogram_figure(positive: np.ndarray, negative: np.ndarray, threshold: floa
 def svg_uri(figure: Figure) -> str:
     """A figure as a data URI, for the src of an image."""
     content = io.BytesIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # the same figure is the same text
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # equal figures give equal text
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser's font draws it
         figure.savefig(content, format="svg", metadata=nothing)

@@ -1,14 +1,14 @@
 """Frame scores -> events. The one place where frames become seconds."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Optional
 
 import numpy as np
 import pandas as pd
 from scipy.ndimage import median_filter
 
-from settings import UserError
+from settings import Config, UserError, section
 
 EVENT_COLUMNS = ["filename", "onset", "offset", "event_label"]
 DEFAULT_THRESHOLD = 0.5
@@ -16,12 +16,12 @@ DEFAULT_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class PostProcessing:
-    """How frame scores become events: one value for each class (given as one for all, or a list in their order).
+    """The way from frame scores to events: one value for each class (given as one for all, or as one for each).
 
-    thresholds: a frame whose score lies above is on; median_filter: length in frames, odd, 1 for none;
-    minimum_duration: shorter events are left out, in seconds; maximum_gap: events of one class that are so close are
-    one, in seconds; interpolation: parts into which each frame is divided, with scores on straight lines between the
-    frames' middles, 1 for none. source: who chose this. Raises UserError for values that are not allowed.
+    thresholds: a frame with a higher score is on; median_filter: length in frames, odd, 1 for none; minimum_duration:
+    shorter events are left out, in seconds; maximum_gap: events of one class at most so far apart are joined, in
+    seconds; interpolation: parts into which each frame is divided, with linear interpolation between the frames'
+    middles, 1 for none. source: where the values come from. Raises UserError for values that are not allowed.
     """
 
     labels: tuple[str, ...]
@@ -55,16 +55,16 @@ class PostProcessing:
     def smooth(
         self, framewise: np.ndarray, *, durations: np.ndarray, seconds_per_frame: float
     ) -> tuple[np.ndarray, float]:
-        """The scores that are held against the thresholds, and their seconds per frame; see smooth_scores."""
+        """The scores to compare with the thresholds, and their seconds per frame; see smooth_scores."""
         lengths = np.asarray(self.median_filter)
         smoothed = smooth_scores(framewise, durations, seconds_per_frame, lengths, self.interpolation)
         return smoothed, seconds_per_frame / self.interpolation
 
     def for_labels(self, labels: Sequence[str]) -> "PostProcessing":
-        """The same for classes in another order, or some of them. Raises UserError, with its name, for a new class."""
+        """For classes in another order, or some of them. Raises UserError, with their names, for other classes."""
         unknown = [label for label in labels if label not in self.labels]
         if unknown:
-            raise UserError(f"The post-processing ({self.source}) does not know the classes {', '.join(unknown)}.")
+            raise UserError(f"The post-processing ({self.source}) has no values for the classes {', '.join(unknown)}.")
         place = [self.labels.index(label) for label in labels]
         values = {name: tuple(getattr(self, name)[k] for k in place) for name in PER_CLASS}
         return PostProcessing(tuple(labels), interpolation=self.interpolation, source=self.source, **values)
@@ -75,11 +75,27 @@ class PostProcessing:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PostProcessing":
-        """What as_dict wrote. Raises UserError where something else is there."""
+        """The inverse of as_dict. Raises UserError for other fields."""
         known = {field.name for field in fields(cls)}
         if set(content) - known or "labels" not in content:
-            raise UserError(f"This is no post-processing: it has {', '.join(content)}, known are {', '.join(known)}.")
+            raise UserError(f"A post-processing has the fields {', '.join(known)}, not {', '.join(content)}.")
         return cls(**content)
+
+
+def choose_postprocessing(stored: Optional[PostProcessing], labels: Sequence[str], settings: Config) -> PostProcessing:
+    """The stored values (calibrated, or of the class mapping), else the defaults; the settings fl_... replace them.
+
+    `source` names the settings that did. Raises UserError for values that do not fit the classes.
+    """
+    base = stored or PostProcessing(tuple(labels))
+    given = {name: getattr(settings, name) for name in section("event detection")}
+    given = {name: value for name, value in given.items() if value is not None and value != []}
+    if not given:
+        return base
+    values: dict[str, Any] = {
+        "thresholds" if name == "fl_threshold" else name.removeprefix("fl_"): value for name, value in given.items()
+    }
+    return replace(base, **values, source=f"{base.source}, with {', '.join(given)} as given")
 
 
 PER_CLASS: dict[str, type] = {
@@ -125,10 +141,10 @@ def active_runs(active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 def smooth_scores(
     framewise: np.ndarray, durations: np.ndarray, seconds_per_frame: float, lengths: np.ndarray, interpolation: int
 ) -> np.ndarray:
-    """(N, frames, K) scores -> (N, frames * interpolation, K): each class's median filter, then the straight lines.
+    """(N, frames, K) scores -> (N, frames * interpolation, K): each class's median filter, then the interpolation.
 
-    lengths: (K,) in frames. Beyond its ends a clip goes on with its first and last score: what the network said about
-    the padding after a short clip counts for nothing.
+    lengths: (K,) in frames. A clip is extended by its first and last score; scores of the padding after a short clip
+    are not used.
     """
     if lengths.max(initial=1) == 1 and interpolation == 1:
         return framewise
@@ -146,7 +162,7 @@ def smooth_scores(
 
 
 def _hold_last(framewise: np.ndarray, durations: np.ndarray, seconds_per_frame: float) -> np.ndarray:
-    """A copy in which the frames that begin after a clip's duration repeat its last one."""
+    """A copy in which the frames after a clip's end repeat its last one."""
     frames = framewise.shape[1]
     last = np.clip(np.ceil(durations / seconds_per_frame - 1e-9).astype(int) - 1, 0, frames - 1)
     if (last == frames - 1).all():
@@ -170,8 +186,8 @@ def decode_events(
     """(N, frames, K) scores -> a table of events: filename, onset, offset (seconds), event_label.
 
     durations: (N,) seconds; the others as in PostProcessing, (K,) or (1,). The scores are filtered and interpolated; an
-    event is a run of frames above the threshold; events that maximum_gap joins are one; those shorter than
-    minimum_duration are left out, and so are frames that begin after a clip's duration. Sorted by clip, class, time.
+    event is a run of frames above the threshold; maximum_gap joins events; those shorter than minimum_duration are
+    left out, and so are frames that begin after a clip's duration. Sorted by clip, class, time.
     """
     classes = len(labels)
     lengths = np.broadcast_to(median_filter, classes)
@@ -184,7 +200,7 @@ def decode_events(
     columns = [clip[inside], label[inside], onset[inside], offset[inside]]
     columns = _join_close(*columns, gaps=np.broadcast_to(maximum_gap, classes))
     clip, label, onset, offset = columns
-    # Times are multiples of a step: what is as long as asked for may come out a rounding shorter.
+    # Times are multiples of a frame: an event of the minimum duration may be shorter by a rounding.
     kept = offset - onset >= np.broadcast_to(minimum_duration, classes)[label] - 1e-9
     return pd.DataFrame(
         {
@@ -200,7 +216,7 @@ def decode_events(
 def _join_close(
     clip: np.ndarray, label: np.ndarray, onset: np.ndarray, offset: np.ndarray, *, gaps: np.ndarray
 ) -> list[np.ndarray]:
-    """Events, sorted by clip, class and time, with those joined that lie no further apart than their class's gap."""
+    """Events, sorted by clip, class and time, with those joined that are at most their class's gap apart."""
     if len(clip) == 0 or gaps.max() == 0:
         return [clip, label, onset, offset]
     same = (clip[1:] == clip[:-1]) & (label[1:] == label[:-1])
@@ -208,19 +224,6 @@ def _join_close(
     first = np.concatenate([[True], ~same | (apart > gaps[label[1:]] + 1e-9)])
     last = np.concatenate([first[1:], [True]])
     return [clip[first], label[first], onset[first], offset[last]]
-
-
-def detected_frames(
-    found: pd.DataFrame, *, names: Sequence[str], labels: Sequence[str], frames: int, seconds_per_frame: float
-) -> np.ndarray:
-    """The way back from the events of decode_events: (N, frames, K), 1.0 where a class is on, else 0.0."""
-    active = np.zeros((len(names), frames, len(labels)))
-    clips, classes = {n: k for k, n in enumerate(names)}, {n: k for k, n in enumerate(labels)}
-    for name, onset, offset, label in found[EVENT_COLUMNS].itertuples(index=False):
-        # An offset within a frame is the clip's end: that frame was on.
-        span = slice(round(onset / seconds_per_frame), int(np.ceil(offset / seconds_per_frame - 1e-6)))
-        active[clips[name], span, classes[label]] = 1.0
-    return active
 
 
 def truth_table(names: list[str], events: list[list[tuple[int, float, float]]], labels: list[str]) -> pd.DataFrame:

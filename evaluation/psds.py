@@ -22,7 +22,7 @@ CELLS = 1000  # of the curves of resamples: 0.1 false alarms an hour each
 
 @dataclass(frozen=True)
 class Scenario:
-    """The criteria of a score: shares dtc, gtc and cttc of events, weights of cross triggers and of deviation."""
+    """The criteria of a score: shares of events (dtc, gtc, cttc), weights of cross triggers and deviation."""
 
     name: str
     dtc: float
@@ -37,8 +37,8 @@ class Scenario:
         return f"DTC = GTC = {self.dtc:g}{cross}, alpha_ST = {self.alpha_st:g}, {MOST_FALSE_ALARMS:g} / h"
 
 
-PSDS1 = Scenario("PSDS1", 0.7, 0.7, None, 0.0, 1.0)  # when: events have to be found as a whole
-PSDS2 = Scenario("PSDS2", 0.1, 0.1, 0.3, 0.5, 1.0)  # what: classes must not be confused
+PSDS1 = Scenario("PSDS1", 0.7, 0.7, None, 0.0, 1.0)  # fast reaction: events must be found as a whole
+PSDS2 = Scenario("PSDS2", 0.1, 0.1, 0.3, 0.5, 1.0)  # classes must not be confused
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,13 @@ class PsdsResult:
     per_class: dict[str, float]
     curve: PsdRoc
     class_curves: dict[str, PsdRoc]
-    statistic: Optional["PsdsStatistic"] = None
 
 
 class PsdsFromScores:
-    """Over all thresholds; what sed_scores_eval computes for each clip serves the value and the bootstrap."""
+    """A score over all thresholds. sed_scores_eval's statistics of each clip give the value and the bootstrap."""
 
     def __init__(self, tables: dict[str, pd.DataFrame], truth: GroundTruth, scenario: Scenario) -> None:
-        """tables: {filename: table of sed_scores_eval}, as of score_tables."""
+        """tables: those of score_tables."""
         from sed_scores_eval.intersection_based.intermediate_statistics import intermediate_statistics_deltas
 
         self.scenario, self.seconds, self.labels = scenario, truth.seconds, truth.present
@@ -86,7 +85,7 @@ class PsdsFromScores:
         )
 
     def result(self) -> PsdsResult:
-        """The score as sed_scores_eval defines it, with the statistic of its bootstrap."""
+        """The score as sed_scores_eval defines it."""
         from sed_scores_eval import intersection_based
 
         s = self.scenario
@@ -99,15 +98,14 @@ class PsdsFromScores:
             {label: float(per_class[label]) for label in self.labels},
             PsdRoc.build(alarms, rate),
             {label: PsdRoc.build(curves[label][1], curves[label][0]) for label in self.labels},
-            PsdsStatistic(self),
         )
 
 
 class PsdsStatistic:
     """A score as a statistic of the bootstrap: weights (N, R) -> (1 + K, R), the score and the area of each class.
 
-    Curves are drawn in cells of 0.1 false alarms an hour, which moves a score by less than 1e-3 (the tests say so):
-    thousands of exact ones would take minutes. A class that a resample has lost is left out of it.
+    Curves are drawn in cells of 0.1 false alarms an hour, which moves a score by less than 1e-3 (a test compares):
+    thousands of exact ones would take minutes. A class without events in a resample is left out of it.
     """
 
     def __init__(self, source: PsdsFromScores) -> None:
@@ -123,7 +121,7 @@ class PsdsStatistic:
 
     @property
     def added(self) -> int:
-        """How many numbers a resample adds up."""
+        """The number of values that a resample adds."""
         return sum(len(steps.clip) for steps in self.steps) + len(self.steps) * CELLS
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
@@ -143,7 +141,7 @@ class PsdsStatistic:
     def _curve(
         self, k: int, weights: np.ndarray, hours: np.ndarray, events: np.ndarray, other_hours: np.ndarray
     ) -> np.ndarray:
-        """(R, CELLS): the highest rate of true positives that class k has with so many false alarms, or fewer."""
+        """(R, CELLS): the highest rate of true positives of class k with that many false alarms, or fewer."""
         steps, resamples = self.steps[k], weights.shape[1]
         drawn = weights[steps.clip]  # (S, R)
         false = np.broadcast_to(steps.false[:, None], drawn.shape)
@@ -152,7 +150,7 @@ class PsdsStatistic:
             share = np.where(known, hours / np.where(known, other_hours, 1), 0) / np.maximum(known.sum(axis=0), 1)
             false = false + self.scenario.alpha_ct * (steps.crossed @ share.astype(np.float32))
         alarms = np.cumsum(false * drawn, axis=0)[steps.last] / hours
-        # A cell stands for the alarms in its middle, so that it is too early as often as too late.
+        # A cell holds the alarms around its middle: rounded down as often as up.
         reached = np.flatnonzero(alarms.min(axis=1, initial=np.inf) <= MOST_FALSE_ALARMS)
         cell = np.maximum(np.ceil(alarms[reached] * (CELLS / MOST_FALSE_ALARMS) - 0.5 - 1e-4), 0).astype(np.int64)
         rising = np.flatnonzero(steps.found)
@@ -169,8 +167,8 @@ class PsdsStatistic:
 class ClassSteps:
     """How the counts of one class change as its threshold falls: clip (S,), true and false positives (S,) float32.
 
-    crossed: (S, K - 1) cross triggers with the other classes, where the scenario counts them. last: (P,) the places
-    after which the threshold is another.
+    crossed: (S, K - 1) cross triggers with the other classes, where the scenario counts them. last: (P,) the last
+    place of each threshold.
     """
 
     clip: np.ndarray
@@ -199,7 +197,7 @@ def _class_steps(source: PsdsFromScores, k: int) -> ClassSteps:
 
 
 def _crossed(parts: Sequence[tuple[np.ndarray, dict[str, Any]]], other: str) -> np.ndarray:
-    """Changes of the cross triggers with another class; sed_scores_eval nests them, or joins names by a backslash."""
+    """Changes of the cross triggers with another class, in either of sed_scores_eval's two layouts."""
     found = [part[1]["cts"][other] if "cts" in part[1] else part[1][f"cts\\{other}"] for part in parts]
     return np.concatenate(found).astype(np.float32)
 
@@ -207,8 +205,8 @@ def _crossed(parts: Sequence[tuple[np.ndarray, dict[str, Any]]], other: str) -> 
 def psds_from_operating_points(points: Sequence[pd.DataFrame], truth: GroundTruth, scenario: Scenario) -> PsdsResult:
     """The score of one or several tables of events, each of one threshold, by psds_eval.
 
-    The fewer there are, the lower it is: between them the curve stays where it was. psds_eval averages cross triggers
-    over the other classes: at least two must have true events.
+    The curve is constant between two points: fewer points give a lower score. psds_eval averages cross triggers over
+    the other classes: at least two must have true events.
     """
     from psds_eval import PSDSEval
 
@@ -222,11 +220,11 @@ def psds_from_operating_points(points: Sequence[pd.DataFrame], truth: GroundTrut
     cttc = 1.0 if scenario.cttc is None else scenario.cttc
     judge = PSDSEval(scenario.dtc, scenario.gtc, cttc, ground_truth=truth.table, metadata=metadata)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="A similar operating point exists")  # it leaves the second one out
+        warnings.filterwarnings("ignore", message="A similar operating point exists")  # the second one is left out
         for point in known:
             judge.add_operating_point(point)
         warnings.filterwarnings("ignore", message=".*fillna with 'method'", category=FutureWarning)
-        # Its own area up to a given limit fails with numpy 2.4; that of the whole curve does not, and brings the curve.
+        # psds_eval's area up to a limit fails with numpy 2.4: the area is taken here, from the whole curve.
         with np.errstate(invalid="ignore"):  # a whole curve without false alarms has no area
             whole = judge.psds(scenario.alpha_ct, scenario.alpha_st).plt
         by_class = judge.psd_roc_curves(scenario.alpha_ct)[2]

@@ -1,6 +1,6 @@
-"""One HTML file that shows what a system does on a data set; it needs no network and no other file.
+"""One HTML file on a system's detections in a data set: metrics, curves, histograms, confusions and the worst clips.
 
-The pictures and the sound are in it as data URIs. report.html is the template.
+Pictures and sound are in it as data URIs: it needs no other file and no internet. report.html is the template.
 """
 
 import base64
@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import pandas as pd
 import soundfile
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from evaluation.clips import read_sounds, view_clip
 from evaluation.detection import MACRO, MICRO, DetectionMetric
 from evaluation.event_metrics import intersection_counts
 from evaluation.event_tables import EventSet, GroundTruth
 from evaluation.plots import ClipView, ScoreScale, clip_figure, histogram_figure, roc_figure, svg_uri
 from evaluation.postprocess import PostProcessing
+from evaluation.scores import Scores
 
 MOST_CLASSES = 30  # in the histograms and in the table of confusions: those with the most true events
 
@@ -36,7 +39,7 @@ class ClipErrors:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a report is made of. scores: (N, frames, K) as they are held against the thresholds; detections: events."""
+    """The content of a report. scores: (N, frames, K), to compare with the thresholds."""
 
     truth: GroundTruth
     detections: EventSet
@@ -46,9 +49,29 @@ class Evaluated:
     seconds_per_frame: float
 
 
+def build_report(
+    scores: Scores,
+    truth: GroundTruth,
+    post: PostProcessing,
+    found: pd.DataFrame,
+    metrics: Sequence[DetectionMetric],
+    *,
+    title: str,
+    about: Sequence[tuple[str, str]],
+    worst: int,
+) -> str:
+    """The report of a score store's detected events, with its `worst` clips; see render_report."""
+    smoothed, step = scores.smooth(post)
+    evaluated = Evaluated(truth, truth.index(found), metrics, post, smoothed, step)
+    errors = worst_clips(evaluated.detections, truth, worst)
+    sounds = read_sounds(scores, [each.clip for each in errors])
+    views = [(each, view_clip(scores, post, found, each.clip, sounds.get(each.clip))) for each in errors]
+    return render_report(evaluated, views, title=title, about=about)
+
+
 def worst_clips(detections: EventSet, truth: GroundTruth, count: int) -> list[ClipErrors]:
-    """The `count` clips with the most missed and false events, the worst first; none without mistakes."""
-    counts = intersection_counts(detections, truth.events, truth.durations, len(truth.labels), dtc=0.5, gtc=0.5)
+    """The `count` clips with the most missed and false events, the worst first; no clip without mistakes."""
+    counts = intersection_counts(detections, truth, 0.5)
     found, false = counts.found.sum(axis=1), counts.false.sum(axis=1)
     missed = counts.positive.sum(axis=1) - found
     order = np.argsort(-(missed + false), kind="stable")[:count]
@@ -59,10 +82,10 @@ def worst_clips(detections: EventSet, truth: GroundTruth, count: int) -> list[Cl
 def confused_seconds(
     detections: EventSet, truth: EventSet, durations: np.ndarray, classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where classes are detected: seconds (K + 1, K) and (K + 1,).
+    """Seconds of each pair of a true and a detected class, (K + 1, K), and of each true class, (K + 1,).
 
-    Row i, column j: class i is true and class j detected, without being true (but i = j: it is). The last row: nothing
-    is true. The second array: how long each row's class is true, or nothing. Exact, from the times of the events.
+    Row i, column j: class i is true and class j is detected but not true; for i = j it is both. The last row: no class
+    is true. Exact, from the times of the events.
     """
     seconds, lengths = np.zeros((classes + 1, classes)), np.zeros(classes + 1)
     of_clips = zip(_by_clip(truth, len(durations)), _by_clip(detections, len(durations)), strict=True)
@@ -88,7 +111,7 @@ def _by_clip(events: EventSet, clips: int) -> list[EventSet]:
 
 
 def _active(events: EventSet, times: np.ndarray, classes: int) -> np.ndarray:
-    """(K, S): whether each class is on at each of the times (S,)."""
+    """(K, S): True where a class is on at one of the times (S,)."""
     active = np.zeros((classes, len(times)), dtype=bool)
     for label, onset, offset in zip(events.label, events.onset, events.offset, strict=True):
         active[label] |= (onset <= times) & (times < offset)
@@ -96,11 +119,11 @@ def _active(events: EventSet, times: np.ndarray, classes: int) -> np.ndarray:
 
 
 def frames_of_class(evaluated: Evaluated, label: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of a class, (P,) of frames in whose middle it is true and (Q,) of the others, ends of clips left out."""
+    """Scores of a class, (P,) of frames in whose middle it is true and (Q,) of the others, padding left out."""
     scores, step = evaluated.scores[:, :, label], evaluated.seconds_per_frame
     events = evaluated.truth.events
     mine = events.label == label
-    # A frame is true where its middle is. Marks: +1 where events begin, -1 behind their ends.
+    # Marks: +1 at the first frame of an event, -1 after its last.
     marks = np.zeros((len(scores), scores.shape[1] + 1), dtype=np.int32)
     for times, sign in ((events.onset, 1), (events.offset, -1)):
         place = np.clip(np.ceil(times[mine] / step - 0.5), 0, scores.shape[1]).astype(np.int64)
@@ -111,7 +134,7 @@ def frames_of_class(evaluated: Evaluated, label: int) -> tuple[np.ndarray, np.nd
 
 
 def audio_uri(waveform: np.ndarray, sample_rate: int) -> str:
-    """(samples,) in shares of full scale as a data URI: FLAC, which browsers play and which loses nothing."""
+    """(samples,) in shares of full scale as a data URI: FLAC, lossless and played by browsers."""
     content = io.BytesIO()
     soundfile.write(content, waveform, sample_rate, format="FLAC", subtype="PCM_16")
     return f"data:audio/flac;base64,{base64.b64encode(content.getvalue()).decode()}"
@@ -124,7 +147,7 @@ def render_report(
     title: str,
     about: Sequence[tuple[str, str]],
 ) -> str:
-    """The report as text. about: lines of the section on the system; every name in it is escaped."""
+    """The report as text. about: lines of the section on the system; all names are escaped."""
     chosen = busiest_classes(evaluated.truth)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -149,7 +172,7 @@ def render_report(
 
 
 def busiest_classes(truth: GroundTruth) -> list[int]:
-    """At most MOST_CLASSES classes, those with the most true events, in the order of the labels."""
+    """The MOST_CLASSES classes with the most true events, in the order of the labels."""
     counts = np.bincount(truth.events.label, minlength=len(truth.labels))
     return sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
 
@@ -189,7 +212,7 @@ def _histograms(evaluated: Evaluated, chosen: Sequence[int]) -> list[tuple[str, 
 
 
 def _confusions(evaluated: Evaluated, chosen: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows of the table: shares of the seconds in which the row's class is true, or nothing is."""
+    """Rows of the table: shares of the seconds in which the row's class (or no class) is true."""
     truth, classes = evaluated.truth, len(evaluated.truth.labels)
     seconds, lengths = confused_seconds(evaluated.detections, truth.events, truth.durations, classes)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -205,7 +228,7 @@ def _confusions(evaluated: Evaluated, chosen: Sequence[int]) -> list[dict[str, A
 
 
 def _clip_card(truth: GroundTruth, errors: ClipErrors, view: ClipView) -> dict[str, Any]:
-    def told(events: list[tuple[int, float, float]]) -> str:
+    def listed(events: list[tuple[int, float, float]]) -> str:
         return "; ".join(f"{view.labels[k]} {on:.2f} to {off:.2f} s" for k, on, off in events) or "nothing"
 
     hidden = len({label for label, *_ in (*view.truth, *view.found)} - set(view.shown))
@@ -213,8 +236,8 @@ def _clip_card(truth: GroundTruth, errors: ClipErrors, view: ClipView) -> dict[s
     return {
         "name": truth.names[errors.clip],
         "errors": errors,
-        "true": told(view.truth),
-        "detected": told(view.found),
+        "true": listed(view.truth),
+        "detected": listed(view.found),
         "figure": svg_uri(clip_figure(view)),
         "audio": audio_uri(sound.waveform, sound.sample_rate) if sound is not None else None,
         "hidden": hidden,

@@ -1,82 +1,33 @@
-"""What commands that evaluate detections share: score files as systems, and metrics as tables, JSON and TSV."""
+"""Metrics of detections as tables on the screen, JSON and TSV."""
 
 import csv
 import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from data.files import write_text
-from evaluation.detection import MACRO, MICRO, DetectionMetric, MetricComparison, System, score_tables
-from evaluation.event_tables import GroundTruth
-from evaluation.metrics import Interval
-from evaluation.postprocess import PostProcessing, truth_table
-from evaluation.scores import Scores
-from settings import Config, UserError, section
+from evaluation.detection import MACRO, MICRO, DetectionMetric, MetricComparison
+from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
 
-WIDTH = 160  # characters of a line that goes into a file or a pipe; a terminal says its own
+WIDTH = 160  # characters of a line in a file or a pipe; a terminal has its own
 TSV_COLUMNS = (
     "metric", "criterion", "tool", "class", "value", "low", "high", "level", "resamples", "unit", "true_positives",
     "false_positives", "false_negatives", "positives", "note",
 )  # fmt: skip
 
 
-def choose_postprocessing(scores: Scores, settings: Config) -> PostProcessing:
-    """What came with the scores (calibrated, or of the mapping), with what the settings fl_... say in its place.
-
-    Its `source` tells which. Raises UserError for values that do not fit the classes.
-    """
-    base = scores.postprocessing or PostProcessing(tuple(scores.labels))
-    given = {name: getattr(settings, name) for name in section("event detection")}
-    given = {name: value for name, value in given.items() if value is not None and value != []}
-    if not given:
-        return base
-    fields: dict[str, Any] = {
-        "thresholds" if name == "fl_threshold" else name.removeprefix("fl_"): value for name, value in given.items()
-    }
-    return replace(base, **fields, source=f"{base.source}, with {', '.join(given)} as given")
-
-
-def truth_of_scores(scores: Scores) -> GroundTruth:
-    """The true events in a score file. Raises UserError where it has none."""
-    if not scores.events or not any(scores.events):
-        raise UserError("The score file has no true events: the data set was prepared without times.")
-    durations = dict(zip(scores.names, scores.durations.tolist(), strict=True))
-    return GroundTruth.build(truth_table(scores.names, scores.events, scores.labels), durations, scores.labels)
-
-
-def system_of_scores(scores: Scores, post: PostProcessing, names: Sequence[str]) -> System:
-    """Scores with their events, for clips in the order of `names`. Raises UserError where these are other clips."""
-    if scores.framewise is None:
-        raise UserError("The score file has no frame scores: run test with --fl_local True.")
-    if sorted(scores.names) != sorted(names):
-        raise UserError(
-            f"The score files are of different clips: only in one of them {sorted(set(scores.names) ^ set(names))[:4]}."
-        )
-    where: dict[str, Any] = {"durations": scores.durations, "seconds_per_frame": scores.seconds_per_frame}
-    smoothed, step = post.smooth(scores.framewise, **where)
-    order = [scores.names.index(name) for name in names]
-    return System(
-        events=post.decode(scores.framewise, names=scores.names, **where),
-        tables=score_tables(
-            smoothed, names=scores.names, labels=scores.labels, durations=scores.durations, seconds_per_frame=step
-        ),
-        clipwise=scores.clipwise[order],
-        targets=scores.targets[order],
-    )
-
-
 def print_metrics(title: str, metrics: Sequence[DetectionMetric], labels: Sequence[str]) -> None:
     """Two tables: every metric with its interval, and every class with its values and counts."""
-    console = Console() if Console().is_terminal else Console(width=WIDTH)
+    console = _console()
     table = Table(title=escape(title), title_justify="left", caption_justify="left")
     for column in ("metric", "criterion", "defined by", MACRO, "95 % interval", MICRO, "95 % interval"):
         table.add_column(column, justify="right" if column in (MACRO, MICRO) else "left", no_wrap="interval" in column)
@@ -120,7 +71,11 @@ def print_comparison(names: tuple[str, str], compared: Sequence[MetricComparison
         row = (c.name, c.criterion, c.value, number(c.first), number(c.second), f"{c.comparison.difference:+.4f}")
         table.add_row(*row, str(c.comparison.interval), f"{c.comparison.p_value:.3f}")
     table.caption = "Paired bootstrap over clips; p: two-sided, for no difference."
-    (Console() if Console().is_terminal else Console(width=WIDTH)).print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    return Console() if Console().is_terminal else Console(width=WIDTH)
 
 
 def number(value: Optional[float]) -> str:
@@ -128,7 +83,7 @@ def number(value: Optional[float]) -> str:
 
 
 def tsv_text(metrics: Sequence[DetectionMetric]) -> str:
-    """One row for each metric's macro and micro value and each class; empty where there is nothing."""
+    """One row for each metric's macro and micro value and for each class; empty cells for missing values."""
     text = io.StringIO()
     writer = csv.DictWriter(text, TSV_COLUMNS, delimiter="\t", lineterminator="\n")
     writer.writeheader()
@@ -136,21 +91,17 @@ def tsv_text(metrics: Sequence[DetectionMetric]) -> str:
         about = {"metric": m.name, "criterion": m.criterion, "tool": m.tool, "unit": m.unit, "note": m.note}
         values = {MACRO: m.macro, **({} if m.micro is None else {MICRO: m.micro}), **m.per_class}
         for row, value in values.items():
-            counts = m.counts.get(row)
-            cells = {} if counts is None else vars(counts)
-            shown = repr(value) if np.isfinite(value) else ""
-            writer.writerow({**about, "class": row, "value": shown, **_interval_cells(m.intervals.get(row)), **cells})
+            cells = {"class": row, "value": repr(value) if np.isfinite(value) else ""}
+            for part in (m.intervals.get(row), m.counts.get(row)):
+                cells |= {} if part is None else vars(part)
+            writer.writerow({**about, **cells})
     return text.getvalue()
-
-
-def _interval_cells(interval: Optional[Interval]) -> dict[str, Any]:
-    return {} if interval is None else vars(interval)
 
 
 def write_results(
     prefix: str, about: dict[str, Any], metrics: Sequence[DetectionMetric], compared: Sequence[MetricComparison] = ()
 ) -> list[Path]:
-    """Write PREFIX_metrics.json and PREFIX_metrics.tsv. about: what the JSON says first."""
+    """Write PREFIX_metrics.json and PREFIX_metrics.tsv. about: the first entries of the JSON."""
     content = {
         **about,
         "metrics": [metric.as_dict() for metric in metrics],
@@ -160,3 +111,31 @@ def write_results(
     write_text(paths[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_text(paths[1], tsv_text(metrics))
     return paths
+
+
+def write_detections(
+    prefix: str, clips: int, post: PostProcessing, found: pd.DataFrame, metrics: Sequence[DetectionMetric]
+) -> list[Path]:
+    """Write PREFIX_events.tsv, PREFIX_detection.json and PREFIX_detection.tsv."""
+    content = {
+        "clips": clips,
+        "postprocessing": post.as_dict(),
+        "metrics": [metric.as_dict() for metric in metrics],
+    }
+    paths = [Path(f"{prefix}_{end}") for end in ("events.tsv", "detection.json", "detection.tsv")]
+    write_text(paths[0], found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f"))
+    write_text(paths[1], json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(paths[2], tsv_text(metrics))
+    return paths
+
+
+def describe(post: PostProcessing) -> str:
+    """The values in one line: one where all classes have the same, else the smallest and the largest."""
+    shown = []
+    units = {"thresholds": "", "median_filter": " frames", "minimum_duration": " s", "maximum_gap": " s"}
+    for name, unit in units.items():
+        values = getattr(post, name)
+        span = f"{min(values):.7g}" if min(values) == max(values) else f"{min(values):.7g} to {max(values):.7g}"
+        shown.append(f"{name.replace('_', ' ')} {span}{unit}")
+    parts = "no interpolation" if post.interpolation == 1 else f"{post.interpolation} parts a frame"
+    return f"{', '.join(shown)}, {parts}"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from inference.tagger import Tagger
 from model.known import known_names
-from settings import UserError, requested, section
+from settings import UserError, requested
 
 if TYPE_CHECKING:
     from evaluation.postprocess import PostProcessing
@@ -31,16 +31,6 @@ def has_frames(tagger: Tagger) -> bool:
 
 def event_processing(tagger: Tagger) -> "PostProcessing":
     """Thresholds and filters for events: the settings fl_..., else the checkpoint's, else 0.5 alone."""
-    if all(getattr(tagger.settings, name) in (None, []) for name in section("event detection")):
-        return tagger.postprocessing
-    import json
+    from evaluation.postprocess import choose_postprocessing
 
-    import numpy as np
-
-    from evaluation.scores import Scores
-    from evaluation.tables import choose_postprocessing
-
-    stored: dict[str, Any] = {"postprocessing": json.dumps(tagger.postprocessing.as_dict())}
-    none = np.zeros((0, len(tagger.labels)))
-    scores = Scores([], none, none, np.zeros(0), tagger.labels, attributes=stored)
-    return choose_postprocessing(scores, tagger.settings)
+    return choose_postprocessing(tagger.postprocessing, tagger.labels, tagger.settings)

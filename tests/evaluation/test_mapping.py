@@ -15,10 +15,10 @@ from data.labels import audioset_mids, published_labels
 from evaluation.mapping import load_mapping, mapping_labels
 from evaluation.scores import load_scores
 from inference import Tagger
-from model import build_model
 from prepare.desed import LABELS as DESED
-from settings import resolve
-from tests.helpers import TINY, TINY_FLAGS
+from settings import UserError
+from tests.evaluation.examples import save_untrained
+from tests.helpers import TINY_FLAGS
 
 AUDIOSET = published_labels("audioset", 527)
 
@@ -66,37 +66,37 @@ def test_names_ids_and_numbers(tmp_path: Path) -> None:
     assert (mapping.labels, mapping.groups, mapping.thresholds) == (("talk", "bark"), ((0, 1, 2), (75,)), None)
     assert mapping_labels(path) == ["talk", "bark"]
     assert mapping.in_order(["bark", "talk"]).groups == ((75,), (0, 1, 2))
-    with pytest.raises(ValueError, match=r"leads to the classes talk, bark; the data has bark, meow"):
+    with pytest.raises(UserError, match="bark, meow"):
         mapping.in_order(["bark", "meow"])
 
 
 @pytest.mark.parametrize(
-    ("classes", "said"),
+    ("classes", "named"),
     [
-        ({"a": ["Speach"]}, "a: 'Speach' is no class"),
-        ({"a": ["/m/nothing"]}, "'/m/nothing' is no class"),
-        ({"a": [527]}, r"527 is no class .* 0 to 526"),
-        ({"a": [True]}, "True is no class"),
-        ({"a": []}, "the group of a is empty"),
-        ({"a": [0, 1], "b": ["Speech"]}, r"uses classes twice: 'Speech' \(in a and b\)"),
-        ({"a": {"from": [0], "threshold": 2}}, "threshold 2 must be"),
-        ({"a": {"from": [0], "threshold": 0.5}, "b": [1]}, "no threshold for b"),
-        ({"a": {"form": [0]}}, "a: from, threshold and why are known"),
-        ({}, "is no mapping"),
-        (["Speech"], "is no mapping"),
+        ({"a": ["Speach"]}, "'Speach'"),
+        ({"a": ["/m/nothing"]}, "/m/nothing"),
+        ({"a": [527]}, "527 .* 0 to 526"),
+        ({"a": [True]}, "a: True"),
+        ({"a": []}, "group of a"),
+        ({"a": [0, 1], "b": ["Speech"]}, r"'Speech' \(in a and b\)"),
+        ({"a": {"from": [0], "threshold": 2}}, "threshold 2"),
+        ({"a": {"from": [0], "threshold": 0.5}, "b": [1]}, "threshold for b"),
+        ({"a": {"form": [0]}}, "a: .*from"),
+        ({}, r"m\.json"),
+        (["Speech"], r"m\.json"),
     ],
 )
-def test_mappings_that_are_refused(tmp_path: Path, classes: object, said: str) -> None:
+def test_mappings_that_are_refused(tmp_path: Path, classes: object, named: str) -> None:
     path = write_mapping(tmp_path / "m.json", classes)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=named):
         load_mapping(path, AUDIOSET, audioset_mids())
 
 
 def test_files_that_are_no_mappings(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="There is no mapping reviwed: give published, reviewed"):
+    with pytest.raises(UserError, match="reviwed: give published, reviewed"):
         load_mapping("reviwed", AUDIOSET)
     (tmp_path / "m.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(UserError, match=r"m\.json"):
         load_mapping(str(tmp_path / "m.json"), AUDIOSET)
 
 
@@ -112,11 +112,7 @@ def desed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             waveform = rng.integers(-9000, 9000, 64000 * (number + 1)).astype(np.int16)
             event = Event(number, 0.5, 1.5 + number)
             store.add(Clip(f"{number}.wav", waveform, [number], split="test", events=[event]))
-    settings = resolve({**TINY, "dataset_type": "audioset"})
-    torch.manual_seed(0)
-    weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
-    content = {"state_dict": weights, "settings": settings.model_dump(), "labels": AUDIOSET}
-    torch.save(content, tmp_path / "audioset.ckpt")
+    save_untrained(tmp_path / "audioset.ckpt", AUDIOSET, dataset_type="audioset")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -125,21 +121,20 @@ TEST = [
     "test", "--dataset_type", "desed", "--resume_checkpoint", "audioset.ckpt", "--fl_local", "True",
     "--heatmap_dir", "scores", *TINY_FLAGS,
 ]  # fmt: skip
-EVALUATE = ["--heatmap_dir", "scores", "--pictures", "0"]
+EVALUATE = ["--heatmap_dir", "scores", "--pictures", "0", "--resamples", "20"]
 
 
 def test_an_audioset_network_on_desed(desed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main([*TEST, "--fl_audioset_mapping", "published"]) == 0
     assert "held_out" in capsys.readouterr().out  # DESED's clips chose nothing, whatever AudioSet's protocol was
     scores = load_scores(Path("scores/test.h5"))
-    assert scores.framewise is not None
-    assert (scores.labels, scores.framewise.shape) == (DESED, (5, 32, 10))
+    assert (scores.labels, scores.frame_scores().shape) == (DESED, (5, 32, 10))
     assert scores.durations.tolist() == [2.0, 4.0, 6.0, 8.0, 10.0]
     with h5py.File("workspace/data/desed/desed.h5") as store:
         waveform = store["waveform"][4].astype(np.float32) / 32767
     tagged = Tagger.from_checkpoint("audioset.ckpt").tag(waveform)
     mapping = load_mapping("published", AUDIOSET).in_order(DESED)
-    np.testing.assert_allclose(scores.framewise[4], mapping.apply(tagged.framewise), atol=1e-5)
+    np.testing.assert_allclose(scores.frame_scores()[4], mapping.apply(tagged.framewise), atol=1e-5)
     np.testing.assert_allclose(scores.clipwise[4], mapping.apply(tagged.clipwise), atol=1e-5)
 
     assert fl_evaluate.main(EVALUATE) == 0
@@ -159,7 +154,7 @@ def test_a_store_by_its_path_and_the_wrong_classes(desed: Path, capsys: pytest.C
     assert load_scores(Path("scores/elsewhere.h5")).labels == DESED
     other = write_mapping(desed / "m.json", {"talk": ["Speech"]})
     assert main.main([*TEST, *flags, "--fl_audioset_mapping", other]) == 2
-    assert "10 classes, the network has classes_num = 527" in capsys.readouterr().err
+    assert "m.json" in capsys.readouterr().err
 
 
 def test_shares_of_a_test_are_one_test(desed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +164,7 @@ def test_shares_of_a_test_are_one_test(desed: Path, capsys: pytest.CaptureFixtur
         assert main.main([*TEST, "--test_shard", shard]) == 0
     whole, joined = load_scores(Path("scores/whole.h5")), load_scores(Path("scores/test.h5"))
     assert (joined.names, joined.events) == (whole.names, whole.events)
-    np.testing.assert_allclose(joined.framewise, whole.framewise, atol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(joined.frame_scores(), whole.frame_scores(), atol=1e-6)
     assert joined.attributes["run_id"] == whole.attributes["run_id"]
     assert len(Path("workspace/results.jsonl").read_text().splitlines()) == 1  # a share's metrics are no result
     assert fl_evaluate.main(EVALUATE) == 0

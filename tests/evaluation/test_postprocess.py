@@ -1,20 +1,24 @@
 """Frame scores to events: against plain loops, by hand, and with the true events as scores."""
 
 import json
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.signal import medfilt
 
 from data.clip_store import SPLITS
-from evaluation.postprocess import EVENT_COLUMNS, PostProcessing, decode_events, detected_frames, smooth_scores
-from evaluation.scores import Scores, load_scores
-from fl_evaluate import evaluate
+from evaluation.postprocess import (
+    PostProcessing,
+    active_runs,
+    choose_postprocessing,
+    decode_events,
+    smooth_scores,
+)
 from prepare.demo import LABELS, synthesize_clip
+from settings import UserError, resolve
+from tests.evaluation.examples import STEP, clip_names, measured, on_grid, rows, score_store
 
-STEP = 10 / 32
 Rows = list[tuple[str, float, float, str]]
 
 
@@ -34,21 +38,36 @@ def decode_in_loops(framewise: np.ndarray, seconds_per_frame: float, thresholds:
     return found
 
 
-def rows(table: pd.DataFrame) -> Rows:
-    return [tuple(row) for row in table[EVENT_COLUMNS].to_numpy().tolist()]
+def decode(post: PostProcessing, framewise: np.ndarray, step: float, seconds: float = 10.0) -> Rows:
+    clips = len(framewise)
+    durations = np.full(clips, seconds)
+    return rows(post.decode(framewise, names=clip_names(clips), durations=durations, seconds_per_frame=step))
 
 
-def where(clips: int, seconds: float = 10.0) -> dict:
-    return {"names": [f"{clip}.wav" for clip in range(clips)], "durations": np.full(clips, seconds)}
+def test_runs_of_frames() -> None:
+    active = np.array([[1, 0], [1, 0], [0, 1], [1, 1]], dtype=bool)
+    runs = zip(*(column.tolist() for column in active_runs(active[None])), strict=True)
+    assert list(runs) == [(0, 0, 0, 2), (0, 0, 3, 4), (0, 1, 2, 4)]
+    post, framewise = PostProcessing(("a", "b")), active[None].astype(float)
+    assert decode(post, framewise, 0.5, 1.75) == [
+        ("0.wav", 0, 1, "a"),
+        ("0.wav", 1.5, 1.75, "a"),
+        ("0.wav", 1, 1.75, "b"),
+    ]
+    assert decode(post, framewise, 0.5, 1.0) == [("0.wav", 0, 1, "a")]  # frames after the end are left out
 
 
-def test_events_as_loops_find_them() -> None:
-    framewise = np.random.default_rng(0).random((40, 32, 3)).astype(np.float32)
+@pytest.mark.parametrize(("frames", "seconds"), [(32, 10.0), (250, 10.0), (7, 2.1)])
+def test_events_as_loops_find_them(frames: int, seconds: float) -> None:
+    framewise = np.random.default_rng(0).random((40, frames, 3)).astype(np.float32)
     thresholds = np.array([0.2, 0.5, 0.8])
-    found = decode_events(framewise, labels=list("abc"), seconds_per_frame=STEP, thresholds=thresholds, **where(40))
-    expected = decode_in_loops(framewise, STEP, thresholds)
-    assert len(expected) > 500
-    assert rows(found) == expected
+    found = decode_events(
+        framewise, names=clip_names(40), labels=list("abc"), durations=np.full(40, seconds),
+        seconds_per_frame=seconds / frames, thresholds=thresholds,
+    )  # fmt: skip
+    assert len(found) > 100
+    for one, other in zip(rows(found), decode_in_loops(framewise, seconds / frames, thresholds), strict=True):
+        assert one == (other[0], pytest.approx(other[1]), pytest.approx(other[2]), other[3])
 
 
 def test_published_output_on_the_repeated_map() -> None:
@@ -56,9 +75,9 @@ def test_published_output_on_the_repeated_map() -> None:
     steps = np.random.default_rng(1).random((5, 32, 3)).astype(np.float32)
     repeated = np.repeat(steps, 32, axis=1)
     post = PostProcessing(("a", "b", "c"), thresholds=(0.3, 0.5, 0.7))
-    frames = post.decode(repeated, seconds_per_frame=STEP / 32, **where(5))
-    assert rows(frames) == decode_in_loops(repeated, STEP / 32, np.array(post.thresholds))
-    assert rows(frames) == rows(post.decode(steps, seconds_per_frame=STEP, **where(5)))
+    found = decode(post, repeated, STEP / 32)
+    assert found == decode_in_loops(repeated, STEP / 32, np.array(post.thresholds))
+    assert found == decode(post, steps, STEP)
 
 
 def test_median_filter_of_each_class() -> None:
@@ -70,13 +89,11 @@ def test_median_filter_of_each_class() -> None:
             np.testing.assert_allclose(found[clip, :, label], medfilt(padded, length)[length:-length])
 
 
-def test_what_follows_a_short_clip_counts_for_nothing() -> None:
+def test_padding_after_a_short_clip_is_not_used() -> None:
     framewise = np.zeros((1, 32, 1))
     framewise[0, 10:16] = 1  # up to the end of a clip of 5 s
-    lengths = np.array([5])
-    assert smooth_scores(framewise, np.array([5.0]), STEP, lengths, 1)[0, 10:16].all()
-    post = PostProcessing(("a",), median_filter=(5,), interpolation=4)
-    assert rows(post.decode(framewise, seconds_per_frame=STEP, **where(1, 5.0)))[0][2] == 5.0
+    assert smooth_scores(framewise, np.array([5.0]), STEP, np.array([5]), 1)[0, 10:16].all()
+    assert decode(PostProcessing(("a",), median_filter=(5,), interpolation=4), framewise, STEP, 5.0)[0][2] == 5.0
 
 
 def test_interpolation_between_the_middles() -> None:
@@ -87,8 +104,7 @@ def test_interpolation_between_the_middles() -> None:
         for label in range(2):
             np.testing.assert_allclose(found[clip, :, label], np.interp(fine, middles, framewise[clip, :, label]))
     ramp = np.array([0.0, 0.0, 1.0, 1.0])[None, :, None]  # crosses 0.5 between the second and the third middle
-    post = PostProcessing(("a",), interpolation=10)
-    ((_, onset, offset, _),) = rows(post.decode(ramp, seconds_per_frame=1.0, **where(1, 4.0)))
+    ((_, onset, offset, _),) = decode(PostProcessing(("a",), interpolation=10), ramp, 1.0, 4.0)
     assert (onset, offset) == (pytest.approx(2.0), 4.0)
 
 
@@ -97,41 +113,34 @@ def test_gaps_are_closed_before_short_events_go() -> None:
     framewise[0, [2, 4], 0] = 1  # two frames of 0.5 s with 0.5 s between
     framewise[0, 15, 0] = 1
     framewise[0, [2, 4], 1] = 1  # class b closes no gaps
-    framewise[1, 0, 0] = 1  # of another clip: not joined with what the clip before ends with
+    framewise[1, 0, 0] = 1  # of another clip: not joined with the last event of the clip before
     post = PostProcessing(("a", "b"), maximum_gap=(0.5, 0.0), minimum_duration=(1.0, 0.5))
-    found = rows(post.decode(framewise, seconds_per_frame=0.5, **where(2)))
-    assert found == [("0.wav", 1.0, 2.5, "a"), ("0.wav", 1.0, 1.5, "b"), ("0.wav", 2.0, 2.5, "b")]
+    assert decode(post, framewise, 0.5) == [
+        ("0.wav", 1.0, 2.5, "a"),
+        ("0.wav", 1.0, 1.5, "b"),
+        ("0.wav", 2.0, 2.5, "b"),
+    ]
 
 
 def test_no_events_and_a_full_clip() -> None:
     post = PostProcessing(("a",), maximum_gap=(1.0,), minimum_duration=(0.1,))
-    assert post.decode(np.zeros((2, 4, 1)), seconds_per_frame=1.0, **where(2, 4.0)).columns.tolist() == EVENT_COLUMNS
-    (only,) = rows(post.decode(np.ones((1, 4, 1)), seconds_per_frame=1.0, **where(1, 3.5)))
-    assert only == ("0.wav", 0.0, 3.5, "a")
-
-
-def test_events_back_to_frames() -> None:
-    framewise = (np.random.default_rng(4).random((6, 32, 3)) > 0.6).astype(float)
-    post = PostProcessing(("a", "b", "c"))
-    found = post.decode(framewise, seconds_per_frame=STEP, **where(6))
-    names = where(6)["names"]
-    again = detected_frames(found, names=names, labels=post.labels, frames=32, seconds_per_frame=STEP)
-    np.testing.assert_array_equal(again, framewise)
+    assert decode(post, np.zeros((2, 4, 1)), 1.0, 4.0) == []
+    assert decode(post, np.ones((1, 4, 1)), 1.0, 3.5) == [("0.wav", 0.0, 3.5, "a")]
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "named"),
     [
-        ({"median_filter": (4,)}, "odd"),
-        ({"median_filter": (0,)}, "odd"),
-        ({"thresholds": (0.1, 0.2)}, "give 1, or one for each of the 3 classes"),
-        ({"thresholds": (float("nan"),)}, "finite"),
-        ({"minimum_duration": (-1.0,)}, "0 or more"),
-        ({"interpolation": 0}, "interpolation = 0"),
+        ({"median_filter": (4,)}, "median_filter"),
+        ({"median_filter": (0,)}, "median_filter"),
+        ({"thresholds": (0.1, 0.2)}, "thresholds"),
+        ({"thresholds": (float("nan"),)}, "thresholds"),
+        ({"minimum_duration": (-1.0,)}, "minimum_duration"),
+        ({"interpolation": 0}, "interpolation"),
     ],
 )
-def test_values_that_are_not_allowed(values: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_values_that_are_not_allowed(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
         PostProcessing(("a", "b", "c"), **values)
 
 
@@ -140,30 +149,26 @@ def test_kept_as_plain_values() -> None:
     assert PostProcessing.from_dict(json.loads(json.dumps(post.as_dict()))) == post
     turned = post.for_labels(["b", "a"])
     assert (turned.thresholds, turned.median_filter, turned.source) == ((0.7, 0.2), (5, 1), "by hand")
-    with pytest.raises(ValueError, match="does not know the classes c"):
+    with pytest.raises(UserError, match="classes c"):
         post.for_labels(["a", "c"])
-    with pytest.raises(ValueError, match="no post-processing"):
+    with pytest.raises(UserError, match="treshold"):
         PostProcessing.from_dict({"labels": ["a"], "treshold": 1})
 
 
-def test_true_events_on_the_grid_score_nearly_everything(tmp_path: Path) -> None:
-    """The oracle: the demo's test split, rounded to the network's steps, through store, decoding and metrics."""
+def test_settings_replace_stored_values() -> None:
+    labels = ("a", "b", "c")
+    calibrated = PostProcessing(labels, (0.1, 0.2, 0.3), (1, 3, 5), source="calibrated")
+    assert choose_postprocessing(calibrated, labels, resolve()) == calibrated
+    chosen = choose_postprocessing(calibrated, labels, resolve({"fl_threshold": [0.7], "fl_maximum_gap": "0,0,1"}))
+    assert (chosen.thresholds, chosen.median_filter, chosen.maximum_gap) == ((0.7, 0.7, 0.7), (1, 3, 5), (0, 0, 1))
+    assert "fl_threshold, fl_maximum_gap" in chosen.source
+    assert choose_postprocessing(None, labels, resolve()) == PostProcessing(labels)
+
+
+def test_true_events_on_the_grid_score_nearly_everything() -> None:
+    """The oracle: the demo's test split, rounded to frames of 312.5 ms, through decoding and metrics."""
     place = SPLITS.index("test")
     clips = [synthesize_clip(f"{n}.wav", "test", 32000, np.random.default_rng([970131, place, n])) for n in range(60)]
-    framewise = np.zeros((60, 32, 10))
-    for number, clip in enumerate(clips):
-        for event in clip.events:
-            framewise[number, round(event.onset / STEP) : round(event.offset / STEP), event.label] = 1
-    Scores(
-        names=[clip.name for clip in clips],
-        clipwise=framewise.max(axis=1),
-        targets=framewise.max(axis=1) > 0,
-        durations=np.full(60, 10.0),
-        labels=LABELS,
-        framewise=framewise,
-        seconds_per_frame=STEP,
-        events=[[(e.label, e.onset, e.offset) for e in clip.events] for clip in clips],
-    ).save(tmp_path / "oracle.h5")
-    _, metrics = evaluate(load_scores(tmp_path / "oracle.h5"), PostProcessing(tuple(LABELS)))
-    assert metrics[0].name.startswith("intersection F1")
-    assert metrics[0].macro > 0.97
+    true = [[(e.label, e.onset, e.offset) for e in clip.events] for clip in clips]
+    oracle = score_store(on_grid(true, (60, 32, 10)), true, labels=LABELS)
+    assert measured(oracle, PostProcessing(tuple(LABELS)))["intersection F1"].macro > 0.97

@@ -1,5 +1,7 @@
 """The score store: written and read, joined from the shares of several jobs, and as sed_scores_eval's tables."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,164 +10,165 @@ import pandas as pd
 import pytest
 from sed_scores_eval.base_modules.io import read_sed_scores
 
+from evaluation.calibration import calibrate
 from evaluation.postprocess import PostProcessing
-from evaluation.scores import Scores, export_tables, find_shards, import_tables, load_scores, shard_path
+from evaluation.score_tables import export_tables, import_tables
+from evaluation.scores import Scores, find_shards, load_scores, shard_path
+from evaluation.systems import system_of_scores, truth_of_scores
+from settings import UserError
+from tests.evaluation.examples import STEP, score_store
 
-STEP = 10 / 32
-
-
-def random_scores(clips: int = 7) -> Scores:
-    rng = np.random.default_rng(0)
-    return Scores(
-        names=[f"{clip}.wav" for clip in range(clips)],
-        clipwise=rng.random((clips, 3)).astype(np.float32),
-        targets=rng.random((clips, 3)) > 0.5,
-        durations=np.linspace(3, 10, clips),
-        labels=["a", "b", "c"],
-        framewise=rng.random((clips, 32, 3)).astype(np.float32),
-        seconds_per_frame=STEP,
-        events=[[(clip % 3, 0.5, 2.0 + clip / 10)] for clip in range(clips)],
-        attributes={"split": "validation", "run_id": "one", "split_clips": clips},
-    )
+COLUMNS = ("clipwise", "targets", "durations", "framewise", "clip_index")
 
 
-def write_shards(path: Path, count: int = 3) -> list[Path]:
-    whole = random_scores()
-    written = []
-    for number in range(count):
-        written.append(shard_path(path, number + 1, count))
-        pick(whole, range(number, len(whole.names), count)).save(written[-1])
-    return written
+@pytest.fixture(scope="module")
+def scores() -> Scores:
+    framewise = np.random.default_rng(0).random((7, 32, 3)).astype(np.float32)
+    true = [[(clip % 3, 0.5, 2.0 + clip / 10)] for clip in range(7)]
+    made = score_store(framewise, true, seconds=np.linspace(3, 10, 7), split="validation", run_id="one", split_clips=7)
+    return replace(made, clip_index=np.arange(7))
 
 
-def pick(scores: Scores, clips: range) -> Scores:
-    assert scores.framewise is not None
-    assert scores.events is not None
-    chosen = np.array(clips)
-    return replace(
-        scores,
-        names=[scores.names[k] for k in clips],
-        clipwise=scores.clipwise[chosen],
-        targets=scores.targets[chosen],
-        durations=scores.durations[chosen],
-        framewise=scores.framewise[chosen],
-        events=[scores.events[k] for k in clips],
-        clip_index=chosen,
-    )
+def write_shards(scores: Scores, path: Path, count: int = 3) -> list[Path]:
+    shards = [shard_path(path, number + 1, count) for number in range(count)]
+    for number, shard in enumerate(shards):
+        scores.select_clips(range(number, 7, count)).save(shard)
+    return shards
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    scores = random_scores()
-    scores.save(tmp_path / "new" / "s.h5")
-    again = load_scores(tmp_path / "new" / "s.h5")
-    assert (again.names, again.labels, again.events) == (scores.names, scores.labels, scores.events)
-    assert again.attributes == scores.attributes
-    for name in ("clipwise", "targets", "durations", "framewise"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(scores, name))
-    assert again.clip_index is not None
-    assert again.clip_index.tolist() == list(range(7))
-    assert again.postprocessing is None
-    with pytest.raises(ValueError, match="There is no score file"):
+def check_equal(one: Scores, other: Scores) -> None:
+    for name in ("names", "labels", "events", "attributes"):
+        assert getattr(one, name) == getattr(other, name)
+    for name in COLUMNS:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_round_trip(scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "s.h5"
+    replace(scores, clip_index=None).save(path)
+    again = load_scores(path)
+    check_equal(again, scores)
+    assert (again.path, again.seconds_per_frame, again.postprocessing) == (path, STEP, None)
+    with pytest.raises(UserError, match=r"missing\.h5"):
         load_scores(tmp_path / "missing.h5")
     (tmp_path / "text.h5").write_text("no scores")
-    with pytest.raises(ValueError, match="is no score file"):
+    with pytest.raises(UserError, match=r"text\.h5"):
         load_scores(tmp_path / "text.h5")
 
 
-def test_shards_are_joined_in_the_order_of_the_split(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "test.h5")
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda scores: system_of_scores(scores, PostProcessing(("a", "b", "c"))),
+        lambda scores: calibrate(scores, "collar_f1"),
+        lambda scores: export_tables(scores, Path("tables")),
+    ],
+)
+def test_a_store_without_frame_scores_is_refused_by_name(
+    scores: Scores, tmp_path: Path, use: Callable[[Scores], object]
+) -> None:
+    """As of a network without a time axis, or of a test without --fl_local True: it has no events either."""
+    replace(scores, framewise=None, events=None).save(tmp_path / "clips.h5")
+    with pytest.raises(UserError, match=r"clips\.h5 has no frame scores.*time axis"):
+        use(load_scores(tmp_path / "clips.h5"))
+
+
+@pytest.mark.parametrize("use", [truth_of_scores, lambda scores: calibrate(scores, "collar_f1")])
+@pytest.mark.parametrize("events", [None, [[]] * 7])
+def test_a_store_without_events_is_refused_by_name(
+    scores: Scores, tmp_path: Path, events: list | None, use: Callable[[Scores], object]
+) -> None:
+    replace(scores, events=events).save(tmp_path / "timeless.h5")
+    with pytest.raises(UserError, match=r"timeless\.h5 has no true events"):
+        use(load_scores(tmp_path / "timeless.h5"))
+
+
+def test_shards_are_joined_in_the_order_of_the_split(scores: Scores, tmp_path: Path) -> None:
+    shards = write_shards(scores, tmp_path / "test.h5")
     assert find_shards(tmp_path / "test.h5") == shards
-    pick(random_scores(), range(7)).save(shards[0])  # a job that went on longer than it had to
-    whole, joined = random_scores(), load_scores(tmp_path / "test.h5")
-    assert (joined.names, joined.events) == (whole.names, whole.events)
-    for name in ("clipwise", "targets", "durations", "framewise"):
-        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+    scores.save(shards[0])  # a job that scored more clips than its share
+    joined = load_scores(tmp_path / "test.h5")
+    check_equal(joined, scores)
+    assert joined.path == tmp_path / "test.h5"
 
 
-def test_shards_that_are_refused(tmp_path: Path) -> None:
+def test_shards_that_are_refused(scores: Scores, tmp_path: Path) -> None:
     path = tmp_path / "test.h5"
-    shards = write_shards(path)
+    shards = write_shards(scores, path)
+    second = load_scores(shards[1])
+
+    def refused(named: str) -> None:
+        with pytest.raises(UserError, match=named):
+            load_scores(path)
+
     content = shards[1].read_bytes()
     shards[1].unlink()
-    with pytest.raises(ValueError, match=r"test\.shard2of3\.h5 is missing"):
-        load_scores(path)
+    refused(r"test\.shard2of3\.h5 is missing")
     shards[1].write_bytes(content[:2000])
-    with pytest.raises(ValueError, match=r"shard2of3\.h5 is no score file, or it is cut off"):
-        load_scores(path)
-    clips = pick(random_scores(), range(1, 7, 3))
-    replace(clips, attributes={**clips.attributes, "run_id": "two"}).save(shards[1])
-    with pytest.raises(ValueError, match=r"different runs: .* not so test\.shard2of3\.h5"):
-        load_scores(path)
-    pick(clips, range(1)).save(shards[1])
-    with pytest.raises(ValueError, match="hold 5 clips of 7"):
-        load_scores(path)
-    clips.save(shards[1])
-    clips.save(shard_path(path, 1, 2))
-    with pytest.raises(ValueError, match="Shards of different tests"):
-        load_scores(path)
-    random_scores().save(path)
-    with pytest.raises(ValueError, match="There are both"):
-        load_scores(path)
+    refused(r"shard2of3\.h5")
+    replace(second, attributes={**second.attributes, "run_id": "two"}).save(shards[1])
+    refused(r"different runs: .*test\.shard2of3\.h5")
+    second.select_clips([0]).save(shards[1])
+    refused("6 clips of 7")
+    second.save(shards[1])
+    second.save(shard_path(path, 1, 2))
+    refused("different tests")
+    scores.save(path)
+    refused("both")
 
 
-def test_some_classes() -> None:
-    scores = random_scores()
+def test_some_classes_and_clips(scores: Scores) -> None:
     chosen = scores.select_classes(["c", "a"])
-    assert chosen.framewise is not None
-    assert scores.framewise is not None
-    np.testing.assert_array_equal(chosen.framewise, scores.framewise[:, :, [2, 0]])
-    assert chosen.events is not None
-    assert chosen.events[:3] == [[(1, 0.5, 2.0)], [], [(0, 0.5, 2.2)]]
-    with pytest.raises(ValueError, match="no class d; they have a, b, c"):
+    np.testing.assert_array_equal(chosen.frame_scores(), scores.frame_scores()[:, :, [2, 0]])
+    assert chosen.true_events()[:3] == [[(1, 0.5, 2.0)], [], [(0, 0.5, 2.2)]]
+    with pytest.raises(UserError, match="no class d"):
         scores.select_classes(["d"])
+    check_equal(scores.select_clips([3, 1, 0, 2, 4, 6, 5]).in_order(scores.names), scores)
+    with pytest.raises(UserError, match=r"6\.wav"):
+        scores.in_order(scores.names[:6])
 
 
-def test_postprocessing_follows_the_classes() -> None:
+def test_postprocessing_follows_the_classes(scores: Scores) -> None:
     post = PostProcessing(("c", "b", "a"), thresholds=(0.3, 0.2, 0.1))
-    scores = replace(random_scores(), attributes={"postprocessing": pd.Series(post.as_dict()).to_json()})
-    assert scores.postprocessing is not None
-    assert scores.postprocessing.thresholds == (0.1, 0.2, 0.3)
+    found = replace(scores, attributes={"postprocessing": json.dumps(post.as_dict())}).postprocessing
+    assert found is not None
+    assert found.thresholds == (0.1, 0.2, 0.3)
 
 
-def test_tables_of_sed_scores_eval_and_back(tmp_path: Path) -> None:
-    scores = random_scores()
-    assert scores.framewise is not None
+def test_tables_of_sed_scores_eval_and_back(scores: Scores, tmp_path: Path) -> None:
     export_tables(scores, tmp_path / "tables")
     tables = read_sed_scores(tmp_path / "tables")
     assert sorted(tables) == [str(clip) for clip in range(7)]
     assert tables["0"].columns.tolist() == ["onset", "offset", "a", "b", "c"]
     assert (len(tables["0"]), tables["0"].offset.iloc[-1]) == (10, 3.0)  # the clip ends in its tenth step
-    again = import_tables(tmp_path / "tables", scores)
-    assert again.framewise is not None
+    again = import_tables(tmp_path / "tables", replace(scores, framewise=None))  # the store has the truth only
     assert again.seconds_per_frame == pytest.approx(STEP)
-    for clip, name in enumerate(scores.names):
-        steps = len(tables[name.removesuffix(".wav")])
-        np.testing.assert_allclose(again.framewise[clip, :steps], scores.framewise[clip, :steps], atol=1e-7)
-        assert not again.framewise[clip, steps:].any()
-    np.testing.assert_array_equal(again.clipwise, again.framewise.max(axis=1))
+    for clip, found in enumerate(again.frame_scores()):
+        steps = len(tables[str(clip)])
+        np.testing.assert_allclose(found[:steps], scores.frame_scores()[clip, :steps], atol=1e-7)
+        assert not found[steps:].any()
+    np.testing.assert_array_equal(again.clipwise, again.frame_scores().max(axis=1))
     assert again.events == scores.events
     export_tables(scores, tmp_path / "tables")  # the same clips: written again
 
 
-def test_tables_that_do_not_fit(tmp_path: Path) -> None:
-    scores, folder = random_scores(), tmp_path / "tables"
-    with pytest.raises(ValueError, match="There is no folder"):
-        import_tables(folder, scores)
+def test_tables_that_do_not_fit(scores: Scores, tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+
+    def refused(named: str, store: Scores = scores) -> None:
+        with pytest.raises(UserError, match=named):
+            import_tables(folder, store)
+
+    refused("tables")  # there is no such folder
     export_tables(scores, folder)
-    with pytest.raises(ValueError, match=r"only in the folder \['6'\]"):
-        import_tables(folder, pick(scores, range(6)))
+    refused(r"\['6'\]", scores.select_clips(range(6)))
     table = pd.read_csv(folder / "3.tsv", sep="\t")
     table.rename(columns={"b": "x"}).to_csv(folder / "3.tsv", sep="\t", index=False)
-    with pytest.raises(ValueError, match=r"3\.tsv has the classes a, x, c"):
-        import_tables(folder, scores)
+    refused(r"3\.tsv has the classes a, x, c")
     table.iloc[4:].to_csv(folder / "3.tsv", sep="\t", index=False)
-    with pytest.raises(ValueError, match=r"3\.tsv: frames of one length"):
-        import_tables(folder, scores)
+    refused(r"3\.tsv")
     (folder / "notes.tsv").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(UserError, match=r"notes\.tsv"):
         export_tables(scores, folder)
-    twice = replace(scores, names=["x/0.wav", "y/0.wav", *scores.names[2:]])
-    with pytest.raises(ValueError, match="the same name but for folder and ending"):
-        export_tables(twice, tmp_path / "other")
-    with pytest.raises(ValueError, match="--fl_local True"):
-        export_tables(replace(scores, framewise=None), tmp_path / "other")
+    with pytest.raises(UserError, match="same name"):
+        export_tables(replace(scores, names=["x/0.wav", "y/0.wav", *scores.names[2:]]), tmp_path / "other")
