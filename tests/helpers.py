@@ -1,9 +1,19 @@
-"""What several tests share: a tiny network, and the command line in a process of its own."""
+"""What several tests share: tiny networks, and the command line in this process or in one of its own."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main
+from model import build_model
+from prepare.demo import LABELS
+from settings import Config, resolve
 
 ROOT = Path(__file__).parents[1]
 TINY = {  # a network of one block a stage
@@ -13,7 +23,52 @@ TINY = {  # a network of one block a stage
     "batch_size": "4",
     "accelerator": "cpu",
 }
-TINY_FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", value)]
+SMALL = {  # for clips of a quarter of a second, of 32 kHz
+    **TINY, "htsat_depth": "1,1", "htsat_num_head": "1,2", "htsat_spec_size": "64", "mel_bins": "32",
+    "clip_samples": "8000", "performance": "manual",
+}  # fmt: skip
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings as words of the command line."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+TINY_FLAGS, SMALL_FLAGS = flags(TINY), flags(SMALL)
+
+
+def tiny(folder: Path | None = None, **changes: Any) -> Config:
+    """The settings of TINY, with the workspace of a folder."""
+    workspace = {} if folder is None else {"workspace": str(folder / "workspace")}
+    return resolve({**TINY, **workspace, **changes})
+
+
+def call(*words: str | Path) -> None:
+    """`python main.py words...` in this process; it must succeed."""
+    assert main.main(list(map(str, words))) == 0, words
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """What `python main.py words...` says of a user's mistake."""
+    capsys.readouterr()
+    assert main.main(list(map(str, words))) == 2, words
+    return capsys.readouterr().err
+
+
+def save_network(path: Path, labels: Sequence[str] = LABELS, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a network of TINY (and `changes`) with random weights as a checkpoint."""
+    settings = resolve({**TINY, **changes})
+    torch.manual_seed(seed)
+    network = build_model(settings)
+    weights = {f"sed_model.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": weights, "settings": settings.model_dump(), "labels": list(labels)}, path)
+    return path
+
+
+def last_checkpoint(exp_name: str, folder: Path = Path()) -> dict[str, Any]:
+    """The content of a run's last.ckpt."""
+    path = folder / "workspace" / "runs" / exp_name / "checkpoints" / "last.ckpt"
+    return torch.load(path, weights_only=True)
 
 
 def run_python(*words: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
