@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import main
 from data_generator import load_training_data
 from runs.measure import (
     WARM_UP,
@@ -22,11 +21,8 @@ from runs.measure import (
     synthetic_batch,
 )
 from settings import Config, resolve
-from tests.helpers import TINY
+from tests.helpers import SMALL, SMALL_FLAGS, call
 
-SMALL = {**TINY, "htsat_depth": "1,1", "htsat_num_head": "1,2", "htsat_spec_size": "64", "mel_bins": "32"}
-SMALL |= {"clip_samples": "8000", "performance": "manual"}
-SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", value)]
 CPU = torch.device("cpu")
 
 
@@ -35,12 +31,13 @@ def settings(demo_workspace: Path) -> Config:
     return one_device(resolve({**SMALL, "workspace": str(demo_workspace / "workspace"), "precision": "32"}))
 
 
+@pytest.mark.slow
 def test_report_and_profile(
     demo_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(demo_workspace)
     words = ["--steps", "2", "--precisions", "32,bf16-mixed", "--json", str(tmp_path / "b.json")]
-    assert main.main(["benchmark", *SMALL_FLAGS, *words, "--profile", str(tmp_path / "trace")]) == 0
+    call("benchmark", *SMALL_FLAGS, *words, "--profile", tmp_path / "trace")
     report = json.loads((tmp_path / "b.json").read_text())
     rows = report["rows"]
     kinds = [(row["precision"], row["work"], row["data"]) for row in rows]
@@ -72,23 +69,9 @@ def test_without_data_it_measures_memory_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main.main(["benchmark", *SMALL_FLAGS, "--steps", "1", "--json", "b.json"]) == 0
+    call("benchmark", *SMALL_FLAGS, "--steps", "1", "--json", "b.json")
     assert {row["data"] for row in json.loads(Path("b.json").read_text())["rows"]} == {"memory"}
     assert "Nothing is read from a store: There is no file" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--precisions", "64"], "64 is none of 32, bf16-mixed, 16-mixed"),
-        (["--compile_modes", "fast"], "fast is none of off, default"),
-        (["--steps", "0"], "must be 1 or more"),
-        (["--precisions", "16-mixed"], "needs a GPU"),
-    ],
-)
-def test_mistakes(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["benchmark", "--accelerator", "cpu", *words]) == 2
-    assert said in capsys.readouterr().err
 
 
 def test_batches_are_whole_and_as_many_as_asked(settings: Config) -> None:

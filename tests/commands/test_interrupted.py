@@ -2,14 +2,12 @@
 
 import importlib
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import main
 from commands.command_line import COMMANDS
-from tests.helpers import TINY_FLAGS
 
 NEEDED = {"predict": ["a.wav"], "import_legacy": ["--legacy", "a.npy"]}
 
@@ -34,17 +32,14 @@ def test_every_command_that_goes_on_exists() -> None:
     assert main.GOES_ON.keys() <= COMMANDS.keys()
 
 
-def test_an_interrupted_test_says_so(
-    demo_workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Lightning ends with SystemExit where it is interrupted; main's line is said all the same."""
+@pytest.mark.usefixtures("trained")
+def test_an_interrupted_test(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning ends with SystemExit where it is interrupted; main prints its line all the same."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.chdir(demo_workspace)
-    assert main.main(["train", *TINY_FLAGS, "--max_epoch", "1", "--debug", "True", "--exp_name", "interrupted"]) == 0
     monkeypatch.setattr("sed_model.Evaluation.test_step", interrupt)
-    best = "workspace/runs/interrupted/checkpoints/best.ckpt"
+    best = "workspace/runs/htsat_demo/checkpoints/best.ckpt"
     assert main.main(["test", "--resume_checkpoint", best, "--accelerator", "cpu"]) == 130
     assert "starts anew" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """The command teach: what it writes is what the networks say, and what their ensemble's test evaluates."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import main
 from data.labels import audioset_mids, published_labels
 from data.pseudo_labels import TeacherLogits
 from evaluation.mapping import load_mapping
@@ -18,25 +17,18 @@ from model import build_model
 from model.checkpoint import load_network, read_checkpoint
 from prepare.demo import LABELS
 from settings import resolve
-from tests.helpers import TINY
+from tests.helpers import call, refused, save_network
 from utils import int16_to_float32
 
-COARSE: dict[str, Any] = {}
-TEN = {"classes_num": 10}
 FINE = {"htsat_depth": "1,1,1", "htsat_num_head": "1,2,4"}  # a stage less: steps half as long
 
 
-def save_checkpoint(
-    path: Path, seed: int, *, changed: Mapping[str, Any] = COARSE, labels: Sequence[str] = LABELS
-) -> None:
+def save_teacher(path: Path, seed: int, labels: Sequence[str] = LABELS, **changes: Any) -> None:
     """A network with random weights that answers differently over time, classes and seeds."""
-    settings = resolve({**TINY, "dataset_type": "demo", "exp_name": path.stem, **changed})
-    torch.manual_seed(seed)
-    network = build_model(settings)
-    with torch.no_grad():
-        network.tscam_conv.weight.normal_(std=0.2)
-    state = {f"sed_model.{key}": value for key, value in network.state_dict().items()}
-    torch.save({"state_dict": state, "settings": settings.model_dump(), "labels": list(labels)}, path)
+    save_network(path, labels, seed=seed, exp_name=path.stem, **changes)
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["sed_model.tscam_conv.weight"].normal_(std=0.2)
+    torch.save(content, path)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_workspace: Path) -> Pa
     place = tmp_path_factory.mktemp("teach")
     shutil.copytree(demo_workspace / "workspace" / "data", place / "workspace" / "data")
     for seed, name in enumerate("abc"):
-        save_checkpoint(place / f"{name}.ckpt", seed)
-    save_checkpoint(place / "d.ckpt", 3, changed=FINE)
+        save_teacher(place / f"{name}.ckpt", seed)
+    save_teacher(place / "d.ckpt", 3, **FINE)
     return place
 
 
@@ -55,8 +47,11 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
 
-def teach(*words: str) -> int:
-    return main.main(["teach", *words, "--accelerator", "cpu", "--batch_size", "4"])
+FLAGS = ("--accelerator", "cpu", "--batch_size", "4")
+
+
+def teach(*words: str) -> None:
+    call("teach", *words, *FLAGS)
 
 
 def answers(path: str, split: bytes = b"train") -> tuple[list[str], np.ndarray]:
@@ -78,11 +73,9 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def test_one_network_writes_its_own_logits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert teach("--resume_checkpoint", "a.ckpt") == 0
-    said = capsys.readouterr().out
+    teach("--resume_checkpoint", "a.ckpt")
     path = Path("workspace/teachers/a.h5")
-    assert f"{path}: 14 clips (train), 10 classes x 32 steps" in said
-    assert f"train --dataset_type demo --loss_type frame_bce --teacher_path {path}" in said
+    assert f"--teacher_path {path}" in capsys.readouterr().out
     names, logits = answers("a.ckpt")
     with h5py.File(path) as file:
         assert [name.decode() for name in file["filenames"][:]] == names
@@ -100,7 +93,7 @@ def test_one_network_writes_its_own_logits(capsys: pytest.CaptureFixture[str]) -
 def test_a_second_time_gives_the_same_file() -> None:
     contents = []
     for _ in range(2):
-        assert teach("--resume_checkpoint", "a.ckpt", "--output", "twice.h5", "--teach_split", "test") == 0
+        teach("--resume_checkpoint", "a.ckpt", "--output", "twice.h5", "--teach_split", "test")
         contents.append(Path("twice.h5").read_bytes())
     assert contents[0] == contents[1]
     assert not list(Path().glob("*.partial"))
@@ -108,9 +101,9 @@ def test_a_second_time_gives_the_same_file() -> None:
 
 def test_an_ensemble_is_what_esm_test_evaluates() -> None:
     members = ["--esm_model_pathes", "a.ckpt,b.ckpt,c.ckpt"]
-    assert teach(*members, "--output", "ensemble.h5", "--teach_split", "validation") == 0
+    teach(*members, "--output", "ensemble.h5", "--teach_split", "validation")
     flags = ["--fl_local", "True", "--test_split", "validation", "--test_file", "esm", "--heatmap_dir", "scores"]
-    assert main.main(["esm_test", *members, *flags, "--accelerator", "cpu"]) == 0
+    call("esm_test", *members, *flags, "--accelerator", "cpu")
     with h5py.File("ensemble.h5") as file, h5py.File("scores/esm.h5") as tested:
         assert [name.decode() for name in file["filenames"][:]] == [n.decode() for n in tested["audio_name"][:]]
         mean = sigmoid(file["strong_logits"][:]).transpose(0, 2, 1)
@@ -122,7 +115,7 @@ def test_an_ensemble_is_what_esm_test_evaluates() -> None:
 
 def test_members_of_other_steps_meet_on_the_finest() -> None:
     members = ["--esm_model_pathes", "a.ckpt,d.ckpt", "--esm_together", "False"]
-    assert teach(*members, "--output", "mixed.h5", "--teach_split", "test") == 0
+    teach(*members, "--output", "mixed.h5", "--teach_split", "test")
     coarse, fine = (sigmoid(answers(path, b"test")[1]) for path in ("a.ckpt", "d.ckpt"))
     assert (coarse.shape[2], fine.shape[2]) == (32, 64)
     with h5py.File("mixed.h5") as file:
@@ -138,8 +131,8 @@ def test_all_splits_and_clips_that_cannot_be_read(capsys: pytest.CaptureFixture[
         store["real_len"][first] = 0
         lost, everything = store["audio_name"][first], sorted(store["audio_name"][:])
     flags = ["--resume_checkpoint", "a.ckpt", "--output", "all.h5", "--teach_split", "all", "--dataset_path", "damaged"]
-    assert teach(*flags) == 0
-    assert "1 clips could not be read and are left out" in capsys.readouterr().out
+    teach(*flags)
+    assert "1 clips" in capsys.readouterr().out
     with h5py.File("all.h5") as file:
         written = sorted(file["filenames"][:])
         assert len(written) == 19
@@ -147,28 +140,28 @@ def test_all_splits_and_clips_that_cannot_be_read(capsys: pytest.CaptureFixture[
 
 
 def test_clips_without_times_can_be_taught_by_a_network_trained_on_times(capsys: pytest.CaptureFixture[str]) -> None:
-    save_checkpoint(Path("frames.ckpt"), 4, changed={"loss_type": "frame_bce", "dataset_type": "folder", **TEN})
+    save_teacher(Path("frames.ckpt"), 4, loss_type="frame_bce", dataset_type="folder", classes_num=10)
     Path("unlabelled").mkdir()
     shutil.copy("workspace/data/demo/demo.h5", "unlabelled/folder.h5")
     with h5py.File("unlabelled/folder.h5", "r+") as store:
         store["labelling"][:] = 0
         store["target"][:] = False
     flags = ["--resume_checkpoint", "frames.ckpt", "--output", "frames.h5", "--dataset_path", "unlabelled"]
-    assert teach(*flags) == 0
-    assert "train --dataset_type folder --classes_num 10 --loss_type" in capsys.readouterr().out
+    teach(*flags)
+    assert "--classes_num 10" in capsys.readouterr().out
     with h5py.File("frames.h5") as file:
         np.testing.assert_allclose(file["strong_logits"][:], answers("frames.ckpt")[1], rtol=1e-3, atol=1e-3)
 
 
 def test_a_network_of_audioset_teaches_other_classes() -> None:
     """By the mapping that a test of it uses: the largest score of a group of classes."""
-    save_checkpoint(Path("audioset.ckpt"), 6, changed={"classes_num": 527}, labels=published_labels("audioset", 527))
+    save_teacher(Path("audioset.ckpt"), 6, published_labels("audioset", 527), classes_num=527)
     mapping = load_mapping("reviewed", published_labels("audioset", 527), audioset_mids())
     shutil.copytree("workspace/data/demo", "household")
     with h5py.File("household/demo.h5", "r+") as store:
         store.attrs["labels"] = list(mapping.labels)
     flags = ["--resume_checkpoint", "audioset.ckpt", "--output", "household.h5", "--dataset_path", "household"]
-    assert teach(*flags) == 0
+    teach(*flags)
     expected = answers("audioset.ckpt")[1]
     with h5py.File("household.h5") as file:
         assert file.attrs["labels"].tolist() == list(mapping.labels)
@@ -178,21 +171,20 @@ def test_a_network_of_audioset_teaches_other_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "named"),
     [
-        ([], "teach needs a checkpoint"),
-        (["--resume_checkpoint", "a.ckpt", "--esm_model_pathes", "a.ckpt,b.ckpt"], "both are given"),
-        (["--esm_model_pathes", "a.ckpt,other.ckpt"], "different labels"),
-        (["--resume_checkpoint", "other.ckpt"], "knows other classes"),
-        (["--resume_checkpoint", "nowhere.ckpt"], "There is no checkpoint nowhere.ckpt"),
-        (["--esm_model_pathes", "a.ckpt,odd.ckpt"], "gives 32 steps for a clip, which do not divide the 48"),
-        (["--resume_checkpoint", "a.ckpt", "--output", "workspace"], "--output workspace is a folder"),
-        (["--resume_checkpoint", "a.ckpt", "--output", "a.ckpt/a.h5"], "--output = a.ckpt/a.h5 cannot be written"),
+        ([], "--resume_checkpoint"),
+        (["--resume_checkpoint", "a.ckpt", "--esm_model_pathes", "a.ckpt,b.ckpt"], "both"),
+        (["--esm_model_pathes", "a.ckpt,other.ckpt"], "other.ckpt"),
+        (["--resume_checkpoint", "other.ckpt"], "other.ckpt"),
+        (["--resume_checkpoint", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["--esm_model_pathes", "a.ckpt,odd.ckpt"], "48"),
+        (["--resume_checkpoint", "a.ckpt", "--output", "workspace"], "workspace"),
+        (["--resume_checkpoint", "a.ckpt", "--output", "a.ckpt/a.h5"], "a.ckpt/a.h5"),
     ],
 )
-def test_mistakes_are_explained(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    save_checkpoint(Path("other.ckpt"), 5, labels=[f"other {k}" for k in range(10)])
-    save_checkpoint(Path("odd.ckpt"), 6, changed={"htsat_spec_size": 384, "htsat_window_size": 4, "mel_bins": 96})
-    assert teach("--output", "refused.h5", *words) == 2
-    assert said in capsys.readouterr().err
+def test_mistakes_are_explained(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_teacher(Path("other.ckpt"), 5, [f"other {k}" for k in range(10)])
+    save_teacher(Path("odd.ckpt"), 6, htsat_spec_size=384, htsat_window_size=4, mel_bins=96)
+    assert named in refused(capsys, "teach", "--output", "refused.h5", *words, *FLAGS)
     assert not Path("refused.h5").exists()
