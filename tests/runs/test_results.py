@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-import main
 from data.clip_store import ClipTable
 from evaluation.mapping import ClassMapping
 from evaluation.metrics import Metric
-from model import build_model
 from model.checkpoint import Checkpoint
 from runs import testing
 from runs.ledger import (
@@ -34,7 +32,7 @@ from runs.ledger import (
 from runs.members import Member
 from runs.testing import mapping_name, summarize
 from settings import resolve
-from tests.helpers import TINY
+from tests.helpers import TINY_FLAGS, call, flags, refused, save_network, tiny
 
 METRIC = Metric("mAP", 0.5, "macro average precision", 3, 10, 10)
 NOTHING = np.zeros(0, dtype=np.int64)
@@ -65,9 +63,11 @@ def write(path: Path, *results: Result) -> Path:
 
 def test_a_line_comes_back(tmp_path: Path) -> None:
     path = write(tmp_path / "new" / "results.jsonl", result(), result(0.25, random_seed=[1, 2]))
-    found, broken = read_results(path)
-    assert found == [result(), result(0.25, random_seed=[1, 2])]
-    assert broken == []
+    written = [result(), result(0.25, random_seed=[1, 2])]
+    assert read_results(path) == (written, [])
+    with path.open("a") as file:  # as a later version may write it
+        file.write(json.dumps({**result().model_dump(), "energy_joules": 3}) + "\n")
+    assert read_results(path) == ([*written, result()], [])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0]["metrics"][0]["interval"]["low"] == 0.4
     assert lines[0]["metrics"][1]["value"] is None
@@ -103,21 +103,12 @@ def test_broken_lines_are_named_and_skipped(tmp_path: Path) -> None:
     assert "protocol" in broken[1]
 
 
-def test_a_later_versions_fields_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps({**result().model_dump(), "energy_joules": 3}) + "\n")
-    assert read_results(path) == ([result()], [])
-
-
 @pytest.mark.parametrize("text", [None, "", "\n \n"])
-def test_no_results_say_what_writes_them(tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture) -> None:
+def test_without_results(tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
     if text is not None:
         path.write_text(text)
-    assert main.main(["results", "--results_path", str(path)]) == 2
-    said = capsys.readouterr().err
-    assert f"There are no results in {path}" in said
-    assert "python main.py test --resume_checkpoint" in said
+    assert str(path) in refused(capsys, "results", "--results_path", path)
 
 
 def test_settings_hash_is_that_of_the_experiment() -> None:
@@ -170,14 +161,14 @@ def test_members_of_an_ensemble_have_no_order() -> None:
     assert spread.n == 2
 
 
-def test_only_what_is_unusual_is_in_the_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_only_what_is_unusual_is_in_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unusual: dict[str, Any] = {"class_mapping": "m.json 01234567", "precision": "16-mixed", "frontend": {"fmax": 8000}}
     path = write(tmp_path / "results.jsonl", result(0.25), result(0.25, **unusual))
     plain, other = (json.loads(line) for line in path.read_text().splitlines())
     assert not unusual.keys() & plain.keys()
     assert {name: other[name] for name in unusual} == unusual
     table = tmp_path / "results.tsv"
-    assert main.main(["results", "--results_path", str(path), "--tsv", str(table)]) == 0
+    call("results", "--results_path", path, "--tsv", table)
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in ("m.json 01234567", "16-mixed", "configured front-end"):
         assert words in said
@@ -188,19 +179,18 @@ def test_only_what_is_unusual_is_in_the_line(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_ledger_that_cannot_be_written_is_told_first(
-    tested: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
+    tested: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     places = {
-        "--results_path": [(tmp_path, "is a folder"), (tmp_path / "file" / "results.jsonl", "cannot be written")],
-        "--heatmap_dir": [(tmp_path / "file", "cannot be written")],
+        "--results_path": [tmp_path, tmp_path / "file" / "results.jsonl"],
+        "--heatmap_dir": [tmp_path / "file"],
     }
-    flags = ["test", *tested["flags"], "--resume_checkpoint", str(tested["folder"] / "a.ckpt"), "--heatmap_dir"]
+    words = ["test", *tested[1], "--resume_checkpoint", str(tested[0] / "a.ckpt"), "--heatmap_dir"]
     for name, cases in places.items():
-        for place, said in cases:
+        for place in cases:
             scores = tmp_path / "scores"
-            assert main.main([*flags, str(scores), name, str(place)]) == 2
-            assert f"{name[2:]} = {place} {said}" in capsys.readouterr().err
+            assert f"{name[2:]} = {place}" in refused(capsys, *words, scores, name, place)
             assert not (scores / "test.json").exists()
 
 
@@ -226,7 +216,7 @@ def test_mean_and_deviation_over_seeds() -> None:
     assert spreads == []
 
 
-def test_results_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_results_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(
         tmp_path / "results.jsonl",
         result(0.25),
@@ -237,7 +227,7 @@ def test_results_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     with path.open("a") as file:
         file.write("{\n")
     table = tmp_path / "out" / "results.tsv"
-    assert main.main(["results", "--results_path", str(path), "--tsv", str(table)]) == 0
+    call("results", "--results_path", path, "--tsv", table)
     said = capsys.readouterr().out
     for words in (
         "line 5, is skipped", "mAP 0.7500 [0.4000 to 0.6000]", "d_prime -", "mine/best.ckpt", "esc-50 fold 4",
@@ -260,50 +250,33 @@ def test_results_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (rows[0]["git_revision"], rows[1]["low"], rows[0]["esc_fold"]) == ("1234567+", "", "")
     assert list(table.parent.iterdir()) == [table]
 
-    assert main.main(["results", "--results_path", str(path), "--dataset_type", "esc-50"]) == 0
+    call("results", "--results_path", path, "--dataset_type", "esc-50")
     said = capsys.readouterr().out
     assert "0.8750" in said
     assert "0.7500" not in said
-    assert main.main(["results", "--results_path", str(path), "--dataset_type", "scv2"]) == 2
-    assert "no readable result with dataset_type = scv2" in capsys.readouterr().err
+    assert "scv2" in refused(capsys, "results", "--results_path", path, "--dataset_type", "scv2")
 
 
 @pytest.fixture(scope="module")
-def tested(demo_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A folder, flags, and three checkpoints there: two seeds, and their average."""
+def tested(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with the checkpoints a and b, of two seeds, and mean, their average; and flags for their tests."""
     folder = tmp_path_factory.mktemp("tested")
-    flags = {
-        "workspace": str(folder),
-        "dataset_path": str(demo_workspace / "workspace/data/demo"),
-        "accelerator": "cpu",
-    }
-    for name, seed, sources in (("a", 1, None), ("b", 2, None), ("mean", 1, ["a.ckpt", "b.ckpt"])):
-        settings = resolve({**TINY, **flags, "random_seed": seed, "classes_num": 10})
-        torch.manual_seed(seed)
-        described = {
-            "state_dict": {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()},
-            "settings": settings.model_dump(),
-            "epoch": 0,
-        }
-        torch.save({**described, "sources": sources} if sources else described, folder / f"{name}.ckpt")
-    data = flags["dataset_path"]
-    return {
-        "folder": folder,
-        "data": data,
-        "flags": [word for name, value in flags.items() for word in (f"--{name}", value)],
-    }
+    given = {"workspace": folder, "dataset_path": demo_data / "workspace/data/demo", "accelerator": "cpu"}
+    for seed, name in enumerate("ab", start=1):
+        save_network(folder / f"{name}.ckpt", seed=seed, random_seed=seed, **{k: str(v) for k, v in given.items()})
+    content = torch.load(folder / "a.ckpt", weights_only=True)
+    torch.save({**content, "sources": ["a.ckpt", "b.ckpt"]}, folder / "mean.ckpt")
+    return folder, flags(given)
 
 
-def test_each_test_adds_a_line(tested: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
-    folder, flags = tested["folder"], tested["flags"]
+def test_each_test_adds_a_line(tested: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, given = tested
     paths = {name: str(folder / f"{name}.ckpt") for name in ("a", "b", "mean")}
-    for name in ("a", "b", "mean"):
-        assert main.main(["test", *flags, "--resume_checkpoint", paths[name], "--random_seed", "99"]) == 0
-    said = capsys.readouterr().out
-    assert "95% interval" in said
-    assert "1000 resamples" in said
-    assert main.main(["esm_test", *flags, "--esm_model_pathes", f"{paths['a']},{paths['b']}"]) == 0
-    assert main.main(["test", *flags, "--resume_checkpoint", paths["a"], "--debug", "True"]) == 0  # adds none
+    for path in paths.values():
+        call("test", *given, "--resume_checkpoint", path, "--random_seed", "99")
+    assert "1000 resamples" in capsys.readouterr().out
+    call("esm_test", *given, "--esm_model_pathes", f"{paths['a']},{paths['b']}")
+    call("test", *given, "--resume_checkpoint", paths["a"], "--debug", "True")  # adds none
     capsys.readouterr()
 
     (a, b, mean, ensemble), broken = read_results(folder / "results.jsonl")
@@ -322,26 +295,24 @@ def test_each_test_adds_a_line(tested: dict[str, Any], capsys: pytest.CaptureFix
     assert summary["metrics"][0]["interval"].keys() == {"low", "high", "level", "resamples"}
     assert summary["data_fingerprint"] == a.data_fingerprint
 
-    assert main.main(["results", *flags]) == 0
-    said = capsys.readouterr().out
+    call("results", *given)
     both = [each.metrics[0].value or 0.0 for each in (a, b)]
-    assert f"mAP {statistics.fmean(both):.4f} +- {statistics.stdev(both):.4f}" in said
+    assert f"mAP {statistics.fmean(both):.4f} +- {statistics.stdev(both):.4f}" in capsys.readouterr().out
 
 
-def test_foreign_weights_have_no_seed(tested: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_foreign_weights_have_no_seed(
+    tested: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nor a protocol, unless it is given; and their scores do not go into the run that exp_name happens to name."""
-    content = torch.load(tested["folder"] / "a.ckpt", weights_only=True)
+    content = torch.load(tested[0] / "a.ckpt", weights_only=True)
     bare, published = tmp_path / "bare.ckpt", tmp_path / "published.ckpt"
     torch.save({key.removeprefix("sed_model."): value for key, value in content["state_dict"].items()}, bare)
     torch.save({"state_dict": content["state_dict"]}, published)
     ledger = tmp_path / "ledger.jsonl"
-    network = [word for name, value in TINY.items() for word in (f"--{name}", value) if name != "accelerator"]
-    flags = [*tested["flags"], *network, "--results_path", str(ledger), "--workspace", str(tmp_path)]
-    flags += ["--dataset_path", tested["data"]]
-    capsys.readouterr()
-    given = ["--protocol", "held_out"]
-    for path, more, protocol in ((bare, [], "unknown"), (bare, given, "held_out"), (published, [], "paper")):
-        assert main.main(["test", *flags, "--resume_checkpoint", str(path), *more]) == 0
+    given = [*tested[1], *TINY_FLAGS, "--results_path", str(ledger), "--workspace", str(tmp_path)]
+    known = ["--protocol", "held_out"]
+    for path, more, protocol in ((bare, [], "unknown"), (bare, known, "held_out"), (published, [], "paper")):
+        call("test", *given, "--resume_checkpoint", path, *more)
         assert capsys.readouterr().out.count(protocol) >= 3, protocol  # on the first page and beside each metric
         found = read_results(ledger)[0][-1]
         assert (found.settings_hash, found.random_seed, found.kind) == (None, None, "single")
@@ -350,18 +321,16 @@ def test_foreign_weights_have_no_seed(tested: dict[str, Any], tmp_path: Path, ca
         summary = json.loads((tmp_path / "runs" / path.stem / "scores" / "test.json").read_text())
         assert summary["protocol"] == protocol
     assert not (tmp_path / "runs" / "htsat_demo").exists()
-    assert main.main(["test", *flags, "--resume_checkpoint", str(bare), "--exp_name", "mine"]) == 0
+    call("test", *given, "--resume_checkpoint", bare, "--exp_name", "mine")
     assert (tmp_path / "runs" / "mine" / "scores" / "test.json").exists()
-    both = f"{bare},{tested['folder'] / 'a.ckpt'}"
-    assert main.main(["esm_test", *flags, "--esm_model_pathes", both]) == 2
-    assert "protocol held_out against unknown" in capsys.readouterr().err
+    both = f"{bare},{tested[0] / 'a.ckpt'}"
+    assert "protocol held_out against unknown" in refused(capsys, "esm_test", *given, "--esm_model_pathes", both)
 
 
-def test_the_hash_is_that_of_the_weights_that_were_loaded(tested: dict[str, Any], tmp_path: Path) -> None:
+def test_the_hash_is_that_of_the_weights_that_were_loaded(tested: tuple[Path, list[str]], tmp_path: Path) -> None:
     path = tmp_path / "mine.ckpt"
-    path.write_bytes((tested["folder"] / "a.ckpt").read_bytes())
-    given = {"accelerator": "cpu", "workspace": str(tmp_path), "dataset_path": tested["data"]}
-    member = Member.read(str(path), {**given, "results_path": str(tmp_path / "ledger.jsonl")})
+    path.write_bytes((tested[0] / "a.ckpt").read_bytes())
+    member = Member.read(str(path), {"accelerator": "cpu"})
     before = file_sha256(path)
     (tmp_path / "later.ckpt").touch()
     (tmp_path / "later.ckpt").replace(path)  # as a training that goes on replaces last.ckpt
@@ -372,10 +341,10 @@ def test_the_hash_is_that_of_the_weights_that_were_loaded(tested: dict[str, Any]
     assert line.random_seed == 1
 
 
-def test_a_test_says_which_clips_it_scored(tested: dict[str, Any]) -> None:
+def test_a_test_records_which_clips_it_scored(tested: tuple[Path, list[str]]) -> None:
     """Under the protocol paper the validation clips are the test clips; and a configured front-end is in the line."""
-    flags = {"accelerator": "cpu", "test_split": "validation", "frontend_from": "settings"}
-    member = Member.read(str(tested["folder"] / "a.ckpt"), flags)
+    given = {"accelerator": "cpu", "test_split": "validation", "frontend_from": "settings"}
+    member = Member.read(str(tested[0] / "a.ckpt"), given)
     module: Any = SimpleNamespace(not_scored=0, shifts=[0], mapping=ClassMapping("published", (), ()))
     found = summarize(module, member.reported(), TABLE, [METRIC], [])
     assert (found["split"], found["class_mapping"], found["precision"]) == ("validation", "published", "32")
@@ -393,7 +362,7 @@ def test_a_mapping_from_a_file_is_known_by_its_content(tmp_path: Path) -> None:
 
 
 def test_classes_of_a_published_checkpoint_have_their_names(tmp_path: Path) -> None:
-    settings = resolve({**TINY, "classes_num": 527, "dataset_type": "audioset"})
+    settings = tiny(classes_num=527, dataset_type="audioset")
     checkpoint = Checkpoint(tmp_path / "published.ckpt", {}, kind="published HTS-AT")
     unnamed = replace(TABLE, labels=[])
     assert Member(checkpoint, settings, "", "paper").labels(unnamed)[:2] == ["Speech", "Male speech, man speaking"]

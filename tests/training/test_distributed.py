@@ -4,26 +4,25 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-import main
 from data.clip_store import Clip, ClipStoreWriter
 from model import build_model
 from prepare.demo import LABELS
 from settings import resolve
+from tests.helpers import SMALL, call, flags, last_checkpoint
+
+pytestmark = pytest.mark.slow
 
 STEPS, BATCH_SIZE = 20, 4
-SMALL = {
-    "htsat_dim": 8, "htsat_depth": "1,1", "htsat_num_head": "1,2", "htsat_spec_size": 64, "mel_bins": 32,
-    "clip_samples": 8000, "batch_size": BATCH_SIZE, "max_epoch": 2, "learning_rate": 1e-2,
-    "htsat_drop_path": 0, "spec_augment": False, "mixup_alpha": 0, "accelerator": "cpu", "performance": "manual",
+PLAIN = {  # without anything random
+    **SMALL, "htsat_dim": 8, "max_epoch": 2, "learning_rate": 1e-2, "htsat_drop_path": 0, "spec_augment": False,
+    "mixup_alpha": 0,
 }  # fmt: skip
-SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 TOLERANCE = 1e-5  # absolute; the weights have a standard deviation of 0.02 or more
 
 
@@ -59,11 +58,10 @@ def one_of(rank: int, world: int, port: int, folder: str) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
     name = f"of_{world}"
-    flags = [*SMALL_FLAGS, "--devices", str(world)]
-    assert main.main(["train", *flags, "--exp_name", name]) == 0
+    call("train", *flags(PLAIN), "--devices", str(world), "--exp_name", name)
     last = f"workspace/runs/{name}/checkpoints/last.ckpt"
-    flags = ["--resume_checkpoint", last, "--accelerator", "cpu", "--devices", str(world), "--batch_size", "4"]
-    assert main.main(["test", *flags, "--performance", "manual"]) == 0
+    tested = {"accelerator": "cpu", "devices": world, "batch_size": BATCH_SIZE, "performance": "manual"}
+    call("test", "--resume_checkpoint", last, *flags(tested))
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +75,13 @@ def runs(workspace: Path) -> dict[int, Path]:
     return {world: workspace / "workspace" / "runs" / f"of_{world}" for world in (1, 2, 4)}
 
 
-def last_checkpoint(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-
-
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_same_weights_as_one_process(runs: dict[int, Path], world: int) -> None:
-    one, several = last_checkpoint(runs[1]), last_checkpoint(runs[world])
+def test_the_same_weights_as_one_process(workspace: Path, world: int) -> None:
+    one, several = (last_checkpoint(f"of_{n}", workspace) for n in (1, world))
     assert one["global_step"] == several["global_step"] == STEPS
-    torch.manual_seed(resolve(SMALL).random_seed)
-    start = build_model(resolve(SMALL)).state_dict()
+    torch.manual_seed(resolve(PLAIN).random_seed)
+    start = build_model(resolve(PLAIN)).state_dict()
     moved = max((one["state_dict"][f"sed_model.{k}"] - v).abs().max().item() for k, v in start.items())
     assert moved > 10 * TOLERANCE  # what is compared was learned
     for name, value in one["state_dict"].items():
