@@ -31,12 +31,12 @@ def run(
     microphone: Optional[str],
     events: Optional[str],
     top_k: int,
-    **heard_by: Any,
+    **options: Any,
 ) -> int:
     """Listen until the sound ends or Ctrl-C: finished events go to standard output, the live line to the terminal.
 
     pcm: samples on standard input, as s16le or f32le of `rate` Hz and interleaved `channels`; None: the microphone.
-    events: TSV to write; heard_by: hop_seconds, delay_seconds and release of streaming.Listener. Raises UserError for
+    events: TSV to write; options: hop_seconds, delay_seconds and release of streaming.Listener. Raises UserError for
     a mistake in what was given, and where there is no microphone.
     """
     if not 1 <= channels <= MOST_CHANNELS:
@@ -53,7 +53,7 @@ def run(
         else:
             name, rate = "standard input", tagger.settings.sample_rate if rate is None else rate
             blocks = pcm_blocks(sys.stdin.buffer, pcm, channels, round(rate * BLOCK_SECONDS))
-        listener = Listener(tagger, sample_rate=rate, postprocessing=event_processing(tagger), **heard_by)
+        listener = Listener(tagger, sample_rate=rate, postprocessing=event_processing(tagger), **options)
         screen = stack.enter_context(Screen.of(events, name, top_k))
         certain = f"an event is certain {listener.delay_seconds:.2f} s after its end"
         print(
@@ -69,7 +69,7 @@ def run(
 
 
 def follow(listener: Listener, blocks: Iterator[np.ndarray], screen: "Screen") -> None:
-    """Feed the listener until the blocks end or Ctrl-C, and show what it says; then what its end brings."""
+    """Feed the listener until the blocks end or Ctrl-C, then finish it; show all updates."""
     with contextlib.suppress(KeyboardInterrupt):
         for block in blocks:
             for update in listener.feed(block):
@@ -81,11 +81,11 @@ def follow(listener: Listener, blocks: Iterator[np.ndarray], screen: "Screen") -
 def pcm_blocks(stream: BinaryIO, kind: str, channels: int, frames: int) -> Iterator[np.ndarray]:
     """(channels, samples) int16 or float32 from raw little-endian samples, as soon as they come; at most `frames`.
 
-    kind: s16le or f32le. What is cut off in the middle of a sample at the end is left out.
+    kind: s16le or f32le. An incomplete sample at the end is dropped.
     """
     dtype = np.dtype(PCM[kind])
     size, rest = dtype.itemsize * channels, b""
-    read = getattr(stream, "read1", stream.read)  # what is there, in place of waiting for a whole block
+    read = getattr(stream, "read1", stream.read)  # the bytes that have arrived, without waiting for a whole block
     while content := read(frames * size):
         rest += content
         whole = len(rest) // size * size
@@ -126,7 +126,7 @@ def open_microphone(which: Optional[str]) -> Iterator[tuple[int, Iterator[np.nda
     except (sounddevice.PortAudioError, ValueError) as error:
         raise UserError(
             f"There is no microphone {which or 'on this machine'} to listen to ({error}). `python -m sounddevice` "
-            f"lists what there is; --microphone takes a number or a part of a name."
+            f"lists the devices; --microphone takes a number or a part of a name."
         ) from None
     with stream:
         yield rate, _until_behind(waiting, behind)
@@ -143,7 +143,7 @@ def _until_behind(waiting: "queue.Queue[np.ndarray]", behind: list[bool]) -> Ite
 
 
 class Screen:
-    """What listen shows and writes: a live line on a terminal, events on standard output and in a table."""
+    """The output of listen: a live line on a terminal, events on standard output and in a table."""
 
     def __init__(self, table: Optional[TextIO], name: str, top_k: int) -> None:
         self.table, self.name, self.top_k = table, name, top_k
@@ -153,7 +153,7 @@ class Screen:
     @classmethod
     @contextmanager
     def of(cls, path: Optional[str], name: str, top_k: int) -> "Iterator[Screen]":
-        """path: TSV of events; it grows as PATH.partial, each line at once, and takes its name at the end."""
+        """path: TSV of events; it grows line by line as PATH.partial, which stays after an error."""
         if path is None:
             yield cls(None, name, top_k)
             return
@@ -182,7 +182,7 @@ class Screen:
         self.late_seconds += event.known_at - event.offset
 
     def finish(self, listener: Listener) -> None:
-        """How much was heard, how late events were certain, and whether the machine kept up."""
+        """Print the duration, the latency of events, and whether the machine kept up."""
         if not listener.evaluations:
             return
         if self.live:

@@ -54,7 +54,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may bring, and how many may wait while one is computed."""
+    """Limits of one request, and how many may wait while one is computed."""
 
     most_megabytes: float
     most_seconds: float
@@ -75,8 +75,8 @@ class Limits:
 def run(given: dict[str, Any], host: str, port: int, **limits: Any) -> None:
     """Serve the page on http://host:port until Ctrl-C.
 
-    Raises UserError where FastAPI or uvicorn is missing, where the address is taken, and for a mistake in what was
-    given.
+    Raises UserError where FastAPI or uvicorn is missing, where the address is taken, and for values that are not
+    allowed.
     """
     try:
         import fastapi  # noqa: F401
@@ -104,7 +104,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def build_app(tagger: Tagger, limits: Limits, host: str = "127.0.0.1") -> "FastAPI":
-    """The page (/), what it should know (/about), and tagging (POST /tag: the bytes of a file -> JSON, see `answer`).
+    """The page (/), checkpoint and limits (/about), and tagging (POST /tag: the bytes of a file -> JSON, see `answer`).
 
     One sound is tagged at a time. host: the name under which the page is served, beside localhost and IP addresses.
     """
@@ -186,7 +186,7 @@ class Queue:
 
 
 def check_sender(host: str, origin: str | None, served: str) -> None:
-    """Refuse what another site makes a browser send here.
+    """Refuse requests that another site makes a browser send here.
 
     A site whose name comes to mean this machine (DNS rebinding) shows its name in the Host header: only localhost, IP
     addresses and the name that is served may stand there. A page of another site shows in the Origin header.
@@ -224,7 +224,7 @@ async def receive(request: "Request", path: Path, limits: Limits) -> None:
 
 
 def tag_upload(tagger: Tagger, processing: "PostProcessing", path: Path, limits: Limits) -> bytes:
-    """Tag a file; returns `answer`. Raises RefusedError for what is no sound or too long."""
+    """Tag a file; returns `answer`. Raises RefusedError for a file that is no sound or too long."""
     rate = tagger.settings.sample_rate
     try:
         waveform = read_audio(path, rate, seconds=limits.most_seconds + 1)

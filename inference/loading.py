@@ -1,4 +1,4 @@
-"""What the commands for audio files, live sound and the page share: the Tagger, and how its scores become events."""
+"""Shared by predict, listen and serve: the Tagger of a checkpoint, and the post-processing for its events."""
 
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}  # the setting accelerat
 
 
 def load_tagger(given: dict[str, Any], command: str) -> Tagger:
-    """The Tagger of --resume_checkpoint and --accelerator. Prints what was loaded. Raises UserError without them."""
+    """The Tagger of --resume_checkpoint, which is required, on --accelerator. Prints the load report."""
     path = requested("resume_checkpoint", given)
     if path is None:
         names = ", ".join(known_names())

@@ -189,7 +189,7 @@ def embedding_block(result: Result) -> memoryview:
 
 
 class Journal:
-    """A file of the recordings that are done: what each adds to the outputs, and what is needed to resume.
+    """A file of the finished recordings: the part of each in every output.
 
     The first line is the run's identity. Then each recording has a line of JSON and, behind it, its part of each
     output, whose sizes in bytes the line has. Opening it cuts off a recording that an interruption left incomplete.
@@ -332,7 +332,7 @@ class Outputs:
                         file.writelines(itertools.chain([self.writers[name][0]], journal.parts(name)))
 
     def _write_arrays(self, journal: Journal, name: str, partial: Path) -> None:
-        """HDF5, or npz where the output's name says so."""
+        """HDF5, or npz, by the ending of the output's name."""
         of_clips, of_frames = ("clipwise", "framewise") if name == "scores" else ("embedding", "frame_embedding")
         with_frames = name == "scores" or self.wanted.frame_embeddings
         entries = journal.entries

@@ -1,4 +1,4 @@
-"""A figure of a file of any length, whose sound is read block by block, averaged to what a figure can show."""
+"""A figure of a file of any length: its sound is read block by block and averaged to the figure's resolution."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,7 +65,7 @@ def sound_of_file(path: Path, settings: Config, duration: float) -> ClipSound:
     hop, window, rate = settings.hop_size, settings.window_size, settings.sample_rate
     spectrogram = Spectrogram(window, hop)
     mel = LogMel(rate, window, settings.mel_bins, settings.fmin, settings.fmax)
-    pool = max(1, int(np.ceil(duration * rate / hop / MOST_COLUMNS)))  # hops in a column
+    pool = frame_count(duration * rate, hop * MOST_COLUMNS)  # hops in a column
     size = hop * pool  # samples in a column
     columns, extremes = [], []
     for piece in pieces(stream_audio(path, rate), size * max(1, HOPS_AT_ONCE // pool)):

@@ -1,4 +1,4 @@
-"""Sound that goes on and on -> tags and events while it lasts: inference.Tagger over a sliding window."""
+"""A stream of sound -> tags and events while it lasts: inference.Tagger over a sliding window."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ DEFAULT_HOP_SECONDS, DEFAULT_RELEASE = 1.0, 0.8
 
 @dataclass(frozen=True)
 class Event:
-    """A sound that is over. Times in seconds since the first sample; known_at: when it was certain, in the same."""
+    """A finished event. Times in seconds since the first sample; known_at: the time at which it was final."""
 
     label: str
     onset: float
@@ -32,12 +32,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Update:
-    """What one evaluation brought. heard: seconds of sound so far."""
+    """The result of one evaluation. heard: seconds of sound so far."""
 
     heard: float
-    window: Tagged  # what the network says about the last window
-    active: list[str]  # classes that are on in the frames that are settled
-    events: list[Event]  # those that ended and will not change any more
+    window: Tagged  # of the last window
+    active: list[str]  # classes that are on in the last settled frame
+    events: list[Event]  # finished and final
     seconds: float  # how long the evaluation took
 
 
@@ -62,7 +62,7 @@ class Listener:
         postprocessing: "Optional[PostProcessing]" = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """sample_rate: of what is fed, in Hz; None: the network's. hop_seconds is rounded to whole steps of its scores.
+        """sample_rate: of the samples, in Hz; None: the network's. hop_seconds is rounded to whole steps of its scores.
 
         delay_seconds: from 0 to a window; None: half a window, when each moment has been in the middle of one.
         release: an event begins when its class's score rises above the threshold, and lasts until the score falls to
@@ -86,8 +86,8 @@ class Listener:
         self.smoother = Smoother(chosen, self.step_seconds)
         self.tracker = EventTracker(chosen, self.step_seconds / chosen.interpolation, release)
         self.buffer, self.filled = np.zeros(2 * self.window, np.float32), 0
-        self.samples, self.settled_until = 0, -1  # samples heard; the end of the last full window that was scored
-        before = int(np.ceil(window_seconds / self.hop_seconds - 1e-9)) - 1  # evaluations of less than a window
+        self.samples, self.settled_until = 0, -1  # samples so far; the end of the last full window that was scored
+        before = frame_count(window_seconds, self.hop_seconds) - 1  # evaluations of less than a window
         self.hops = -before  # the first full window has number 0
         self.finished = False
         self.evaluations, self.busy_seconds, self.slowest_seconds = 0, 0.0, 0.0
@@ -218,7 +218,7 @@ class EventTracker:
     release: float
     position: int = 0  # smoothed frames seen
     on: np.ndarray = field(init=False)  # (K,) whether each class is on
-    waiting: np.ndarray = field(init=False)  # (K,) whether it has gone off and may yet be joined to what follows
+    waiting: np.ndarray = field(init=False)  # (K,) whether it is off and may yet be joined to the next event
 
     def __post_init__(self) -> None:
         self.thresholds = np.array(self.processing.thresholds)
@@ -261,7 +261,7 @@ class EventTracker:
 
     def _close(self, chosen: np.ndarray, heard: float) -> list[Event]:
         self.waiting[chosen] = False
-        # Times are multiples of a step: what is as long as asked for may come out a rounding shorter.
+        # Times are multiples of a step: an event of exactly the minimum may be shorter by a rounding error.
         long_enough = chosen & (self.offset - self.onset >= self.shortest - 1e-9)
         values = zip(np.flatnonzero(long_enough), self.onset[long_enough], self.offset[long_enough], strict=True)
         labels = self.processing.labels

@@ -29,7 +29,7 @@ def cut_windows(
     recording. One that is shorter than a window is padded with zeros or repeated. Holds a window and a block at most.
     """
     hop = max(1, round(window * (1 - overlap)))
-    held, first, at = np.zeros(0, np.float32), 0, 0  # what is held begins at sample `first`; the next window at `at`
+    held, first, at = np.zeros(0, np.float32), 0, 0  # `held` begins at sample `first`, the next window at `at`
     for block in blocks:
         held = np.concatenate([held, block.astype(np.float32, copy=False)])
         while first + len(held) > at + window:
