@@ -289,7 +289,7 @@ class Outputs:
 
     def __exit__(self, kind: Optional[type[BaseException]], *_: object) -> None:
         if self.journal is not None:
-            with self.journal.file:
+            with explained(self.journal.path), self.journal.file:  # a full disk refuses what is left to write, too
                 if kind is None:
                     self._write(self.journal)
             if kind is None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -265,6 +266,19 @@ def test_a_recording_is_tagged_once(
     for _ in range(2):  # a finished run starts anew
         assert predict(*words) == 0
         assert len(read_rows("a.csv")) == 5
+
+
+def test_no_room(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files may have 500 bytes, which is an error like that of a full disk. With room the same command resumes."""
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, allowed[1]))
+    try:
+        assert predict("sounds", "--csv", "a.csv", "--batch_size", "1") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert "a.csv.journal cannot be written" in capsys.readouterr().err
+    assert predict("sounds", "--csv", "a.csv", "--batch_size", "1") == 0
+    assert [row[0] for row in read_rows("a.csv")[1:]] == NAMES
 
 
 def test_a_file_that_is_no_journal_stays(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
