@@ -105,9 +105,9 @@ def _split_table(settings: Config, split: Split, store: Path) -> ClipTable:
 
 
 def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:
-    """Raise UserError where a loss on frames has nothing to learn from, or no event times to choose an epoch by.
+    """Raise UserError where a loss on frames lacks clips with event times to learn from or to validate on.
 
-    Warns of clips that nothing is learned from, and of events that the network never hears.
+    Warns of clips that contribute no loss, and of events after the end of the network's input.
     """
     least, end = STRONG if settings.loss_type == "frame_bce" else WEAK, settings.clip_samples / settings.sample_rate
     for split, table in tables.items():
@@ -118,23 +118,23 @@ def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:
                 f"loss_type = {settings.loss_type} needs clips with event times for {split}, and {table.paths[0]} has "
                 f"none: prepare it with a table of events, or use clip_bce."
             )
-        heard, events = len(event_seconds(table, end)[0]), len(event_seconds(table)[0])
-        if not heard and (split == "validation" or least == STRONG):
+        inside, events = len(event_seconds(table, end)[0]), len(event_seconds(table)[0])
+        if not inside and (split == "validation" or least == STRONG):
             raise UserError(
                 f"No clip for {split} in {table.paths[0]} has an event in its first {end:g} s (clip_samples), where "
                 f"loss_type = {settings.loss_type} needs some: give some clips with events to this split."
             )
-        if heard < events:
+        if inside < events:
             warnings.warn(
-                f"{events - heard} of {events} events for {split} begin after the {end:g} s of a clip that the network "
-                f"is given (clip_samples): they count for nothing. Cut longer recordings when they are prepared.",
+                f"{events - inside} of {events} events for {split} begin after the {end:g} s of the network's input "
+                f"(clip_samples) and are ignored. Cut longer recordings when they are prepared.",
                 stacklevel=2,
             )
-    _tell_idle_clips(settings, tables["train"], least)
+    _warn_of_idle_clips(settings, tables["train"], least)
 
 
-def _tell_idle_clips(settings: Config, table: ClipTable, least: int) -> None:
-    """Warn of training clips that nothing is learned from, or that are never drawn."""
+def _warn_of_idle_clips(settings: Config, table: ClipTable, least: int) -> None:
+    """Warn of training clips that contribute no loss, or that are never drawn."""
     classless = int((~table.targets.any(axis=1)).sum())
     if classless and settings.balanced_data and settings.balanced_by == "clips":
         warnings.warn(
@@ -157,7 +157,7 @@ def _tell_idle_clips(settings: Config, table: ClipTable, least: int) -> None:
 def open_teacher(settings: Config, table: ClipTable) -> TeacherLogits:
     """The logits of teacher_path for the clips of a table. Warns where some clips have none.
 
-    Raises UserError where the file is none, has none of the clips, or speaks of clips of another length.
+    Raises UserError where the file is none, has none of the clips, or has clips of another length.
     """
     assert settings.teacher_path
     teacher = TeacherLogits(Path(settings.teacher_path), table.labels)
@@ -177,9 +177,9 @@ def open_teacher(settings: Config, table: ClipTable) -> TeacherLogits:
 
 
 def without_unlabelled(settings: Config, tables: Mapping[Split, ClipTable]) -> dict[Split, ClipTable]:
-    """The tables of a training on clips, for which a clip of which nothing is known would be one without any class.
+    """The tables without unlabelled clips, which a loss on clips would take for clips without any class.
 
-    Warns of what is left out; raises UserError where nothing is left.
+    Warns of what is left out; raises UserError where no clip is left.
     """
     left = {}
     for split, table in tables.items():
@@ -217,7 +217,7 @@ def event_seconds(table: ClipTable, end: float = np.inf) -> tuple[np.ndarray, np
 
 
 class TrainLoader(DataLoader):
-    """A DataLoader over an EpochSampler that a checkpoint in the middle of an epoch can go on with.
+    """A DataLoader over an EpochSampler that can be resumed in the middle of an epoch.
 
     Lightning saves its state_dict and loads it before the epoch that was interrupted.
     """
@@ -243,14 +243,14 @@ class TrainLoader(DataLoader):
         for name, now in self._place().items():
             if state.get(name, now) != now:
                 raise UserError(
-                    f"The run was stopped in the middle of an epoch with {name} = {state[name]}, and cannot go on with "
-                    f"{now}: give the same batch_size, accumulate_batches, devices and data, or --resume the "
-                    f"checkpoint of a whole epoch."
+                    f"The run was stopped in the middle of an epoch with {name} = {state[name]}, and cannot "
+                    f"be resumed with {now}: give the same batch_size, accumulate_batches, devices and data, or "
+                    f"--resume the checkpoint of a whole epoch."
                 )
         self.resumed_at = state["handed_out"]
 
     def _place(self) -> dict[str, Any]:
-        """What a number of batches means a place in an epoch with."""
+        """What makes a number of batches a place in the epoch."""
         assert isinstance(self.dataset, ClipDataset)
         clips = self.dataset.table.fingerprint()
         return {"clips a batch": self.batch_size, "processes": self.sampler.world, "training clips": clips}

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from commands.command_line import build_parser
 from settings import UserError, check_values
 
-# What Ctrl-C leaves, where it is more than nothing.
-GOES_ON = {
-    "train": "`python main.py train --resume auto` with the same settings goes on from the last checkpoint.",
-    "cross_validate": "The same command goes on: folds that are complete are not trained again.",
-    "predict": "The same command goes on: recordings that are written in full are not tagged again.",
-    "prepare": "The same command starts anew; only AudioSet's packing goes on after the last whole file.",
-    "compress": "The same command goes on: stores that are compressed stay as they are.",
+# Commands that do not start anew after Ctrl-C.
+RESUMED = {
+    "train": "`python main.py train --resume auto` with the same settings resumes from the last checkpoint.",
+    "cross_validate": "The same command resumes: complete folds are not trained again.",
+    "predict": "The same command resumes: recordings that are written in full are not tagged again.",
+    "prepare": "The same command starts anew; only AudioSet's packing resumes after the last whole file.",
+    "compress": "The same command resumes: compressed stores stay as they are.",
 }
 STARTS_ANEW = "No file was left half-written; the same command starts anew."
 
@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = vars(parser.parse_args(words))
         command = values.pop("command")
         given = {k.removeprefix("setting_"): values.pop(k) for k in list(values) if k.startswith("setting_")}
-        check_values(given)  # a wrong value is told before anything heavy is imported
+        check_values(given)  # before anything heavy is imported
         return importlib.import_module(f"commands.{command}").run(given, **values) or 0
     except UserError as error:
-        # torch puts a traceback in front of what a worker of a DataLoader says.
+        # torch puts a traceback in front of the message of a DataLoader's worker.
         print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"Interrupted. {GOES_ON.get(chosen or '', STARTS_ANEW)}", file=sys.stderr)
+        print(f"Interrupted. {RESUMED.get(chosen or '', STARTS_ANEW)}", file=sys.stderr)
         return 130
 
 

@@ -29,6 +29,10 @@ SECTION_LINE = re.compile(r"# --- (.+?) -+")
 # Sections of config.py. A checkpoint's weights determine the first ones; the others say what they were trained on.
 NETWORK_SECTIONS = ("front-end", "network", "HTS-AT")
 TRAINED_SECTIONS = (*NETWORK_SECTIONS, "data set", "split", "clips")
+# No part of an experiment: where a run is, how it is watched and how it is tested. What a run starts from is a part.
+NOT_THE_EXPERIMENT = (
+    "run", "machine", "test", "localization", "event detection", "predict", "esm_test", "weight_average",
+)  # fmt: skip
 FRAME_LOSSES = ("frame_bce", "weak_strong_bce")  # those that learn from event times
 
 

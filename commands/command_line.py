@@ -14,7 +14,7 @@ Arguments = list[tuple[str, dict[str, Any]]]
 # command: (help, its own arguments beside the settings)
 COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
     "prepare": ("make the clip store of a data set", all_flags),
-    "train": ("train a network, or go on with a run (--resume auto)", []),
+    "train": ("train a network, or resume a run (--resume auto)", []),
     "test": ("evaluate a checkpoint (--resume_checkpoint PATH)", []),
     "cross_validate": (
         "train and test every fold, chosen on held-out clips and as published",
@@ -112,7 +112,7 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
         [("--tsv", {"help": "file to write them into as well, tab-separated", "metavar": "FILE"})],
     ),
     "predict": (
-        "tag audio files with a checkpoint (--resume_checkpoint PATH); an interrupted run goes on by the same command",
+        "tag audio files with a checkpoint (--resume_checkpoint PATH); the same command resumes an interrupted run",
         [
             ("files", {"nargs": "+", "help": "audio files, folders with all below them, - for standard input"}),
             ("--top_k", {"type": int, "default": 5, "help": "how many classes to print"}),

@@ -21,12 +21,12 @@ from training.callbacks import chosen_by
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 PROTOCOLS = ("held_out", "paper")
-Curve = dict[int, tuple[float, float]]  # epoch, from 0: metric of the clips that choose, metric of the test clips
+Curve = dict[int, tuple[float, float]]  # epoch, from 0: metric of the validation set, metric of the test set
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one protocol says under one rule. epochs: those whose test metric counts, from 0, one a fold."""
+    """The test metric of each fold under one protocol and one rule. epochs: from 0, one a fold, those that count."""
 
     protocol: str
     rule: str
@@ -46,9 +46,8 @@ class Outcome:
 def run(given: dict[str, Any], *, protocols: str) -> None:
     """Train every fold in a process of its own; folds that are complete already are not trained again.
 
-    What is reported are metrics of every epoch out of the runs' logs, of weights that are mostly not kept: they are no
-    tests of a file, which the ledger records with its hash, so nothing goes into it. `test --resume_checkpoint
-    <run>/checkpoints/last.ckpt` adds a fold's last epoch.
+    The metrics come from the runs' logs, of every epoch, whose weights are mostly not kept. So they are no tests of
+    files, and the ledger gets no line: `test --resume_checkpoint <run>/checkpoints/last.ckpt` adds a fold's last epoch.
     """
     chosen = protocols.split(",")
     if not chosen or not set(chosen) <= set(PROTOCOLS):
@@ -81,7 +80,7 @@ def find_folds(settings: Config) -> list[int]:
 def experiment_hash(settings: Config) -> str:
     """8 hexadecimal digits of all that the results depend on: settings, seed and data.
 
-    They stand in the names of the runs, so that none is taken for the run of another experiment and gone on with.
+    They are part of the names of the runs, so that no run of another experiment is resumed.
     """
     data = read_store_table(store_path(settings.dataset_path, settings.dataset_type)).fingerprint()
     more = {"seed": settings.random_seed, "data": data, "shortened": settings.debug}
@@ -89,7 +88,7 @@ def experiment_hash(settings: Config) -> str:
 
 
 def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str) -> Curve:
-    """Train one fold, or go on with it, and return the metrics of its epochs. experiment: see experiment_hash."""
+    """Train one fold, or resume it, and return the metrics of its epochs. experiment: see experiment_hash."""
     settings = resolve({**given, "esc_fold": fold, "protocol": protocol})
     name = f"cv_{settings.dataset_type}_{protocol}_fold{fold}_{experiment}"
     watch_test = protocol == "held_out"  # otherwise the test clips are the validation clips
@@ -98,7 +97,7 @@ def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str)
     sys.stdout.flush()  # so that what the run prints comes after what is printed here
     done = subprocess.run([sys.executable, str(MAIN), "train", *words])
     if done.returncode:
-        raise UserError(f"Training {name} ended with exit status {done.returncode}: what it printed above says why.")
+        raise UserError(f"Training {name} ended with exit status {done.returncode}: see its error above.")
     metric = chosen_by(settings)
     columns = (metric, f"test_{metric}" if watch_test else metric)
     return read_curve(Path(settings.workspace) / "runs" / name, columns, settings.max_epoch)
@@ -125,13 +124,13 @@ def read_curve(run_folder: Path, columns: tuple[str, str], epochs: int) -> Curve
 
 
 def judge(protocol: str, curves: Sequence[Curve]) -> list[Outcome]:
-    """The test metric of each fold under three rules; the clips that choose are never looked at but to choose."""
+    """The test metric of each fold under three rules, of which two choose epochs on the validation set."""
     epochs = range(len(curves[0]))
-    choosing = np.array([[curve[epoch][0] for epoch in epochs] for curve in curves])  # (folds, epochs)
+    validation = np.array([[curve[epoch][0] for epoch in epochs] for curve in curves])  # (folds, epochs)
     test = np.array([[curve[epoch][1] for epoch in epochs] for curve in curves])
     rules = {
-        "best of each fold": choosing.argmax(axis=1),
-        "best on average": np.full(len(curves), choosing.mean(axis=0).argmax()),
+        "best of each fold": validation.argmax(axis=1),
+        "best on average": np.full(len(curves), validation.mean(axis=0).argmax()),
         "last": np.full(len(curves), len(epochs) - 1),
     }
     return [
@@ -151,4 +150,4 @@ def print_outcomes(outcomes: Sequence[Outcome], settings: Config, folds: Sequenc
         epochs = " ".join(f"{epoch + 1:5d}" for epoch in o.epochs)
         table.add_row(o.protocol, f"{o.rule}\n  epochs", f"{o.mean:.4f}", f"{o.deviation:.4f}", f"{values}\n{epochs}")
     Console().print(table)
-    print("held_out: chosen on the fold after the test fold. paper: chosen on the test clips themselves, as published.")
+    print("held_out: epochs chosen on the fold after the test fold. paper: on the test set itself, as published.")

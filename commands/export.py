@@ -57,7 +57,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Reference:
-    """The clips that exports are checked on, and what the network says about them."""
+    """The clips that exports are checked on, and the network's outputs for them."""
 
     waveforms: Tensor  # (N, clip_samples)
     said: str  # what they are
@@ -101,9 +101,9 @@ def chosen_formats(text: str) -> list[str]:
 
 
 def describe(member: Member) -> dict[str, Any]:
-    """What a file says about itself: settings (without the paths of this machine), labels, front-end, thresholds.
+    """What a file records: settings (without the paths of this machine), labels, front-end, thresholds.
 
-    Of a foreign file, what config.py says of runs is left out: it belongs to none, and its protocol may be unknown.
+    Of a foreign file without the settings of runs: it belongs to none, and its protocol may be unknown.
     """
     known = member.checkpoint.settings or {}
     of_run = ("exp_name", *section("split"))  # a run's own name and clips, where the file belongs to one

@@ -103,7 +103,7 @@ def make_plan(settings: Config, plan: Plan, measure_steps: int) -> str:
 
 
 def complete_epochs(settings: Config) -> int:
-    """Epochs that a run to go on with has behind it. Raises UserError where train would refuse the run folder."""
+    """Complete epochs of the run to resume. Raises UserError where train would refuse the run folder."""
     resumed = find_resumed(settings)
     return (resumed.complete_epochs or 0) if resumed else 0
 

@@ -61,11 +61,11 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
         f"--teacher_path {path}"
     )
     if module.unread:
-        print(f"{module.unread} clips could not be read and are left out: `python main.py check` tells which.")
+        print(f"{module.unread} clips could not be read and are left out: `python main.py check` names them.")
 
 
 def read_members(given: dict[str, Any]) -> list[Member]:
-    """The teachers. Raises UserError where none is named, or where they could not be tested as one ensemble."""
+    """The teachers. Raises UserError without a checkpoint, or where they could not be tested as one ensemble."""
     single, several = requested("resume_checkpoint", given), requested("esm_model_pathes", given)
     if bool(single) == bool(several):
         raise UserError(

@@ -1,4 +1,4 @@
-"""python main.py train: train a network, or go on with an interrupted run."""
+"""python main.py train: train a network, or resume an interrupted run."""
 
 from typing import Any, Optional
 
@@ -99,5 +99,5 @@ def starting_weights(settings: Config) -> Optional[Checkpoint]:
 
 
 def named(labels: list[str]) -> Optional[list[str]]:
-    """Labels that are names, or None where nothing tells the names and published_labels has numbered the classes."""
+    """Labels that are names, or None for the numbers that published_labels gives unknown classes."""
     return labels if labels[0] != "class 0" else None

@@ -28,7 +28,7 @@ METRIC_IN_NAME = re.compile(r"-[A-Za-z_]+_(\d\.\d+)$")  # as the checkpoints of 
 
 
 def run(given: dict[str, Any]) -> None:
-    """Average the checkpoints that wa_folder names into wa_model_path, and test the average where wa_test says so.
+    """Average the checkpoints that wa_folder names into wa_model_path, and test the average with wa_test.
 
     Of several processes the first one averages; the others are started by its test, and only take part in that. The
     files of the test have the name of the average, unless test_file is given.
@@ -161,17 +161,17 @@ def _prefix(checkpoint: Checkpoint) -> str:
 
 
 def check_alike(other: Checkpoint, first: Checkpoint) -> None:
-    """Raise UserError, which names what differs, where the weights of two checkpoints cannot be averaged.
+    """Raise UserError, with the names of what differs, where the weights of two checkpoints cannot be averaged.
 
-    Of other folds or another protocol, one of them knows clips that test the other.
+    With another fold or protocol, one of them was trained or chosen on clips that test the other.
     """
     pair = f"{other.path} and {first.path}"
     ours, theirs = other.settings, first.settings
     if (ours is None) != (theirs is None):
         silent, known = (other, first) if ours is None else (first, other)
         raise UserError(
-            f"{silent.path} does not say how it was trained, and {known.path} does: whether they may be tested on the "
-            f"same clips cannot be told, so they are not averaged."
+            f"{silent.path} does not record how it was trained, and {known.path} does: they cannot be averaged, since "
+            f"one may have been trained on clips that test the other."
         )
     different = differing(ours or {}, theirs or {}, section(*TRAINED_SECTIONS))
     different += differing(other.frontend or {}, first.frontend or {}, section("front-end"))

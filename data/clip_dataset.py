@@ -70,7 +70,7 @@ class ClipDataset(Dataset):
                 if self.replace:
                     raise UserError(
                         f"{self.table.names[index].decode()} cannot be read, and neither could any other clip that was "
-                        f"tried: `python main.py check` tells which stores are damaged."
+                        f"tried: `python main.py check` names the damaged stores."
                     )
                 batch.row(place)[:] = 0
                 batch.keep(place)

@@ -19,7 +19,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, length: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
         self.length, self.seed, self.rank, self.world, self.epoch = length, seed, rank, world, 0
-        self.start = 0  # draws of this share that the next iteration leaves out: it goes on in the middle of an epoch
+        self.start = 0  # draws of this share that the next iteration skips, to resume in the middle of an epoch
         if length < world:
             raise UserError(f"{length} training clips cannot be shared by {world} processes: set devices lower.")
 
@@ -103,9 +103,9 @@ class FrameBalancedSampler(EpochSampler):
 class LabellingSampler(EpochSampler):
     """Batches in which strong, weak and unlabelled clips have given shares, as the DCASE baselines have them.
 
-    Each kind is gone through in a random order, and again when it is used up. An epoch has as many draws as there are
-    clips. Each process has the same shares. The kinds stand in a batch as they do in the reversed batch, from which
-    mixup takes partners; where two kinds have odd numbers, one pair differs.
+    Each kind is drawn in a random order, without replacement until all have been drawn. An epoch has as many draws as
+    there are clips. Each process has the same shares. The order of the kinds in a batch is a palindrome, since mixup
+    takes partners from the reversed batch; where two kinds have odd numbers, one pair differs.
     """
 
     def __init__(

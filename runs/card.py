@@ -13,9 +13,8 @@ from data.files import write_text
 from data_generator import SEDDataModule, Split, labelling, load_table
 from evaluation.metrics import Metric
 from model.checkpoint import COMPUTED, FRONTEND, PREFIX, read_checkpoint
-from runs.ledger import NOT_THE_EXPERIMENT
 from runs.records import git_revision
-from settings import FRAME_LOSSES, Config, UserError, all_settings, resolve, section
+from settings import FRAME_LOSSES, NOT_THE_EXPERIMENT, Config, UserError, all_settings, resolve, section
 from training.callbacks import checkpoint_folder, chosen_by
 
 LIBRARY = "hts-at"

@@ -1,4 +1,4 @@
-"""The results ledger: one line of JSON for each test, in results_path, and what several lines say together."""
+"""The results ledger: one line of JSON a test, in results_path; the newest of each, and means over seeds."""
 
 import hashlib
 import json
@@ -12,20 +12,15 @@ from typing import Any, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from settings import UserError, section
+from settings import NOT_THE_EXPERIMENT, UserError, section
 
 Kind = Literal["single", "ensemble", "weight average"]
 
-# Sections of config.py that say where a run is, how it is watched and how it is tested, not what the experiment is.
-# What a run starts from (resume_checkpoint, ...) is part of the experiment, though it is a path.
-NOT_THE_EXPERIMENT = (
-    "run", "machine", "test", "localization", "event detection", "predict", "esm_test", "weight_average",
-)  # fmt: skip
 IN_THE_LINE = ("random_seed", "esc_fold")  # fields of Result: runs that differ in nothing else belong together
 
 
 class LedgerPart(BaseModel):
-    """What a line is made of. Fields that a later version adds are passed over."""
+    """What a line is made of. Unknown fields, of a later version, are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -94,7 +89,7 @@ class Result(LedgerPart):
         return (hashes, *self._how(), self.clips)
 
     def experiment(self) -> Optional[tuple[Any, ...]]:
-        """What runs that differ in nothing but the seed have in common; None where that is not known."""
+        """What runs that differ in the seed alone have in common; None where the settings or the seed are unknown."""
         if self.settings_hash is None or self.random_seed is None:
             return None
         return (self.settings_hash, self.kind, *self._how(), self.clips)
@@ -106,7 +101,7 @@ class Result(LedgerPart):
         return tuple(sorted(self.random_seed)) if isinstance(self.random_seed, list) else (self.random_seed,)
 
     def how(self) -> str:
-        """What of a test differs from the plain one, for a table."""
+        """How a test differs from the default one, for a table."""
         said = [f"{len(self.tta_shifts)} shifts"] if len(self.tta_shifts) > 1 else []
         said += [f"mapping {self.class_mapping}"] if self.class_mapping else []
         said += [f"precision {self.precision}"] if self.precision != "32" else []
@@ -153,7 +148,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def check_ledger(path: Path) -> None:
-    """Make the folder of a ledger. Raises UserError where no line could be added: told before a test, not after."""
+    """Make the folder of a ledger, before a test. Raises UserError where no line could be added after it."""
     if path.is_dir():
         raise UserError(f"results_path = {path} is a folder: give the path of a file, as {path / 'results.jsonl'}.")
     make_folder(path.parent, "results_path", path)
@@ -175,7 +170,7 @@ def append_result(path: Path, result: Result) -> None:
     """Add a line in a single write, so that tests that end at the same time do not mix their lines.
 
     Fields that have their default are left out of it. Raises OSError where the line could not be written whole. It then
-    stays as a broken line, which is read past.
+    stays as a broken line, which read_results skips.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = result.model_dump_json(exclude_defaults=True).encode() + b"\n"

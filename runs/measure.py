@@ -1,4 +1,4 @@
-"""What benchmark and plan share: time, memory and arithmetic of training steps and inference on one device."""
+"""Time, memory and FLOP of training steps and inference on one device, for benchmark and plan."""
 
 import ctypes
 import itertools
@@ -33,7 +33,7 @@ from utils import int16_to_float32
 WARM_UP = 3  # steps before the first that counts: they compile, choose algorithms and fill the memory that is kept
 COUNTED_CLIPS = 2  # clips whose arithmetic is counted: it grows in proportion with the batch
 DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-SMALLEST_PRODUCT, LARGEST_PRODUCT = 256, 8192  # sides of the matrices whose products tell the peak
+SMALLEST_PRODUCT, LARGEST_PRODUCT = 256, 8192  # sides of the matrices of which peak_flops times products
 PRODUCTS, PRODUCT_SECONDS = 5, 0.02  # how many are timed, and how long one takes that is large enough
 
 
@@ -238,7 +238,7 @@ def time_training(settings: Config, batches: Batches) -> Timing:
 
 
 def time_inference(settings: Config, batches: Batches) -> Timing:
-    """Clip and frame scores of the batches, once each whatever tta_shifts says; otherwise as time_training."""
+    """Clip and frame scores of the batches, once each, without tta_shifts; otherwise as time_training."""
     device = device_of(settings)
     laps = Laps(device)
     module = measured_module(settings).to(device).eval()

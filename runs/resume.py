@@ -15,7 +15,7 @@ RUN_SECTIONS = (
 
 
 def find_resumed(settings: Config) -> Optional[Checkpoint]:
-    """The checkpoint to go on from, or None for a new run.
+    """The checkpoint from which to resume, or None for a new run.
 
     Raises UserError where a new run would mix with an old one, and where the old one has another network.
     """
@@ -24,8 +24,7 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
     if settings.resume is None:
         if is_first_process() and folder.is_dir() and any(folder.glob("*.ckpt")):
             raise UserError(
-                f"{settings.run_folder} holds a run already: --resume auto goes on with it, --exp_name NAME begins "
-                f"another."
+                f"{settings.run_folder} holds a run already: --resume auto resumes it, --exp_name NAME starts another."
             )
         return None
     if settings.resume == "auto" and not last.is_file():
@@ -37,5 +36,5 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
     changed = [name for name in section(*RUN_SECTIONS) if name in then and then[name] != now[name]]
     if changed:
         was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
-        raise UserError(f"The run to go on with has {was}: give the same settings, or another --exp_name.")
+        raise UserError(f"The run to resume has {was}: give the same settings, or another --exp_name.")
     return resumed

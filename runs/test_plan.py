@@ -1,4 +1,4 @@
-"""What a test does so that its score file can be localized in: class mapping, post-processing, shares of a split."""
+"""Plan of a test: class mapping, post-processing, shares of a split, and attributes of the score file."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from training.devices import is_first_process
 
 @dataclass(frozen=True)
 class TestPlan:
-    """What a test scores, and what its score file says about it. name: of the files; share: clips of the split."""
+    """What a test scores. name: of its files; share: (N,) clips of the split; attributes: of the score file."""
 
     name: str
     split_clips: int
@@ -54,7 +54,7 @@ def plan_test(
 
     known: the classes of the checkpoints. Raises UserError where test_shard is none.
     """
-    table = data.tables[settings.test_split] = known_clips(settings, data.tables[settings.test_split])
+    table = data.tables[settings.test_split] = annotated_clips(settings, data.tables[settings.test_split])
     module.mapping = class_mapping(known, settings, table)
     if module.mapping is not None:
         module.labels = list(module.mapping.labels)
@@ -79,11 +79,11 @@ def plan_test(
     return TestPlan(name, len(table), share, attributes)
 
 
-def known_clips(settings: Config, table: ClipTable) -> ClipTable:
-    """The clips of a table whose truth is known, as a test needs it; it says which are left out.
+def annotated_clips(settings: Config, table: ClipTable) -> ClipTable:
+    """The clips of a table with ground truth; the number of the others is printed.
 
-    Those of which nothing is known, and with fl_local, where some clips have event times, those without: every event
-    found in them would be counted as a false alarm. Raises UserError where no clip is left.
+    With fl_local, where some clips have event times, clips without times count as unannotated too: every event found in
+    them would be a false alarm. Raises UserError where no clip is left.
     """
     kinds = labelling(table)
     times = settings.fl_local and bool((kinds == STRONG).any())
@@ -91,7 +91,7 @@ def known_clips(settings: Config, table: ClipTable) -> ClipTable:
     what = "event times" if times else "labels"
     lacking = f"{(~known).sum()} of {len(table)} clips for {settings.test_split} have no {what}"
     if not known.any():
-        raise UserError(f"{lacking} ({table.paths[0]}): there is nothing to test against.")
+        raise UserError(f"{lacking} ({table.paths[0]}): a test needs ground truth.")
     if known.all():
         return table
     if is_first_process():

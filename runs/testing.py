@@ -1,4 +1,4 @@
-"""What test, esm_test and weight_average share: score the test clips, print, and write metrics and scores."""
+"""Test one network or an ensemble: score the clips, print the metrics, write metrics, scores and ledger."""
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -90,7 +90,7 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
 def summarize(
     module: Evaluation, reported: Config, table: ClipTable, metrics: Sequence[Metric], paths: Sequence[str]
 ) -> dict[str, Any]:
-    """What <test_file>.json says: metrics, and on what and how they were measured."""
+    """The content of <test_file>.json: metrics, the clips and how they were scored."""
     configured = {name: getattr(reported, name) for name in section("front-end")}
     return {
         "metrics": [metric.as_dict() for metric in metrics],
@@ -121,7 +121,7 @@ def test_result(
 ) -> Result:
     """The ledger's line of a test. Training settings and seed are the checkpoints' own, not those of the test.
 
-    A foreign file tells no seed: what it was trained with is not known.
+    A foreign file has no seed, and so no hash of its training settings.
     """
     seeds: list[Optional[int]] = [(member.checkpoint.settings or {}).get("random_seed") for member in members]
     trained = [

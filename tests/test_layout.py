@@ -43,6 +43,8 @@ def test_imports_point_down(path: Path) -> None:
     for module, name in imports(path):
         other = module.split(".")[0]
         assert other == room or FLOOR[other] > FLOOR[room], f"{path.name} imports {module} {name}"
+        assert room != "commands" or other != room, f"a command imports a command: {module}"
+        assert not any(part.startswith("_") for part in (*module.split("."), name)), f"{module} {name} is private"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("prepare/*.py")), ids=lambda path: path.stem)

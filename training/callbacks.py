@@ -91,7 +91,7 @@ class LastEpochsAveraging(WeightAveraging):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that knows its files again after the run's folder has moved."""
+    """A ModelCheckpoint that finds its files after the run's folder has moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.dirpath is not None
@@ -177,7 +177,7 @@ class EpochLine(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.first_step, self.started = trainer.global_step, time.monotonic()
-        self.epoch_started = self.started  # of an epoch that is gone on with, Lightning does not tell the start
+        self.epoch_started = self.started  # Lightning calls no on_train_epoch_start for an epoch that is resumed
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epoch_started = time.monotonic()

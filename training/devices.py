@@ -31,11 +31,11 @@ def device_count(settings: Config) -> int:
 
 
 def node_count() -> int:
-    """How many machines take part, as torchrun or SLURM tell; 1 where nothing does."""
-    told = os.environ
-    if "LOCAL_WORLD_SIZE" in told:
-        return int(told["WORLD_SIZE"]) // int(told["LOCAL_WORLD_SIZE"])
-    return int(told.get("SLURM_NNODES", "1")) if SLURMEnvironment.detect() else 1
+    """How many machines take part, from the environment of torchrun or SLURM; else 1."""
+    variables = os.environ
+    if "LOCAL_WORLD_SIZE" in variables:
+        return int(variables["WORLD_SIZE"]) // int(variables["LOCAL_WORLD_SIZE"])
+    return int(variables.get("SLURM_NNODES", "1")) if SLURMEnvironment.detect() else 1
 
 
 def process_count(settings: Config) -> int:
@@ -54,16 +54,16 @@ def on_gpu(settings: Config) -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks and writes for all.
+    """Whether this process prints and writes for all.
 
-    torchrun tells RANK to the processes that it starts, Lightning LOCAL_RANK and NODE_RANK, srun SLURM_PROCID.
+    torchrun sets RANK for the processes that it starts, Lightning LOCAL_RANK and NODE_RANK, srun SLURM_PROCID.
     """
-    told = os.environ
-    if "RANK" in told:
-        return int(told["RANK"]) == 0
-    if "LOCAL_RANK" in told:
-        return int(told["LOCAL_RANK"]) == 0 and int(told.get("NODE_RANK", "0")) == 0
-    return int(told.get("SLURM_PROCID", "0")) == 0
+    variables = os.environ
+    if "RANK" in variables:
+        return int(variables["RANK"]) == 0
+    if "LOCAL_RANK" in variables:
+        return int(variables["LOCAL_RANK"]) == 0 and int(variables.get("NODE_RANK", "0")) == 0
+    return int(variables.get("SLURM_PROCID", "0")) == 0
 
 
 def total_memory(settings: Config) -> int:

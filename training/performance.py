@@ -1,4 +1,4 @@
-"""What the setting performance = auto takes from the device: precision, compilation, TF32, memory that is kept."""
+"""What performance = auto chooses for a device: precision, compilation, TF32, keeping freed memory."""
 
 import ctypes
 import platform
@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 @dataclass(frozen=True)
 class Performance:
-    """What a run takes. compile_mode: of torch.compile, or None."""
+    """The choice of a run. compile_mode: of torch.compile, or None."""
 
     precision: str
     compile_mode: Optional[str]
@@ -33,9 +33,9 @@ class Performance:
 
 
 def choose(settings: Config, *, training: bool) -> Performance:
-    """What the settings say, and where they say auto what the device is good at.
+    """The settings, with a choice for the device where they are auto.
 
-    A test stays in float32 unless told otherwise: its numbers are to be trusted. bfloat16 is slower than float32 on
+    A test stays in float32 unless precision is set, so that its figures are exact. bfloat16 is slower than float32 on
     CPUs without instructions for it, and float16 may overflow, so auto takes bfloat16 on GPUs that have it.
     """
     gpu, auto = on_gpu(settings), settings.performance == "auto"
@@ -54,9 +54,9 @@ def choose(settings: Config, *, training: bool) -> Performance:
 
 
 def settle(settings: Config, *, training: bool) -> tuple[Config, Performance]:
-    """The settings with what was chosen in place of auto, and the choice, which is in force from now on."""
+    """The settings with the choice in place of auto, and the choice, which is applied to this process."""
     chosen = choose(settings, training=training)
-    # float32 means float32: torch lets cuDNN's convolutions use TF32 unless told otherwise.
+    # float32 means float32: by default torch lets cuDNN's convolutions use TF32.
     torch.backends.cudnn.allow_tf32 = chosen.tf32
     torch.backends.cuda.matmul.allow_tf32 = chosen.tf32
     if chosen.keep_memory:

@@ -35,7 +35,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         # tie together validation shares, which may differ in length.
         strategy = DDPStrategy(process_group_backend="nccl" if gpu else "gloo", broadcast_buffers=False)
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # the first page says it in one place
+        logging.getLogger(name).setLevel(logging.WARNING)  # print_first_page prints device and processes
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=devices,

@@ -1,4 +1,4 @@
-"""What main.py says after Ctrl-C: what of the work is kept, which is not the same for every command."""
+"""What main.py prints after Ctrl-C: what of the work is kept, which differs from command to command."""
 
 import importlib
 import types
@@ -24,12 +24,12 @@ def test_what_an_interruption_leaves(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert ("--resume auto" in said) == (command == "train")
-    assert ("goes on: recordings" in said) == (command == "predict")
+    assert ("resumes: recordings" in said) == (command == "predict")
     assert ("starts anew" in said) == (command not in ("train", "cross_validate", "predict", "compress"))
 
 
-def test_every_command_that_goes_on_exists() -> None:
-    assert main.GOES_ON.keys() <= COMMANDS.keys()
+def test_every_command_that_is_resumed_exists() -> None:
+    assert main.RESUMED.keys() <= COMMANDS.keys()
 
 
 @pytest.mark.usefixtures("trained")
