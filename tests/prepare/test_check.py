@@ -12,35 +12,34 @@ import pytest
 
 import main
 import prepare.check
-from commands.check import run
-from data.clip_store import Clip, ClipStoreWriter, read_store_table
+from data.clip_store import SPLITS, Clip, ClipStoreWriter, read_store_table
 from data_generator import load_table
 from prepare.check import CheckReport, SplitReport, check_tables
 from prepare.compress import compress_store
-from settings import resolve
+from settings import UserError, resolve
 
 RATE, SAMPLES = 32000, 3200
 LABELS = [f"sound {number}" for number in range(10)]
-SPLITS = ("train", "validation", "test")
 
 
 def sound(seed: int, samples: int = SAMPLES) -> np.ndarray:
     return np.random.default_rng(seed).integers(-9000, 9000, samples).astype(np.int16)
 
 
+def clip(name: str, waveform: np.ndarray | int, *labels: int, split: str = "train", fold: int = 0) -> Clip:
+    return Clip(name, sound(waveform) if isinstance(waveform, int) else waveform, labels, split=split, fold=fold)
+
+
 def fine_clips() -> list[Clip]:
     """Every class in every split."""
-    return [
-        Clip(f"{split}{label}.wav", sound(10 * place + label), [label], split=split)
-        for place, split in enumerate(SPLITS)
-        for label in range(10)
-    ]
+    places = [(place, split, label) for place, split in enumerate(SPLITS) for label in range(10)]
+    return [clip(f"{split}{label}.wav", 10 * place + label, label, split=split) for place, split, label in places]
 
 
-def write(path: Path, clips: Sequence[Clip], labels: Sequence[str] = LABELS, rate: int = RATE) -> Path:
-    with ClipStoreWriter(path, clip_samples=SAMPLES, sample_rate=rate, labels=labels, dataset_type="demo") as writer:
-        for clip in clips:
-            writer.add(clip)
+def write(path: Path, clips: Sequence[Clip], labels: Sequence[str] = LABELS) -> Path:
+    with ClipStoreWriter(path, clip_samples=SAMPLES, sample_rate=RATE, labels=labels, dataset_type="demo") as writer:
+        for one in clips:
+            writer.add(one)
     return path
 
 
@@ -50,29 +49,27 @@ def check(path: Path, *, single_label: bool = False) -> CheckReport:
     return check_tables(tables, sample_rate=RATE, single_label=single_label)
 
 
-def status(given: dict[str, Any]) -> int:
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A store of fine clips."""
+    return write(tmp_path / "demo.h5", fine_clips())
+
+
+def status(store: Path, *words: str) -> int:
+    """Exit status of the command for the data set in the folder of a store."""
     try:
-        run(given)
+        return main.main(["check", "--dataset_path", str(store.parent), *words])
     except SystemExit as done:
         return int(done.code or 0)
-    return 0
 
 
-@pytest.fixture
-def demo(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """The path of a store that is yet to be written, and the settings that lead there."""
-    return tmp_path / "data" / "demo.h5", {"dataset_type": "demo", "dataset_path": str(tmp_path / "data")}
-
-
-def test_fine_store(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.h5", fine_clips())
-    report = check(path, single_label=True)
+def test_fine_store(store: Path) -> None:
+    report = check(store, single_label=True)
     assert (report.problems, report.warnings, report.repeated) == ([], [], 0)
-    assert (report.sample_rate, report.size, report.labels) == (RATE, path.stat().st_size, LABELS)
+    assert (report.sample_rate, report.size, report.labels) == (RATE, store.stat().st_size, LABELS)
     assert list(report.splits) == list(SPLITS)
     for found in report.splits.values():
-        assert found.per_class.tolist() == [1] * 10
-        assert found.durations() == (0.1, 0.1, 0.1)
+        assert (found.per_class.tolist(), found.durations()) == ([1] * 10, (0.1, 0.1, 0.1))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -82,14 +79,14 @@ def test_odd_sounds(tmp_path: Path, compressed: bool) -> None:
     loud[:4] = lowest[:3] = -32768  # 0.1 % of 3200 samples are 3.2
     clips = [
         *fine_clips(),
-        Clip("zeros.wav", np.zeros(SAMPLES, np.int16), [0], split="train"),
-        Clip("zeros too.wav", np.zeros(SAMPLES, np.int16), [0], split="test"),
-        Clip("quiet.wav", quiet, [1], split="train"),
-        Clip("just heard.wav", np.full(SAMPLES, 33, np.int16), [1], split="train"),
-        Clip("clipped.wav", loud, [1], split="train"),
-        Clip("loud.wav", lowest, [1], split="train"),
-        Clip("short.wav", sound(4, 320), [1], split="train"),
-        Clip("again.wav", sound(4, 320), [1], split="train"),
+        clip("zeros.wav", np.zeros(SAMPLES, np.int16), 0),
+        clip("zeros too.wav", np.zeros(SAMPLES, np.int16), 0, split="test"),
+        clip("quiet.wav", quiet, 1),
+        clip("just above.wav", np.full(SAMPLES, 33, np.int16), 1),
+        clip("clipped.wav", loud, 1),
+        clip("loud.wav", lowest, 1),
+        clip("short.wav", sound(4, 320), 1),
+        clip("again.wav", sound(4, 320), 1),
     ]
     path = write(tmp_path / "a.h5", clips)
     if compressed:
@@ -99,53 +96,44 @@ def test_odd_sounds(tmp_path: Path, compressed: bool) -> None:
     assert train.names[train.silent].tolist() == [b"zeros.wav", b"quiet.wav"]
     assert train.names[train.clipped].tolist() == [b"clipped.wav"]
     assert train.durations() == (0.01, 0.1, 0.1)
-    assert report.repeated == 2  # silence is not counted as repeated audio
-    assert report.problems == []
-    assert [message.split(" (")[0] for message in report.warnings] == [
-        "train: 2 of 17 clips",
-        "train: 1 of 17 clips",
-        "test: 1 of 11 clips",
-        "the same audio in one split, 1 times: short.wav",
-    ]
+    assert (report.repeated, report.problems, len(report.warnings)) == (2, [], 4)  # silence does not count as repeated
+    for message, name in zip(report.warnings, ("quiet.wav", "clipped.wav", "zeros too.wav", "short.wav"), strict=True):
+        assert name in message
 
 
 def test_clips_in_two_splits(tmp_path: Path) -> None:
-    clips = [
-        *fine_clips(),
-        Clip("copy.wav", sound(3), [3], split="test"),
-        Clip("train5.wav", sound(99), [5], split="validation"),
-    ]
-    report = check(write(tmp_path / "a.h5", clips))
-    assert report.problems == [
-        "the same audio in two splits, 1 times: train3.wav (train) = copy.wav (test).",
-        "the same id in two splits, 1 times: train5.wav (train) = train5.wav (validation).",
-    ]
+    twice = [clip("copy.wav", 3, 3, split="test"), clip("train5.wav", 99, 5, split="validation")]
+    audio, name = check(write(tmp_path / "a.h5", [*fine_clips(), *twice])).problems
+    assert "audio" in audio
+    assert "train3.wav (train) = copy.wav (test)" in audio
+    assert "id" in name
+    assert "train5.wav (train) = train5.wav (validation)" in name
 
 
 def test_classes(tmp_path: Path) -> None:
-    clips = [clip for clip in fine_clips() if 7 not in clip.labels and clip.name != "train4.wav"]
-    clips += [Clip("none.wav", sound(50), [], split="train"), Clip("two.wav", sound(51), [0, 1], split="test")]
-    path = write(tmp_path / "a.h5", clips)
+    clips = [one for one in fine_clips() if 7 not in one.labels and one.name != "train4.wav"]
+    path = write(tmp_path / "a.h5", [*clips, clip("none.wav", 50), clip("two.wav", 51, 0, 1, split="test")])
     report = check(path)
-    assert report.problems == []
-    assert report.warnings == [
-        "train: 1 of 9 clips (none.wav) without a class.",
-        "1 of 10 classes without clips: sound 7.",
-        "1 classes have clips to validate or test but none to train: sound 4.",
-    ]
+    assert (report.problems, len(report.warnings)) == ([], 3)
+    for message, name in zip(report.warnings, ("none.wav", "sound 7", "sound 4"), strict=True):
+        assert name in message
     assert report.splits["test"].per_class.tolist() == [2, 2, 1, 1, 1, 1, 1, 0, 1, 1]
-    assert check(path, single_label=True).problems == [
-        "train: 1 of 9 clips (none.wav) must have one class each (task = single_label).",
-        "test: 1 of 10 clips (two.wav) must have one class each (task = single_label).",
-    ]
+    without, several = check(path, single_label=True).problems
+    assert "train: 1 of 9 clips (none.wav)" in without
+    assert "test: 1 of 10 clips (two.wav)" in several
 
 
 def test_empty_split(tmp_path: Path) -> None:
-    report = check(write(tmp_path / "a.h5", [clip for clip in fine_clips() if clip.split != "validation"]))
-    assert report.problems == ["validation has no clips."]
-    assert report.splits["validation"].durations() is None
-    with pytest.raises(ValueError, match="no split to check"):
+    report = check(write(tmp_path / "a.h5", [one for one in fine_clips() if one.split != "validation"]))
+    assert (len(report.problems), report.splits["validation"].durations()) == (1, None)
+    assert "validation" in report.problems[0]
+    with pytest.raises(UserError, match="no split"):
         check_tables({}, sample_rate=RATE, single_label=False)
+
+
+def replaced(file: h5py.File, key: str, values: np.ndarray) -> None:
+    del file[key]
+    file[key] = values
 
 
 def damage_row(file: h5py.File) -> None:
@@ -157,52 +145,26 @@ def damage_row(file: h5py.File) -> None:
     stored.id.write_direct_chunk((4, 0), b"no gzip")
 
 
-def shorten(file: h5py.File) -> None:
-    waveforms = file["waveform"][:-1]
-    del file["waveform"]
-    file["waveform"] = waveforms
-
-
-def empty(file: h5py.File) -> None:
+def empty_row(file: h5py.File) -> None:
     file["real_len"][4] = 0
-
-
-def as_float(file: h5py.File) -> None:
-    waveforms = file["waveform"][:].astype(np.float32)
-    del file["waveform"]
-    file["waveform"] = waveforms
 
 
 @pytest.mark.parametrize(
     ("damage", "split", "clips", "reason"),
     [
         (damage_row, "train", 1, "row 4"),
-        (shorten, "test", 1, "the file has 29 rows"),
-        (empty, "train", 1, "the clip is empty"),
-        (as_float, "train", 10, "waveform is float32"),
+        (empty_row, "train", 1, "the clip is empty"),
+        (lambda file: replaced(file, "waveform", file["waveform"][:-1]), "test", 1, "the file has 29 rows"),
+        (lambda file: replaced(file, "waveform", file["waveform"][:] * 1.0), "train", 10, "waveform is float64"),
     ],
 )
-def test_unreadable_rows(
-    tmp_path: Path, damage: Callable[[h5py.File], None], split: str, clips: int, reason: str
-) -> None:
-    path = write(tmp_path / "a.h5", fine_clips())
-    with h5py.File(path, "r+") as file:
+def test_unreadable_rows(store: Path, damage: Callable[[h5py.File], None], split: str, clips: int, reason: str) -> None:
+    with h5py.File(store, "r+") as file:
         damage(file)
-    report = check(path)
-    assert len(report.splits[split].unreadable) == clips
-    assert report.problems[0].startswith(f"{split}: {clips} of 10 clips")
+    report = check(store)
+    assert len(report.splits[split].unreadable) == np.isnan(report.splits[split].seconds).sum() == clips
+    assert f"{split}: {clips} of 10 clips" in report.problems[0]
     assert reason in report.problems[0]
-    assert np.isnan(report.splits[split].seconds).sum() == clips
-
-
-def test_file_that_is_gone(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.h5", fine_clips())
-    table = read_store_table(path)
-    path.unlink()
-    report = check_tables({"train": table}, sample_rate=RATE, single_label=False)
-    assert len(report.splits["train"].unreadable) == 30
-    assert "There is no file" in report.problems[0]
-    assert report.size == 0
 
 
 def assert_same_reports(one: CheckReport, other: CheckReport) -> None:
@@ -215,23 +177,23 @@ def assert_same_reports(one: CheckReport, other: CheckReport) -> None:
 
 
 def test_any_number_of_processes_reports_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two files, in an order that is not theirs, with a row that cannot be read and a file that is gone."""
-    clips = [*fine_clips(), Clip("zeros.wav", np.zeros(SAMPLES, np.int16), [0]), Clip("copy.wav", sound(3), [3])]
-    with h5py.File(write(tmp_path / "a.h5", clips), "r+") as file:
+    """Of two files, in an order that is not theirs, with a row that cannot be read and a file that does not exist."""
+    extra = [clip("zeros.wav", np.zeros(SAMPLES, np.int16), 0), clip("copy.wav", 3, 3)]
+    with h5py.File(write(tmp_path / "a.h5", [*fine_clips(), *extra]), "r+") as file:
         file["real_len"][4] = 0
-    other = write(tmp_path / "b.h5", [Clip(f"b{n}.wav", sound(100 + n), [n % 10]) for n in range(12)])
+    other = write(tmp_path / "b.h5", [clip(f"b{n}.wav", 100 + n, n % 10) for n in range(12)])
     first, second = read_store_table(tmp_path / "a.h5"), read_store_table(other)
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in ("names", "targets", "row", "fold", "split")
+    }
     joined = replace(
         first,
         paths=[*first.paths, other, tmp_path / "gone.h5"],
         path_number=np.repeat([0, 1, 2], [32, 9, 3]),
-        names=np.concatenate([first.names, second.names]),
-        targets=np.concatenate([first.targets, second.targets]),
-        row=np.concatenate([first.row, second.row]),
-        fold=np.concatenate([first.fold, second.fold]),
-        split=np.concatenate([first.split, second.split]),
         labelling=None,
         events=[],
+        **columns,
     )
     shuffled = np.random.default_rng(1).permutation(44)
     tables = {"train": joined.select(shuffled[:30]), "test": joined.select(shuffled[30:])}
@@ -240,148 +202,89 @@ def test_any_number_of_processes_reports_the_same(tmp_path: Path, monkeypatch: p
     one = check_tables(tables, sample_rate=RATE, single_label=True)
     two = check_tables(tables, sample_rate=RATE, single_label=True, processes=2, advance=read.append)
     assert_same_reports(one, two)
-    assert sum(read) == 44
-    assert max(read) == 4
+    assert (sum(read), max(read)) == (44, 4)
     assert len(two.splits["train"].unreadable) + len(two.splits["test"].unreadable) == 4
-    assert two.problems
+    assert any("gone.h5" in problem for problem in two.problems)
     monkeypatch.setattr(prepare.check, "TASK_CLIPS", 1000)
     assert_same_reports(one, check_tables(tables, sample_rate=RATE, single_label=True))
 
 
-def end_process(*_: object) -> None:
-    raise BrokenProcessPool
+def test_process_that_ends(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end_process(*_: object) -> None:
+        raise BrokenProcessPool
 
-
-def test_process_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = read_store_table(write(tmp_path / "a.h5", fine_clips()))
     monkeypatch.setattr(prepare.check, "TASK_CLIPS", 10)
     monkeypatch.setattr(prepare.check.ProcessPoolExecutor, "map", end_process)
-    with pytest.raises(ValueError, match=r"One of 2 processes .* try fewer"):
-        check_tables({"train": table}, sample_rate=RATE, single_label=False, processes=2)
-    with pytest.raises(ValueError, match="processes = 0 is not allowed"):
-        check_tables({"train": table}, sample_rate=RATE, single_label=False, processes=0)
+    for processes, match in ((2, "One of 2 processes"), (0, "processes = 0")):
+        with pytest.raises(UserError, match=match):
+            check_tables({"train": read_store_table(store)}, sample_rate=RATE, single_label=False, processes=processes)
 
 
-def test_bar_where_stderr_is_a_terminal(
-    demo: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, given = demo
-    write(path, fine_clips())
-    assert status(given) == 0
-    assert capsys.readouterr().err == ""
+def test_command(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tables on stdout; a bar on stderr, where that is a terminal; the protocol of the paper; wrong processes."""
+    assert status(store) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for split in SPLITS:
+        table = load_table(resolve({"dataset_path": str(store.parent)}), split)  # type: ignore[arg-type]
+        assert table.fingerprint() in printed.out
+    assert all(word in printed.out for word in ("No problems found.", f"{RATE} Hz", *LABELS))
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert status(given) == 0
+    assert status(store, "--processes", "2") == 0
     assert "100%" in capsys.readouterr().err
-
-
-def test_command_on_a_fine_store(demo: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    path, given = demo
-    write(path, fine_clips())
-    assert status(given) == 0
-    said = capsys.readouterr().out
-    assert "No problems found." in said
-    assert f"{RATE} Hz" in said
-    for split in ("train", "validation", "test"):
-        assert load_table(resolve(given), split).fingerprint() in said
-    for label in LABELS:
-        assert label in said
-
-
-def test_command_with_the_paper_s_protocol(
-    demo: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Validation is on the test clips, which are not taken for clips in two splits."""
-    path, given = demo
-    write(path, fine_clips())
-    assert status({**given, "protocol": "paper"}) == 0
+    assert status(store, "--protocol", "paper") == 0  # test clips that validate are not clips in two splits
     assert "validation = test" in capsys.readouterr().out
+    assert status(store, "--processes", "0") == 2
 
 
-def test_command_with_folds(demo: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    path, given = demo
-    clips = [Clip(f"{n}.wav", sound(n), [n % 10], fold=1 + n // 10) for n in range(40)]
-    write(path, clips)
-    assert status({**given, "esc_fold": 4}) == 0
+def test_command_with_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "demo.h5", [clip(f"{n}.wav", n, n % 10, split="", fold=1 + n // 10) for n in range(40)])
+    assert status(path, "--esc_fold", "4") == 0
     assert "2, 3" in capsys.readouterr().out
 
 
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def lose_targets(path: Path) -> None:
+def change_targets(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     with h5py.File(path, "r+") as file:
-        targets = file["target"][:-3]
-        del file["target"]
-        file["target"] = targets
-
-
-def flatten_targets(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        targets = file["target"][:].argmax(axis=1)
-        del file["target"]
-        file["target"] = targets
+        replaced(file, "target", change(file["target"][:]))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda path: path.unlink(), "There is no file"),
-        (cut_off, "cannot be read as HDF5"),
-        (lose_targets, "cannot be read"),
-        (flatten_targets, "cannot be read"),
-        (lambda path: write(path, [Clip("a.wav", sound(1), [0], split="train")], LABELS[:9]), "has 9 classes"),
-        (lambda path: write(path, fine_clips()[:20]), "has no clips for test"),
-        (lambda path: write(path, [*fine_clips(), Clip("a.wav", sound(0), [0], split="test")]), "the same audio in"),
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "cannot be read as HDF5"),
+        (lambda path: change_targets(path, lambda targets: targets[:-3]), "cannot be read"),
+        (lambda path: change_targets(path, lambda targets: targets.argmax(axis=1)), "cannot be read"),
+        (lambda path: write(path, [clip("a.wav", 1, 0)], LABELS[:9]), "9 classes"),
+        (lambda path: write(path, fine_clips()[:20]), "test"),
+        (lambda path: write(path, [*fine_clips(), clip("a.wav", 0, 0, split="test")]), "a.wav"),
     ],
-)  # fmt: skip
+)
 def test_command_where_training_would_go_wrong(
-    demo: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], Any], said: str
+    store: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], Any], message: str
 ) -> None:
-    path, given = demo
-    write(path, fine_clips())
-    spoil(path)
-    assert status(given) == 1
+    spoil(store)
+    assert status(store) == 1
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
-    assert any(said in line for line in problems), problems
+    assert any(message in line for line in problems), problems
     assert len(problems) == len(set(problems))
 
 
-def write_index(path: Path, names: list[bytes], targets: np.ndarray, waveforms: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        file["audio_name"], file["target"] = np.array(names), targets
-        file["hdf5_path"] = np.array([waveforms.encode()] * len(names))
-        file["index_in_hdf5"] = np.arange(len(names), dtype=np.int32)
-
-
 def test_command_on_audioset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """PANNs' files and indexes: fine first, then with the file of an index gone."""
-    for name, first in (("train", 0), ("eval", 10)):
-        path = tmp_path / "hdf5s" / "waveforms" / f"{name}.h5"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        names, targets = [f"Y{first + n}.wav".encode() for n in range(10)], np.eye(10, 527, dtype=bool)
-        with h5py.File(path, "w") as file:
-            file["audio_name"], file["target"] = np.array(names), targets
-            file["waveform"] = np.stack([sound(first + n) for n in range(10)])
-        index = tmp_path / "hdf5s" / "indexes" / f"{'full_train' if name == 'train' else name}.h5"
-        write_index(index, names, targets, f"hdf5s/waveforms/{name}.h5")
-    given = {"dataset_type": "audioset", "dataset_path": str(tmp_path)}
-    assert status(given) == 0
-    said = capsys.readouterr().out
-    assert "517 of 527 classes without clips" in said
+    """PANNs' files and indexes; then with a file of an index deleted."""
+    for folder in ("waveforms", "indexes"):
+        (tmp_path / "hdf5s" / folder).mkdir(parents=True)
+    for name, index, first in (("train", "full_train", 0), ("eval", "eval", 10)):
+        columns = {"audio_name": np.array([f"Y{first + n}.wav".encode() for n in range(10)])}
+        columns["target"] = np.eye(10, 527, dtype=bool)
+        with h5py.File(tmp_path / "hdf5s" / "waveforms" / f"{name}.h5", "w") as file:
+            file.update({**columns, "waveform": np.stack([sound(first + n) for n in range(10)])})
+        with h5py.File(tmp_path / "hdf5s" / "indexes" / f"{index}.h5", "w") as file:
+            path = f"hdf5s/waveforms/{name}.h5".encode()
+            file.update({**columns, "hdf5_path": np.array([path] * 10), "index_in_hdf5": np.arange(10)})
+    words = (tmp_path / "store", "--dataset_type", "audioset")
+    assert status(*words) == 0
+    assert "517 of 527 classes" in capsys.readouterr().out
     (tmp_path / "hdf5s" / "waveforms" / "train.h5").unlink()
-    assert status(given) == 1
-    assert "problem: There is no file" in capsys.readouterr().out
-
-
-def test_exit_status_of_the_command_line(demo: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    path, _ = demo
-    words = ["check", "--dataset_path", str(path.parent)]
-    with pytest.raises(SystemExit, match=r"^1$"):
-        main.main(words)
-    assert "problem: There is no file" in capsys.readouterr().out
-    write(path, fine_clips())
-    assert main.main([*words, "--processes", "2"]) == 0
-    assert main.main([*words, "--processes", "0"]) == 2
-    assert "processes = 0 is not allowed" in capsys.readouterr().err
+    assert status(*words) == 1
+    assert "train.h5" in capsys.readouterr().out

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 
-import main
 from data.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, ClipTable, labelling, read_events
 from prepare.bank import choose_stretch, sounding_frames
 from prepare.demo import EVENTS, synthesize_event
@@ -289,27 +288,3 @@ def test_wrong_banks(tmp_path: Path) -> None:
     refused("no clip for validation", "soundscapes", tmp_path, raw=one)
     two = write_bank(tmp_path / "two.h5", [bank_clip(f"{fold}.wav", 0, fold=fold) for fold in (1, 2)])
     refused("esc_fold = 1 must be among three", "soundscapes", tmp_path, raw=two)
-
-
-def test_command(
-    tmp_path: Path, bank: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The flags arrive, and the commands that train are printed."""
-    monkeypatch.chdir(tmp_path)
-    words = [
-        "prepare",
-        "--dataset_type",
-        "soundscapes",
-        "--raw",
-        str(bank),
-        "--sample_rate",
-        str(RATE),
-        "--clips",
-        "10",
-    ]
-    assert main.main([*words, "--bank_folds", "1,2,3//4", "--snr", "50,50", "--polyphony", "1"]) == 0
-    assert "--loss_type frame_bce\n" in capsys.readouterr().out
-    assert main.main([*words, "--event_seconds", "0.1,0.2", "--weak_share", "0.5"]) == 0
-    assert "--loss_type weak_strong_bce\n" in capsys.readouterr().out
-    truth = itertools.chain(*read_events(tmp_path / "workspace" / "data" / "soundscapes" / "soundscapes.h5"))
-    assert max(event.offset - event.onset for event in truth) <= 0.2 + 1e-6
