@@ -1,4 +1,4 @@
-"""python main.py check: what the prepared data holds, and whether a training on it would go wrong."""
+"""python main.py check: report on prepared data, and on errors that would spoil a training."""
 
 import os
 from typing import Any, Optional

@@ -18,9 +18,7 @@ def run(given: dict[str, Any]) -> None:
     if not paths:
         raise UserError(f"There are no stores below {settings.dataset_path}/hdf5s/waveforms: set --dataset_path.")
     for path in paths:
-        before, after = compress_store(path) if path.is_file() else _missing(path)
+        if not path.is_file():
+            raise UserError(f"There is no file {path}: prepare the data set first, or set --dataset_path.")
+        before, after = compress_store(path)
         print(f"{path}: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB")
-
-
-def _missing(path: Path) -> tuple[int, int]:
-    raise UserError(f"There is no file {path}: prepare the data set first, or set --dataset_path.")

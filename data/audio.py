@@ -14,10 +14,10 @@ from utils import INT16_SCALE, float32_to_int16
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
 BLOCK_VALUES = 2**19  # samples of all channels that are read at once (2 MiB), and about the most a block resamples to
-RATES = (100, 4_000_000)  # Hz: what lies outside is a damaged header; resampled from 1 Hz, a small file fills a disk
+RATES = (100, 4_000_000)  # Hz: other rates are damaged headers; resampled from 1 Hz, a small file would fill a disk
 MOST_CHANNELS = 64  # of an array of samples; with more, time and channels have changed places
 RUN_UP = 20_000  # samples that are read before a stretch: an MP3 decoder needs some frames until it is right
-# What libsndfile and its wrapper raise for files that are no audio, damaged, or of a kind that says nothing of itself.
+# Errors of libsndfile and its wrapper for files that are no audio, damaged, or of a kind without a header.
 UNREADABLE = (soundfile.LibsndfileError, RuntimeError, TypeError, AssertionError, OSError)
 
 
@@ -55,10 +55,10 @@ def _as_libsndfile_takes_it(source: str | Path | BinaryIO) -> str | bytes | Bina
 
 
 class _Sequential(soundfile.SoundFile):
-    """A file that is read from one place on.
+    """A file that is read sequentially.
 
-    soundfile seeks after each read from a file that can seek, to where it is anyway. MP3 decoders start anew from that,
-    with a tenth to a third of a second of silence: read in blocks, an MP3 would have such a hole in each.
+    After each read of a seekable file, soundfile seeks to the current place. MP3 decoders restart there with a tenth to
+    a third of a second of silence: read in blocks, an MP3 would have a hole in each.
     """
 
     def seekable(self) -> bool:

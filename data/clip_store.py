@@ -1,10 +1,10 @@
 """The clip store: one HDF5 file of clips with their classes, events and split. Writer and reader of the one format.
 
 Datasets: audio_name (N,) bytes, waveform (N, samples) int16 = float x 32767 (or waveform_flac (N,), a FLAC file in
-each row, see prepare/compress.py), target (N, K) bool, and, beyond what
-PANNs' AudioSet files have: real_len (N,) int32 samples, fold (N,) int8 or split (N,) bytes, labelling (N,) int8 (what
-is known of a clip: STRONG, WEAK or UNLABELLED), and the table of events event_clip (E,) int32, event_class (E,) int16,
-event_onset (E,) and event_offset (E,) float64 seconds.
+each row, see prepare/compress.py), target (N, K) bool, and, beyond what PANNs' AudioSet files have: real_len (N,) int32
+samples, fold (N,) int8 or split (N,) bytes, labelling (N,) int8 (the annotation of a clip: STRONG, WEAK or UNLABELLED),
+and the table of events event_clip (E,) int32, event_class (E,) int16, event_onset (E,) and event_offset (E,) float64
+seconds.
 Attributes: sample_rate in Hz, labels (K names), dataset_type, source, licence, and task (single_label or multilabel;
 older stores have none). A file of PANNs has none of these additions and is a valid store.
 """
@@ -29,7 +29,8 @@ BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, w
 UNREADABLE = -1  # index of a clip that could not be read, in evaluation
 PANNS_SAMPLE_RATE = 32000  # of the files that PANNs' scripts pack, which do not name it
 SPLITS = ("train", "validation", "test")
-# What is known of a clip: nothing; which classes it has; all its events with their times (perhaps that it has none).
+LARGEST_FOLD = 127  # of int8
+# Annotation of a clip: none; its classes; all its events with their times (perhaps no event).
 UNLABELLED, WEAK, STRONG = 0, 1, 2
 Task = Literal["single_label", "multilabel"]  # exactly one class a clip, or any number
 
@@ -182,7 +183,7 @@ class ClipTable:
 
 
 def labelling(table: ClipTable) -> np.ndarray:
-    """(N,) what is known of each clip: STRONG, WEAK or UNLABELLED."""
+    """(N,) annotation of each clip: STRONG, WEAK or UNLABELLED."""
     return np.full(len(table), WEAK, dtype=np.int8) if table.labelling is None else table.labelling
 
 
@@ -300,7 +301,7 @@ def read_store_table(path: Path) -> ClipTable:
 
 
 def _read_labelling(file: h5py.File, count: int) -> np.ndarray:
-    """(N,) what is known of each clip; where a store does not say it, its having events does."""
+    """(N,) annotation of each clip; without the column STRONG in a store with events, WEAK in one without."""
     if "labelling" in file:
         return file["labelling"][:]
     return np.full(count, STRONG if len(file.get("event_clip", ())) else WEAK, dtype=np.int8)

@@ -53,7 +53,7 @@ def prepare(settings: Config, raw: Path, segments: Path, processes: int = 1) -> 
 
     segments: balanced_train*.csv, eval*.csv or unbalanced_train*.csv, as AudioSet comes. raw: searched with its
     folders for `<YTID>` or `Y<YTID>`, also with the start (`_30`, `_30.000`, `_30000`), of any format of
-    data.audio; prepare.segments.find_start decides what is taken of a longer file. Writes below dataset_path
+    data.audio; prepare.segments.find_start finds the segment in a longer file. Writes below dataset_path
     hdf5s/waveforms/{balanced_train,eval}.h5, or hdf5s/waveforms/unbalanced_train/unbalanced_train_partNN.h5 of
     CLIPS_PER_PART lines each, with clips padded with zeros to 10 s, and a table hdf5s/reports/<split>.csv of the clips
     that are missing, corrupt, short or cut. A file without any clip is not written. processes: how many parts are

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data.clip_store import open_store
+from data.clip_store import PANNS_SAMPLE_RATE, open_store
 from data.files import whole_file
 from settings import UserError
 
@@ -28,7 +28,6 @@ INDEXES = {  # index: the groups of files that it joins, in order
 }
 TRAINING = ("balanced_train", "unbalanced_train")
 CHUNK_CLIPS = 1024
-PANNS_SAMPLE_RATE = 32000  # of files that PANNs' scripts packed, which do not say it
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def find_sources(root: Path) -> list[Source]:
 
 
 def inspect_source(group: str, path: Path, root: Path) -> Source:
-    """What the head of a file of waveforms says. Raises UserError where it is cut off or inconsistent."""
+    """Read the head of a file of waveforms. Raises UserError where it is cut off or inconsistent."""
     with open_store(path, "audio_name", "target") as file:
         names, targets = file["audio_name"], file["target"]
         counts = {key: len(file[key]) for key in ("audio_name", "target", "waveform") if key in file}

@@ -1,4 +1,4 @@
-"""Look at prepared data before a training does: what is in it, what is odd, and what would make a training go wrong."""
+"""Check prepared data before a training: contents, oddities, and errors that would spoil a training."""
 
 import hashlib
 import multiprocessing
@@ -24,13 +24,13 @@ NAMED = 3  # how many clips a message names
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split holds. Clips are given by their places in its table."""
+    """Findings in one split. Clips are given by their rows in its table."""
 
     names: np.ndarray  # (N,) bytes
     per_class: np.ndarray  # (K,) clips of each class
-    without_class: np.ndarray  # clips that have none
-    with_several: np.ndarray  # clips that have more than one
-    folds: list[int]  # those its clips come from; empty without folds
+    without_class: np.ndarray  # clips without a class
+    with_several: np.ndarray  # clips with more than one class
+    folds: list[int]  # empty without folds
     seconds: np.ndarray  # (N,) durations, NaN where a clip cannot be read
     silent: np.ndarray  # clips whose samples all lie below -60 dBFS
     clipped: np.ndarray  # clips with more than 0.1 % of their samples at full scale
@@ -46,7 +46,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Result of check_tables. problems: a training would go wrong; warnings: it would run, but look at these."""
+    """Result of check_tables. problems: errors that would spoil a training; warnings: oddities that would not."""
 
     splits: dict[str, SplitReport]
     labels: list[str]
@@ -65,17 +65,17 @@ def check_tables(
     processes: int = 1,
     advance: Callable[[int], None] = lambda clips: None,
 ) -> CheckReport:
-    """Read every clip of some splits ({name: table}, all with the same classes) and say what is wrong with them.
+    """Read every clip of some splits ({name: table}, all with the same classes) and report on them.
 
-    sample_rate: Hz, for files that do not say theirs. single_label: whether each clip must have exactly one class.
-    processes: how many read at once, where there are clips enough; the report is the same for any number. advance:
-    called with how many more clips were read. Waveforms are read one by one; 60 bytes are kept of each. Raises
-    ValueError where no table is given, there is not one process, or one of them ends.
+    sample_rate: Hz, for files without their own. single_label: whether each clip must have exactly one class.
+    processes: how many read at once; few clips are read in this process. The report is the same for any number.
+    advance: called with the number of clips that were read. 60 bytes are kept of each waveform. Raises UserError where
+    no table is given, processes is below 1, or one of the processes is killed.
     """
     if not tables:
         raise UserError("There is no split to check.")
     if processes < 1:
-        raise UserError(f"processes = {processes} is not allowed: one at least must read the clips.")
+        raise UserError(f"processes = {processes} is not allowed: at least one must read the clips.")
     scans = {split: _Scan(len(table), table.sample_rate or sample_rate) for split, table in tables.items()}
     tasks = [task for split, table in tables.items() for task in _tasks(split, table, scans[split].sample_rate)]
     for task, scan in _read_all(tasks, processes):
@@ -102,7 +102,7 @@ def check_tables(
 
 @dataclass(frozen=True)
 class _Task:
-    """Some clips of one file, by their places in the table of their split, and their rows in the file."""
+    """Some clips of one file, by their rows in the table of their split and in the file."""
 
     split: str
     path: Path
@@ -117,7 +117,7 @@ class _Task:
 
 
 def _tasks(split: str, table: ClipTable, sample_rate: int) -> Iterator[_Task]:
-    """The clips of a table in the order of its files, which are so read straight on."""
+    """The clips of a table in the order of its files, for sequential reading."""
     for number in np.unique(table.path_number):
         clips = np.flatnonzero(table.path_number == number)
         clips = clips[np.argsort(table.row[clips], kind="stable")]
@@ -127,7 +127,7 @@ def _tasks(split: str, table: ClipTable, sample_rate: int) -> Iterator[_Task]:
 
 
 def _read_all(tasks: Sequence[_Task], processes: int) -> Iterator[tuple[_Task, "_Scan"]]:
-    """Each task with what it found, in order; few clips are read here, as starting a process takes longer."""
+    """Each task with its findings, in order; few clips are read in this process, as starting another takes longer."""
     workers = min(processes, sum(len(task.clips) for task in tasks) // TASK_CLIPS)
     if workers <= 1:
         yield from ((task, task.read()) for task in tasks)
@@ -138,7 +138,7 @@ def _read_all(tasks: Sequence[_Task], processes: int) -> Iterator[tuple[_Task, "
             yield from zip(tasks, pool.map(_Task.read, tasks), strict=True)
         except BrokenProcessPool:
             raise UserError(
-                f"One of {workers} processes that read the clips was ended, perhaps for lack of memory: try fewer, as "
+                f"One of {workers} processes that read the clips was killed, perhaps for lack of memory: try fewer, as "
                 f"with --processes 1."
             ) from None
         finally:
@@ -163,7 +163,7 @@ def _split_report(table: ClipTable, scan: "_Scan") -> SplitReport:
 
 
 class _Scan:
-    """What is learned of each waveform."""
+    """Findings on each waveform."""
 
     def __init__(self, count: int, sample_rate: int) -> None:
         self.sample_rate = sample_rate
@@ -173,7 +173,7 @@ class _Scan:
         self.unreadable: dict[int, str] = {}
 
     def take(self, clips: np.ndarray, found: "_Scan") -> None:
-        """Take in what was found of some clips."""
+        """Add the findings on some clips."""
         for name in ("seconds", "silent", "clipped", "digests"):
             getattr(self, name)[clips] = getattr(found, name)
         self.unreadable.update({int(clips[place]): reason for place, reason in found.unreadable.items()})
@@ -186,9 +186,9 @@ class _Scan:
                 for clip, row in enumerate(rows.tolist()):
                     try:
                         self.measure(clip, _read_row(waveforms, row))
-                    except (OSError, ValueError, IndexError) as error:
+                    except (UserError, OSError, IndexError) as error:
                         self.unreadable[clip] = f"{path}, row {row}: {error}"
-        except (OSError, ValueError) as error:  # the file itself
+        except (UserError, OSError) as error:  # the file itself
             self.unreadable.update(dict.fromkeys(range(len(rows)), str(error)))
 
     def measure(self, clip: int, waveform: np.ndarray) -> None:
@@ -202,12 +202,12 @@ class _Scan:
 
 
 def _read_row(waveforms: Waveforms, row: int) -> np.ndarray:
-    """(samples,) int16 of a row. Raises UserError, IndexError or OSError where training could not use it."""
+    """(samples,) int16 of a row. Raises UserError, IndexError or OSError where it is unusable."""
     stored = waveforms.rows
     if stored is not None and (stored.ndim != 2 or stored.dtype != np.int16):
         raise UserError(f"waveform is {stored.dtype} of the shape {stored.shape}, not int16 of (clips, samples)")
     if not 0 <= row < len(waveforms):
-        raise IndexError(f"the file has {len(waveforms)} rows")
+        raise UserError(f"the file has {len(waveforms)} rows")
     waveform = waveforms.read(row)
     if len(waveform) == 0:
         raise UserError("the clip is empty")
@@ -215,9 +215,9 @@ def _read_row(waveforms: Waveforms, row: int) -> np.ndarray:
 
 
 def _groups(splits: dict[str, SplitReport], column: str) -> list[list[tuple[str, int]]]:
-    """The clips, as (split, place), that share a name or their audio with others: a list for each that is shared.
+    """The clips, as (split, row), that share a name or their audio with others: a list for each name or sound.
 
-    Silence is left out: silent clips are reported as such, and are alike.
+    Silent clips, which are all alike, are left out.
     """
     keys, places = [], []
     for split, found in splits.items():
@@ -234,7 +234,7 @@ def _groups(splits: dict[str, SplitReport], column: str) -> list[list[tuple[str,
 
 
 def _judge_split(split: str, found: SplitReport, report: CheckReport, single_label: bool) -> None:
-    """What a split by itself has to say."""
+    """Problems and warnings of one split."""
     if len(found.names) == 0:
         report.problems.append(f"{split} has no clips.")
     if found.unreadable:
@@ -255,7 +255,7 @@ def _judge_split(split: str, found: SplitReport, report: CheckReport, single_lab
 def _judge_repeated(
     what: str, groups: list[list[tuple[str, int]]], splits: dict[str, SplitReport], report: CheckReport
 ) -> None:
-    """Clips that share an id or their audio: a problem across splits, odd within one."""
+    """Clips that share an id or their audio: a problem across splits, a warning within one."""
     for messages, wanted, place in ((report.problems, True, "in two splits"), (report.warnings, False, "in one split")):
         chosen = [group for group in groups if (len({split for split, _ in group}) > 1) == wanted]
         if chosen:

@@ -1,4 +1,4 @@
-"""A clip store with its sound as FLAC: smaller, bit for bit the same, some milliseconds a clip to read."""
+"""Compress the sound of a clip store as FLAC: lossless, some milliseconds a clip to read."""
 
 import io
 from pathlib import Path
@@ -7,18 +7,16 @@ import h5py
 import numpy as np
 import soundfile
 
-from data.clip_store import Waveforms, open_store
+from data.clip_store import PANNS_SAMPLE_RATE, Waveforms, open_store
 from data.files import whole_file
 from settings import UserError
-
-FALLBACK_RATE = 32000  # written into the FLAC header where the store does not say its rate; nothing reads it
 
 
 def compress_store(path: Path) -> tuple[int, int]:
     """Replace a store by one with FLAC sound; returns its size in bytes before and after.
 
-    Each clip is decoded again and compared before the old file goes. A store that is compressed already is left as it
-    is. Raises UserError where the file is no store or a clip does not come back unchanged.
+    Each clip is decoded again and compared before the old file is replaced. A compressed store is left unchanged.
+    Raises UserError where the file is no store or a decoded clip differs.
     """
     before = path.stat().st_size
     with open_store(path, "audio_name") as source:
@@ -30,12 +28,12 @@ def compress_store(path: Path) -> tuple[int, int]:
                 if key not in ("waveform", "real_len"):
                     source.copy(key, target)
             target.attrs.update(dict(source.attrs))
-            target["real_len"] = _encode_all(waveforms, target, int(source.attrs.get("sample_rate", FALLBACK_RATE)))
+            target["real_len"] = _encode_all(waveforms, target, int(source.attrs.get("sample_rate", PANNS_SAMPLE_RATE)))
     return before, path.stat().st_size
 
 
 def _encode_all(waveforms: Waveforms, target: h5py.File, sample_rate: int) -> np.ndarray:
-    """Write waveform_flac; returns (N,) int32 lengths in samples."""
+    """Write waveform_flac; returns (N,) int32 lengths in samples. Raises UserError where a decoded clip differs."""
     flac = target.create_dataset("waveform_flac", (len(waveforms),), dtype=h5py.vlen_dtype(np.uint8))
     lengths = np.zeros(len(waveforms), dtype=np.int32)
     written = Waveforms(target)
@@ -45,6 +43,6 @@ def _encode_all(waveforms: Waveforms, target: h5py.File, sample_rate: int) -> np
         soundfile.write(buffer, sound, sample_rate, format="FLAC", subtype="PCM_16")
         flac[row] = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
         if not np.array_equal(written.read(row), sound):
-            raise UserError(f"Clip {row} does not come back unchanged: the store is left as it was.")
+            raise UserError(f"Clip {row} differs after decoding: the store is left unchanged.")
         lengths[row] = len(sound)
     return lengths

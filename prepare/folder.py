@@ -74,7 +74,7 @@ def prepare(
     elif segment_seconds <= 0 or table is None or any(entry.labels and not entry.events for entry in entries):
         raise UserError(
             f"--segment_seconds {segment_seconds:g} needs a length above 0 and a table of events (filename, onset, "
-            f"offset, event_label), which says what each part of a recording holds."
+            f"offset, event_label), so that each part of a recording has its own classes."
         )
     if not any(entry.split or entry.fold for entry in entries):
         targets = np.array([[label in entry.labels for label in labels] for entry in entries])

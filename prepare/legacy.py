@@ -1,8 +1,8 @@
-"""Legacy files: the pickled .npy files of the published code -> clip store, without running what a pickle may hold.
+"""Legacy files: the pickled .npy files of the published code -> clip store, without running code in a pickle.
 
-A pickle is a program: it names functions and calls them. Here the few names that NumPy's arrays need stand for small
-classes of our own, which do no more than keep numbers, and every other name is refused. NumPy's own functions are not
-called either: a pickled dtype with forged flags would make NumPy take any bytes for the addresses of objects.
+A pickle is a program: it names functions and calls them. Here the few names that NumPy's arrays need are replaced by
+small classes that only keep numbers, and every other name is refused. NumPy's own functions are not called either: a
+pickled dtype with forged flags would make NumPy use any bytes as addresses of objects.
 Source: https://docs.python.org/3/library/pickle.html#restricting-globals and numpy.lib.format.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn, Optional
 
 import numpy as np
 
-from data.clip_store import SPLITS, Clip, ClipStoreWriter, Task
+from data.clip_store import LARGEST_FOLD, SPLITS, Clip, ClipStoreWriter, Task
 from prepare.report import PrepareReport
 from settings import UserError
 from utils import float32_to_int16
@@ -23,12 +23,11 @@ from utils import float32_to_int16
 NAME_KEYS = ("name", "audio_name", "filename")
 NUMBER_KINDS = "biuf"  # numpy's kinds of truth values, whole numbers and fractions
 LARGEST_PEAK = 4.0  # resampling may overshoot 1 a little; a float waveform above this is not one in [-1, 1]
-MOST_FOLDS = 127  # what the store's int8 can hold
 
 
 @dataclass(frozen=True)
 class LegacyClip:
-    """One clip as the file has it: waveform (samples,) of any numbers; target () class number, (K,) 0 or 1, or None."""
+    """One clip of a file: waveform (samples,) of any numbers; target () class number, (K,) 0 or 1, or None."""
 
     name: str
     waveform: np.ndarray
@@ -47,8 +46,8 @@ def import_legacy(
     """Write the store of legacy files.
 
     A single file of several folds gives folds numbered from 1, as in esc50.csv (the published code counts from 0).
-    Other files each need a name in `splits`: train, validation or test. sample_rate in Hz: the files do not say
-    theirs, so it must be the one they were made with. A clip without a target (DESED's) has no class in the store.
+    Other files each need a name in `splits`: train, validation or test. sample_rate in Hz: the files have no record of
+    it, so it must be the one they were made with. A clip without a target (DESED's) has no class in the store.
     Empty clips, and those with NaN or with float samples far outside [-1, 1], are skipped and reported. The files are
     held in memory whole. Raises UserError for a file that cannot be read, a class outside of `labels`, and splits
     that do not fit the files.
@@ -84,8 +83,8 @@ def _places(
         if len(folds) > 1 and (splits is not None or len(paths) > 1):
             raise UserError(f"{path} holds {len(folds)} folds: import it alone, and without names of splits.")
     if splits is None and len(files) == 1 and len(files[0]) > 1:
-        if len(files[0]) > MOST_FOLDS:
-            raise UserError(f"{paths[0]} holds {len(files[0])} folds; at most {MOST_FOLDS} can be stored.")
+        if len(files[0]) > LARGEST_FOLD:
+            raise UserError(f"{paths[0]} holds {len(files[0])} folds; at most {LARGEST_FOLD} can be stored.")
         return [(number, "") for number, fold in enumerate(files[0], start=1) for _ in fold]
     given = list(splits or [])
     if len(given) != len(files) or any(split not in SPLITS for split in given):
@@ -99,7 +98,7 @@ def _places(
 def to_int16(waveform: np.ndarray) -> np.ndarray:
     """(samples,) numbers -> int16: fractions in [-1, 1] are scaled by 32767, whole numbers stay.
 
-    Raises UserError for NaN, truth values, and samples outside of what was said.
+    Raises UserError for NaN, truth values, and samples outside of these ranges.
     """
     if waveform.dtype.kind == "f":
         if not np.isfinite(waveform).all():
@@ -136,8 +135,8 @@ def read_legacy(path: Path) -> list[list[LegacyClip]]:
     """The clips of a legacy file: one list for each of its folds, or a single list.
 
     The file holds a list of dicts, or a list of such lists (folds). A dict has a name (`name`, `audio_name` or
-    `filename`), a `waveform` and, but for DESED, a `target`; other entries are left out. Raises UserError where
-    the file is missing, cut off, no .npy of objects, holds other things, or names what a pickle may not call.
+    `filename`), a `waveform` and, except in DESED, a `target`; other entries are ignored. Raises UserError where the
+    file is missing, cut off, no .npy of objects or no such list, and where its pickle names other objects.
     """
     rows = _rows(_load(path))
     folds = [rows] if any(isinstance(row, dict) for row in rows) else [_rows(row) for row in rows]
@@ -147,7 +146,7 @@ def read_legacy(path: Path) -> list[list[LegacyClip]]:
 
 
 def _load(path: Path) -> Any:
-    """What the .npy file holds, with stand-ins for arrays and NumPy's scalars."""
+    """The content of the .npy file, with stand-ins for arrays and NumPy's scalars."""
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     with path.open("rb") as file:
@@ -155,13 +154,13 @@ def _load(path: Path) -> Any:
         try:
             return _Unpickler(file).load()
         except _RefusedError as error:
-            raise UserError(f"{path} is refused, nothing of it was run: {error}.") from None
+            raise UserError(f"{path} is refused and was not run: {error}.") from None
         except Exception as error:  # a damaged pickle may raise anything
             raise UserError(f"{path} cannot be read, it may be cut off or damaged: {error}") from None
 
 
 def _read_header(file: BinaryIO, path: Path) -> None:
-    """Go to where the pickle begins. Raises UserError where there is none."""
+    """Read up to the beginning of the pickle. Raises UserError where there is none."""
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -219,11 +218,11 @@ def _plain(value: Any) -> Any:
 
 
 class _RefusedError(Exception):
-    """The pickle asks for something that is not let in."""
+    """The pickle names something that is not admitted."""
 
 
 class _StandIn:
-    """Base of what a pickle may name. A state is refused: without this, pickle would set any attribute.
+    """Base of the objects that a pickle may name. A state is refused: by default pickle would set any attribute.
 
     A pickle can also make an object without calling __init__: the attributes have their empty values in the class.
     """
@@ -260,7 +259,7 @@ class _Dtype(_StandIn):
             raise _RefusedError(f"it holds an array of {code}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, order, *_ = state  # the rest follows from the code, for the dtypes that are let in
+        _, order, *_ = state  # for the admitted dtypes the rest follows from the code
         if self.plain is not None:
             self.plain = self.plain.newbyteorder(order)
 
@@ -323,7 +322,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ADMITTED:
             raise _RefusedError(
-                f"it asks for {module}.{name}; only arrays, numbers, text, lists, tuples, sets and dicts are let in"
+                f"it names {module}.{name}; only arrays, numbers, text, lists, tuples, sets and dicts are admitted"
             )
         return ADMITTED[module, name]
 

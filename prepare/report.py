@@ -1,4 +1,4 @@
-"""What a preparation did: clips written, files skipped and why."""
+"""The report of an adapter: clips written, files skipped and why."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass
 class PrepareReport:
-    """Result of an adapter. skipped: (file, reason) of each file that is not in the store."""
+    """path: the store. skipped: (file, reason) of each file that is not in it."""
 
     path: Path
     clips: int = 0

@@ -1,4 +1,4 @@
-"""AudioSet's segments: which audio file holds one, what is taken of a longer file, and the report on all of them."""
+"""AudioSet's segments: their audio files, their place in a longer file, and the report on all of them."""
 
 import csv
 import hashlib

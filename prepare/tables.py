@@ -12,13 +12,12 @@ from typing import Optional
 import numpy as np
 
 from data.audio import SUFFIXES, audio_seconds, read_int16
-from data.clip_store import Clip, ClipStoreWriter, Event
+from data.clip_store import LARGEST_FOLD, Clip, ClipStoreWriter, Event
 from prepare.report import PrepareReport
 from settings import UserError
 
 END_TOLERANCE = 0.5  # seconds that an event may reach beyond the end of its clip, as annotations round
 EVENT_COLUMNS = ("filename", "onset", "offset", "event_label")
-LARGEST_FOLD = 127  # the store's column is int8
 
 
 @dataclass(frozen=True)
