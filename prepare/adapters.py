@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +55,7 @@ def check_flags(adapter: ModuleType, given: Iterable[str]) -> None:
             raise UserError(f"prepare --dataset_type {adapter.NAME} needs --{name}: {adapter.FLAGS[name]['help']}.")
 
 
+@cache
 def read_flags(dataset_type: str) -> Flags:
     """FLAGS of an adapter, read without importing it: a help text does not wait for NumPy and torch."""
     path = adapter_path(dataset_type)

@@ -33,8 +33,8 @@ def test_single_label(
     monkeypatch.chdir(tmp_path)
     run("prepare", name, RAW_DATA[name](tmp_path), *RATE)
     run("check", name, None, *RATE, *settings)
-    run("compress", name)
     run("train", name, None, *RATE, *settings, "--max_epoch", "1", *TINY_FLAGS)
+    run("compress", name)
     (folder,) = Path("workspace/runs").iterdir()
     run("test", name, {"resume_checkpoint": folder / "checkpoints" / "best.ckpt"}, "--accelerator", "cpu")
     (metric,) = json.loads((folder / "scores" / "test.json").read_text())["metrics"]
