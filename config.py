@@ -3,8 +3,9 @@
 Each setting is one annotated assignment and one comment, which is also the flag's help. Settings further down may
 be computed from those above: they follow a flag too (`--dataset_type scv2` moves sample_rate, hop_size, ...).
 A comment line names the section of the settings below it, which says what they belong to (settings.section): a
-checkpoint brings data set, split, clips, front-end, network and HTS-AT; run, machine and the commands are no part of an
-experiment. After a change of names or types: `python settings.py`, which writes config_fields.pyi for type checkers.
+checkpoint brings data set, split, clips, encoder, front-end and network; run, machine and the commands are no part of
+an experiment. A section like `network, htsat` is that of one encoder. After a change of names or types:
+`python settings.py`, which writes config_fields.pyi for type checkers.
 After an edit in a notebook, restart or reload: a running session keeps the values that it has imported.
 """
 
@@ -93,8 +94,16 @@ linear_probe: bool = False  # fine-tuning: only a linear layer on the averaged t
 freeze_backbone: bool = linear_probe  # fine-tuning: train only the classifier
 layer_decay: Decay = 1.0  # fine-tuning: each layer learns slower than the one above it, by this factor
 
+# --- encoder ---------------------------------------------------------------------------------------------------------
+encoder: Literal["htsat", "ast"] = "htsat"  # the network, by its name in model/registry.py
+encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `python main.py encoders` lists them
+
 # --- front-end -------------------------------------------------------------------------------------------------------
-sample_rate: PositiveInt = 16000 if dataset_type == "scv2" else 32000  # samples per second
+sample_rate: PositiveInt = (  # samples per second
+    {"ast": 16000}.get(encoder, 16000 if dataset_type == "scv2" else 32000)
+)
+
+# --- front-end, htsat ------------------------------------------------------------------------------------------------
 window_size: PositiveInt = 1024  # STFT window in samples
 hop_size: PositiveInt = sample_rate // 100  # STFT hop in samples: 10 ms
 mel_bins: PositiveInt = 64  # mel bands
@@ -118,7 +127,7 @@ sequence_head: Literal["none", "gru", "attention", "transformer"] = "none"  # la
 sequence_layers: PositiveInt = 2  # sequence_head: how many
 sequence_dim: PositiveInt = 256  # sequence_head: channels
 
-# --- HTS-AT ----------------------------------------------------------------------------------------------------------
+# --- network, htsat --------------------------------------------------------------------------------------------------
 enable_tscam: bool = not linear_probe  # token-semantic convolution; without it a linear layer on the averaged tokens
 enable_repeat_mode: bool = False  # a quarter of the spectrogram four times, instead of the fold in time
 htsat_attn_heatmap: bool = False  # weight the frame scores with the last stage's attention

@@ -49,6 +49,8 @@ class ConfigFields(BaseModel):
     linear_probe: bool
     freeze_backbone: bool
     layer_decay: Decay
+    encoder: Literal['htsat', 'ast']
+    encoder_options: dict[str, str]
     sample_rate: PositiveInt
     window_size: PositiveInt
     hop_size: PositiveInt

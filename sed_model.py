@@ -1,7 +1,11 @@
-"""Training and testing of the network: SEDWrapper for one, Ensemble_SEDWrapper for several. PyTorch Lightning."""
+"""Training and testing in PyTorch Lightning: SEDWrapper on clips, FrameSEDWrapper on event times, Ensemble_SEDWrapper.
+
+Shapes: B clips, F bands, T frames, K classes.
+"""
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,14 +15,18 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from data.clip_store import UNREADABLE
+from data.clip_store import STRONG, UNLABELLED, UNREADABLE
+from data.frame_targets import Events, rasterize, resample_steps
 from data.ontology import read_ontology
 from evaluation.mapping import ClassMapping
-from evaluation.metrics import MAIN_METRIC, Metric, clip_metrics
-from model.encoders.htsat import HTSAT_Swin_Transformer, Outputs
-from settings import Config, UserError, section
-from training import augment
-from training.losses import LOSSES
+from evaluation.metrics import FRAME_METRIC, MAIN_METRIC, Metric, clip_metrics, frame_metric
+from model import Network, Outputs
+from model.frontend import resample
+from settings import FRAME_LOSSES, Config, UserError, section
+from training import augment, augment_features
+from training.losses import LOSSES, clip_bce, consistency, distillation_bce, frame_bce, weak_strong_bce
+from training.mean_teacher import MeanTeacher, ramp_up
+from training.targets import Targets
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
@@ -39,7 +47,7 @@ def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: 
     return max(lr_rate[0] * 0.98**epoch, 0.03)
 
 
-def parameter_groups(network: HTSAT_Swin_Transformer, rate: float, layer_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(network: Network, rate: float, layer_decay: float) -> list[dict[str, Any]]:
     """The trained parameters for an optimizer, with the learning rate of each layer.
 
     The classifier learns at `rate`, each layer below at layer_decay times the rate of the one above it (Clark et al.
@@ -72,20 +80,29 @@ class Evaluation(pl.LightningModule):
         self.not_scored = 0  # clips that could not be read, in the last evaluation
         self.test_metrics: list[Metric] = []
 
-    def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, samples) -> probabilities (B, K) of the clips and (B, steps, K) of the frames."""
+    @property
+    def has_frames(self) -> bool:
+        """Whether there are frame scores: whether an encoder has a time axis."""
         raise NotImplementedError
+
+    def clip_and_frame_scores(self, waveform: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
+        """(B, samples) float at sample_rate -> probabilities (B, K) of the clips and (B, T, K) of the frames."""
+        raise NotImplementedError
+
+    def sample_rate_of(self, batch: Batch) -> int:
+        """Of a batch's waveforms, in Hz."""
+        return int(batch.get("sample_rate", self.settings.sample_rate))
 
     def on_test_epoch_start(self) -> None:
         self.collected = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        clipwise, framewise = self.mean_over_shifts(batch["waveform"])
+        clipwise, framewise = self.mean_over_shifts(batch["waveform"], self.sample_rate_of(batch))
         frames = [framewise] if self.keep_frames else []
         self.collected.append((batch["index"], clipwise, batch["target"], *frames))
 
-    def mean_over_shifts(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, samples) int16 -> probabilities of the clips (B, K), the mean over tta_shifts, and of the frames.
+    def mean_over_shifts(self, waveform: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
+        """(B, samples) int16 at sample_rate -> clip probabilities (B, K), the mean over tta_shifts, and frame ones.
 
         All shifted copies make one batch, made where the waveforms are; it goes through the network in pieces of at
         most a loader's batch, so that a test needs no more memory than its settings say. The
@@ -95,7 +112,7 @@ class Evaluation(pl.LightningModule):
         most = max(len(waveform), self.settings.batch_size // world // self.settings.accumulate_batches)
         copies = torch.cat([waveform.roll(shift, dims=1) for shift in self.shifts])  # (shifts * B, samples)
         pieces = copies.split(most)
-        scores = [self.clip_and_frame_scores(int16_to_float32(piece)) for piece in pieces]
+        scores = [self.clip_and_frame_scores(int16_to_float32(piece), sample_rate) for piece in pieces]
         clipwise = torch.cat([clip for clip, _ in scores]).unflatten(0, (len(self.shifts), -1)).mean(dim=0)
         return clipwise, scores[0][1][: len(waveform)]
 
@@ -126,13 +143,21 @@ class Evaluation(pl.LightningModule):
         return [array[first[numbers != UNREADABLE]] for array in arrays]
 
 
+def at_rate_of(network: Network, waveform: Tensor, sample_rate: int) -> Tensor:
+    """(B, samples) float at sample_rate -> at the network's own, resampled on the device, at most clip_samples long."""
+    return resample(waveform, sample_rate, network.sample_rate)[:, : network.clip_samples]
+
+
 class SEDWrapper(Evaluation):
     """One network with the paper's training recipe (section 3.1).
 
-    network: HTSAT_Swin_Transformer or anything with its outputs; its weights are saved under the prefix sed_model.
+    A step is one sequence: the waveform, its augmentation, features, their augmentation, the encoder, the loss. The
+    weights are saved under the prefix sed_model.
     """
 
-    def __init__(self, network: HTSAT_Swin_Transformer, settings: Config, labels: Sequence[str]) -> None:
+    masks_silence = False  # whether SpecAugment's masks over time count as silence in the targets
+
+    def __init__(self, network: Network, settings: Config, labels: Sequence[str]) -> None:
         super().__init__(settings, labels)
         self.sed_model = network
         self.loss_func = LOSSES[settings.loss_type]
@@ -142,13 +167,21 @@ class SEDWrapper(Evaluation):
         ontology = settings.class_map_path if settings.enable_label_enhance else None
         self.ontology = read_ontology(Path(ontology)) if ontology else None
         if settings.freeze_backbone:
-            # ImageNet's weights bring no bn0: it has to learn what sounds are like.
-            network.freeze_backbone(with_bn0=settings.swin_pretrain_path is None)
+            network.freeze_backbone(from_images=settings.swin_pretrain_path is not None)
         for parameter in network.unused_parameters():  # they get no gradient, which DistributedDataParallel refuses
             parameter.requires_grad_(False)
 
-    def forward(self, waveform: Tensor, mixup_lambda: Optional[Tensor] = None) -> Outputs:
-        return self.sed_model(waveform, mixup_lambda)
+    @property
+    def has_frames(self) -> bool:
+        return self.sed_model.frames > 0
+
+    def forward(self, waveform: Tensor) -> Outputs:
+        return self.sed_model(waveform)
+
+    def sound(self, batch: Batch) -> Tensor:
+        """The waveforms of a batch (B, samples): float32, at the network's sample rate."""
+        waveform = int16_to_float32(batch["waveform"])  # int16 travels to the device
+        return at_rate_of(self.sed_model, waveform, self.sample_rate_of(batch))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Random numbers of their own for each step and process: a resumed run draws what an unbroken one draws."""
@@ -169,33 +202,76 @@ class SEDWrapper(Evaluation):
         return loss
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """The loss of a batch of ClipDataset, on the device, with the augmentations of the settings."""
-        waveform, targets = int16_to_float32(batch["waveform"]), batch["target"]  # int16 travels to the device
-        waveform, targets = self._augment(waveform, targets)
-        mixup_lambda = None
-        if self.settings.mixup_alpha > 0:
-            mixup_lambda = get_mix_lambda(self.settings.mixup_alpha, len(waveform), self.device)
-            if self.settings.mixup_targets:
-                targets = do_mixup(targets, mixup_lambda)
-        if targets.ndim == 3:  # by frame: (B, steps, K)
-            logits = self(waveform, mixup_lambda)["framewise_logits"].flatten(0, 1)
-            return self.loss_func(logits, targets.flatten(0, 1))
-        return self.loss_func(self(waveform, mixup_lambda)["clipwise_logits"], targets)
+        """The loss of a batch of the training data, on the device, with the augmentations of the settings."""
+        network = self.sed_model
+        waveform, targets = self.augment_waveform(self.sound(batch), batch)
+        weight = self.mixup_weight(targets)
+        # A mask covers both sounds of clips that are mixed before it, and one of those that are mixed after it.
+        if weight is not None and self.settings.mixup_waveforms:
+            waveform, targets = do_mixup(waveform, weight), self.mixed(targets, weight)
+        features, targets = self.augment_features(network.features(waveform), targets)
+        if weight is not None and not self.settings.mixup_waveforms:
+            features, targets = do_mixup(features, weight), self.mixed(targets, weight)
+        outputs = network.forward_head(network.forward_features(features))
+        return self.loss(outputs, targets, features)
 
-    def _augment(self, waveform: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The augmentations that the settings ask for: (B, samples) and (B, K), or (B, steps, K) with token labels."""
-        settings = self.settings
+    def augment_waveform(self, waveform: Tensor, batch: Batch) -> tuple[Tensor, Targets]:
+        """(B, samples) -> the augmented waveforms and their targets."""
+        settings, samples = self.settings, waveform.shape[1]
+        shifts = starts = torch.zeros(len(waveform), dtype=torch.long)
         if settings.enable_time_shift:
-            waveform = augment.shift_in_time(waveform, settings.shift_max)
+            waveform, shifts = augment.shift_in_time(waveform, settings.shift_max)
         if settings.crop_size is not None:
-            waveform = augment.crop(waveform, settings.crop_size)
-        if self.ontology is not None:
-            ancestors = torch.from_numpy(self.ontology.ancestors).to(targets.device)
-            targets = augment.enhance_labels(targets, ancestors, self.ontology.children)
+            waveform, starts = augment.crop(waveform, settings.crop_size)
+        if settings.gain_range:
+            waveform = augment.random_gain(waveform, settings.gain_range)
+        rate = self.sed_model.sample_rate
+        targets = self.targets(batch, shifts / rate, starts / rate, samples / rate, waveform.shape[1] / rate)
         if settings.enable_token_label:
-            steps = self.sed_model.steps
-            return augment.replace_stretch(waveform, targets, steps, settings.token_label_range)
+            shares = settings.token_label_range
+            waveform, frames = augment.replace_stretch(waveform, targets.clips, self.sed_model.frames, shares)
+            targets = replace(targets, frames=frames)
         return waveform, targets
+
+    def targets(self, batch: Batch, shifts: Tensor, begin: Tensor, whole: float, seconds: float) -> Targets:
+        """Of clips of `whole` seconds, rolled by (B,) `shifts` seconds, then cut to `seconds` from (B,) `begin` on."""
+        clips = batch["target"]
+        if self.ontology is not None:
+            ancestors = torch.from_numpy(self.ontology.ancestors).to(clips.device)
+            clips = augment.enhance_labels(clips, ancestors, self.ontology.children)
+        return Targets(clips)
+
+    def mixup_weight(self, targets: Targets) -> Optional[Tensor]:
+        """(B,) share of each clip's own sound, 1 where its partner has labels of another kind; None: no mixup."""
+        if not self.settings.mixup_alpha:
+            return None
+        device, alike = targets.clips.device, targets.mixable()
+        weight = get_mix_lambda(self.settings.mixup_alpha, len(targets.clips), device)
+        return weight if alike is None else torch.where(alike, weight, 1.0)
+
+    def mixed(self, targets: Targets, weight: Tensor) -> Targets:
+        return targets.mixed(weight) if self.settings.mixup_targets else targets
+
+    def augment_features(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """(B, F, T) -> the augmented features and their targets."""
+        settings = self.settings
+        if settings.filter_augment:
+            decibel = self.sed_model.decibel()
+            features = augment_features.filter_augment(features, settings.filter_augment, decibel)
+        features = augment_features.warp_frequency(features, settings.frequency_warp)
+        features = augment_features.mix_style(features, settings.mix_style)
+        if settings.spec_augment:
+            features, left = augment_features.mask_time(features)
+            features = augment_features.mask_bands(features)
+            if self.masks_silence:
+                targets = targets.masked(augment_features.left_of_steps(left, self.sed_model.frames))
+        return features, targets
+
+    def loss(self, outputs: Outputs, targets: Targets, features: Tensor) -> Tensor:
+        """The loss of a step. features: (B, F, T), of which the outputs were made."""
+        if targets.frames is not None:
+            return self.loss_func(outputs.frame_logits.flatten(0, 1), targets.frames.flatten(0, 1))
+        return self.loss_func(outputs.clip_logits, targets.clips)
 
     def on_train_epoch_end(self) -> None:
         if self.unreadable:
@@ -211,7 +287,7 @@ class SEDWrapper(Evaluation):
         self.collected, self.watched = [], []
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        logits = self(int16_to_float32(batch["waveform"]))["clipwise_logits"]
+        logits = self(self.sound(batch)).clip_logits
         collected = self.watched if dataloader_idx else self.collected
         collected.append((batch["index"], logits, batch["target"]))
 
@@ -227,8 +303,8 @@ class SEDWrapper(Evaluation):
                 self.log(f"test_{metric.name}", metric.value, sync_dist=True)
         self.collected, self.watched = [], []
 
-    def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        return self.sed_model.probabilities(waveform)[:2]
+    def clip_and_frame_scores(self, waveform: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
+        return self.sed_model.probabilities(at_rate_of(self.sed_model, waveform, sample_rate))[:2]
 
     def configure_optimizers(self) -> Any:
         """AdamW, and a factor of its learning rate that changes from epoch to epoch."""
@@ -259,6 +335,160 @@ class SEDWrapper(Evaluation):
         checkpoint["frontend"] = {name: values[name] for name in section("front-end")}
 
 
+class FrameSEDWrapper(SEDWrapper):
+    """One network that learns from event times, from clip labels where there are no times, and from teachers.
+
+    Labels and the teacher's scores follow every augmentation. After each epoch the validation clips with event times
+    give frame_mAP, by which checkpoints are chosen.
+    """
+
+    masks_silence = True
+
+    def __init__(self, network: Network, settings: Config, labels: Sequence[str]) -> None:
+        super().__init__(network, settings, labels)
+        self.main_metric = FRAME_METRIC
+        self.teacher = MeanTeacher(network, settings.mean_teacher_decay) if settings.mean_teacher else None
+
+    def targets(self, batch: Batch, shifts: Tensor, begin: Tensor, whole: float, seconds: float) -> Targets:
+        events: Events = batch["events"]
+        device = batch["target"].device
+        shifts, begin = shifts.to(device), begin.to(device)
+        if self.settings.enable_time_shift:
+            events = augment.shift_events(events, shifts, whole)
+        if self.settings.crop_size is not None:
+            events = augment.crop_events(events, begin, seconds)
+        teacher = batch.get("teacher")
+        if teacher is not None:
+            probabilities = teacher.float().sigmoid().transpose(1, 2)  # (B, T of the teacher, K)
+            steps = self.sed_model.frames
+            teacher = resample_steps(probabilities, steps, whole, shift=shifts - begin, length=seconds)
+        frames = self._rasterize(events, len(batch["target"]), seconds)
+        return Targets(batch["target"], frames, batch["labelling"], teacher, batch.get("has_teacher"))
+
+    def _rasterize(self, events: Events, clips: int, seconds: float) -> Tensor:
+        """(clips, T, K) frame targets."""
+        return rasterize(
+            events,
+            clips=clips,
+            classes=self.settings.classes_num,
+            steps=self.sed_model.frames,
+            seconds=seconds,
+            fractional=self.settings.fractional_targets,
+        )
+
+    def loss(self, outputs: Outputs, targets: Targets, features: Tensor) -> Tensor:
+        loss = self._label_loss(outputs, targets)
+        if targets.teacher is not None and targets.has_teacher is not None:
+            # Of a batch whose clips all have a teacher: (1 - weight) of one and weight of the other.
+            count, part = self._in_all_processes(targets.has_teacher)
+            share = self.settings.distillation_weight * count / (len(features) * self._world_size())
+            taught = distillation_bce(outputs.frame_logits, targets.teacher, targets.has_teacher)
+            loss = (1 - share) * loss + share * part * taught
+        return loss if self.teacher is None else loss + self._consistency(outputs, features)
+
+    def _label_loss(self, outputs: Outputs, targets: Targets) -> Tensor:
+        assert targets.frames is not None
+        assert targets.labelling is not None
+        logits, strong = outputs.frame_logits, targets.labelling == STRONG
+        if self.settings.loss_type == "frame_bce":
+            return self._in_all_processes(strong)[1] * frame_bce(logits, targets.frames, strong.float())
+        clip = outputs.clip_logits, targets.clips
+        loss = weak_strong_bce(logits, targets.frames, *clip, targets.labelling, self.settings.weak_weight)
+        return self._in_all_processes(targets.labelling != UNLABELLED)[1] * loss
+
+    def _world_size(self) -> int:
+        return self._trainer.world_size if self._trainer else 1
+
+    def _in_all_processes(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """How many clips are chosen in the batches of all processes, and what a mean over those of (B,) counts here.
+
+        DistributedDataParallel averages over processes, which may have different numbers of clips with labels: so the
+        result is the mean over the clips.
+        """
+        here, world = chosen.sum().float(), self._world_size()
+        if world == 1:
+            return here, torch.ones_like(here)
+        total = self.trainer.strategy.reduce(here.clone(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total, here * world / total.clamp(min=1)
+
+    def _consistency(self, outputs: Outputs, features: Tensor) -> Tensor:
+        """Distance of the network from its mean teacher on the same features, in frames and clips."""
+        assert self.teacher is not None
+        teacher = self.teacher.module
+        assert isinstance(teacher, Network)
+        with torch.no_grad():
+            wanted = teacher.forward_head(teacher.forward_features(features))
+        weight = self.settings.mean_teacher * ramp_up(self._epochs_done(), self.settings.mean_teacher_rampup)
+        pairs = (outputs.frame_logits, wanted.frame_logits), (outputs.clip_logits, wanted.clip_logits)
+        differences = [consistency(ours.sigmoid(), theirs.sigmoid()) for ours, theirs in pairs]
+        return weight * torch.stack(differences).sum()
+
+    def _epochs_done(self) -> float:
+        """Epochs of training so far, with the part of the one at work."""
+        batches = self.trainer.num_training_batches if self._trainer else 1
+        return self.current_epoch + min(self.batch_in_epoch / max(batches, 1), 1.0)
+
+    def optimizer_step(self, *words: Any, **more: Any) -> None:
+        """The mean teacher follows at once: a checkpoint in the middle of an epoch is written before other hooks."""
+        super().optimizer_step(*words, **more)
+        if self.teacher is not None:
+            self.teacher.update_parameters(self.sed_model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checkpoints of earlier versions call the mean teacher's copy teacher.network."""
+        weights: dict[str, Tensor] = checkpoint["state_dict"]
+        for key in [key for key in weights if key.startswith("teacher.network.")]:
+            weights[key.replace("teacher.network.", "teacher.module.")] = weights.pop(key)
+            weights.setdefault("teacher.n_averaged", torch.tensor(checkpoint["global_step"]))
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        waveform = self.sound(batch)
+        outputs = self(waveform)
+        seconds = waveform.shape[1] / self.sed_model.sample_rate
+        frames = self._rasterize(batch["events"], len(waveform), seconds)
+        found = (outputs.clip_logits, batch["target"], outputs.frame_logits, frames, batch["labelling"])
+        collected = self.watched if dataloader_idx else self.collected
+        collected.append((batch["index"], *found))
+
+    def on_validation_epoch_end(self) -> None:
+        for collected, prefix in ((self.collected, ""), (self.watched, "test_")):
+            if not collected:
+                continue
+            _, clips, targets, frames, frame_targets, labelling = self._gather(collected)
+            strong, labelled = labelling == STRONG, labelling != UNLABELLED
+            frames, frame_targets = frames[strong], frame_targets[strong]
+            clips, targets = clips[labelled], targets[labelled]
+            metrics = [frame_metric(frames, frame_targets >= 0.5), *clip_metrics(self.task, clips, targets > 0.5)]
+            for metric in metrics:
+                shown = not prefix and metric.name in (FRAME_METRIC, "mAP")
+                self.log(prefix + metric.name, metric.value, prog_bar=shown, sync_dist=True)
+            if not prefix:
+                self.log("val_loss", self._validation_loss(frames, frame_targets, clips, targets), sync_dist=True)
+        self.collected, self.watched = [], []
+
+    def _validation_loss(
+        self, frames: np.ndarray, frame_targets: np.ndarray, clips: np.ndarray, targets: np.ndarray
+    ) -> Tensor:
+        """Of the clips with times their frames' loss; where there are none, the clips'."""
+        arrays = (frames, frame_targets) if len(frames) else (clips, targets)
+        return clip_bce(*map(torch.from_numpy, arrays)).to(self.device)
+
+
+def build_wrapper(network: Network, settings: Config, labels: Sequence[str]) -> SEDWrapper:
+    """The training of a network that loss_type asks for: on clips, or on event times.
+
+    Raises UserError for event times with an encoder that has no time axis.
+    """
+    on_frames = settings.loss_type in FRAME_LOSSES
+    if (on_frames or settings.enable_token_label) and network.frames == 0:
+        asked = f"loss_type = {settings.loss_type}" if on_frames else "enable_token_label = True"
+        raise UserError(
+            f"{asked} needs frames, and encoder = {settings.encoder} has no time axis: use another encoder."
+        )
+    return (FrameSEDWrapper if on_frames else SEDWrapper)(network, settings, labels)
+
+
 class Ensemble_SEDWrapper(Evaluation):
     """Several networks tested as one: the mean of their probabilities, of clips and of frames (paper, section 3.1).
 
@@ -267,7 +497,7 @@ class Ensemble_SEDWrapper(Evaluation):
 
     def __init__(
         self,
-        networks: Sequence[HTSAT_Swin_Transformer],
+        networks: Sequence[Network],
         settings: Config,
         labels: Sequence[str],
         *,
@@ -277,12 +507,19 @@ class Ensemble_SEDWrapper(Evaluation):
         self.together, self.networks = together, [network.eval() for network in networks]
         self.sed_models = nn.ModuleList(networks if together else [])  # Lightning moves what is registered
 
-    def clip_and_frame_scores(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        scores = [self._member_scores(network, waveform) for network in self.networks]
-        clips, frames = zip(*scores, strict=True)
-        return torch.stack(clips).mean(dim=0), torch.stack(frames).mean(dim=0)
+    @property
+    def has_frames(self) -> bool:
+        return any(network.frames for network in self.networks)
 
-    def _member_scores(self, network: HTSAT_Swin_Transformer, waveform: Tensor) -> tuple[Tensor, Tensor]:
+    def clip_and_frame_scores(self, waveform: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
+        """Frame scores are the mean over the members that have a time axis."""
+        scores = [self.member_scores(network, waveform, sample_rate) for network in self.networks]
+        clips, frames = zip(*scores, strict=True)
+        timed = [each for each in frames if each.shape[1]] or list(frames)
+        return torch.stack(clips).mean(dim=0), torch.stack(timed).mean(dim=0)
+
+    def member_scores(self, network: Network, waveform: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
+        waveform = at_rate_of(network, waveform, sample_rate)
         if self.together:
             return network.probabilities(waveform)[:2]
         scores = network.to(waveform.device).probabilities(waveform)[:2]

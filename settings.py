@@ -8,7 +8,6 @@ import ast
 import difflib
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +26,7 @@ FIELDS_PATH = CONFIG_PATH.with_name("config_fields.pyi")
 SECTION_LINE = re.compile(r"# --- (.+?) -+")
 
 # Sections of config.py. A checkpoint's weights determine the first ones; the others say what they were trained on.
-NETWORK_SECTIONS = ("front-end", "network", "HTS-AT")
+NETWORK_SECTIONS = ("encoder", "front-end", "network")
 TRAINED_SECTIONS = (*NETWORK_SECTIONS, "data set", "split", "clips")
 # No part of an experiment: where a run is, how it is watched and how it is tested. What a run starts from is a part.
 NOT_THE_EXPERIMENT = (
@@ -56,12 +55,16 @@ class Config(ConfigFields):
 
 @dataclass(frozen=True)
 class Setting:
-    """One assignment of config.py. section: the comment line above it."""
+    """One assignment of config.py. section: the comment line above it; encoder: the one that alone has it, or none."""
 
     name: str
     type: Any
     comment: str
     section: str
+
+    @property
+    def encoder(self) -> str:
+        return self.section.partition(", ")[2]
 
     @property
     def is_list(self) -> bool:
@@ -83,9 +86,15 @@ class Setting:
             raise UserError(f"{self.name} = {value!r} is not allowed: {reasons}. ({self.comment})") from None
 
     def _parse(self, text: str) -> Any:
-        """Text of the command line: None for an optional setting, a list as 1,2,3 or [1, 2, 3]."""
+        """Text of the command line: None for an optional setting, a list as 1,2,3 or [1, 2, 3], a dict as a=1,b=2."""
         if self.is_optional and text in ("None", "none", ""):
             return None
+        if get_origin(self.type) is dict:
+            pairs = [pair.partition("=") for pair in text.strip("{} ").split(",") if pair.strip()]
+            return {name.strip(): value.strip() for name, _, value in pairs}
+        if get_origin(self.type) is dict:
+            pairs = [pair.partition("=") for pair in text.strip("{} ").split(",") if pair.strip()]
+            return {name.strip(): value.strip() for name, _, value in pairs}
         if not self.is_list:
             return text
         return [part.strip().strip("'\"") for part in text.strip("[] ").split(",") if part.strip()]
@@ -124,10 +133,14 @@ def all_settings() -> dict[str, Setting]:
 
 
 def section(*titles: str) -> tuple[str, ...]:
-    """Names of the settings below these section lines of config.py, in its order."""
-    unknown = set(titles) - {setting.section for setting in all_settings().values()}
+    """Names of the settings below these section lines of config.py, in its order.
+
+    `network` stands for `network, htsat` too: what follows the comma is the encoder that alone has them.
+    """
+    sections = {name: setting.section.partition(", ")[0] for name, setting in all_settings().items()}
+    unknown = set(titles) - set(sections.values())
     assert not unknown, f"config.py has no section {unknown}"
-    return tuple(name for name, setting in all_settings().items() if setting.section in titles)
+    return tuple(name for name in sections if sections[name] in titles)
 
 
 def fields_stub() -> str:
@@ -209,30 +222,28 @@ def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[M
             )
     values = _execute({**session, **trained, **given})
     config = _config_class()(**{name: known[name].check(values[name]) for name in known})
+    _check_encoder({**session, **given}, config.encoder)
     _check_together(config)
     if "loss_type" not in trained:  # else it is a checkpoint that is used: what config.py says of training is idle
         _check_frame_training(config)
     return config
 
 
-def _check_together(config: Config) -> None:
-    """What no single setting shows. Raises UserError, or warns where a value is legal but odd."""
-    if config.fmin >= config.fmax:
-        raise UserError(f"fmin = {config.fmin} Hz must lie below fmax = {config.fmax} Hz.")
-    if config.fmax > config.sample_rate / 2:
-        warnings.warn(
-            f"fmax = {config.fmax} Hz lies above half the sample rate ({config.sample_rate / 2} Hz): the mel bands "
-            f"up there stay empty.",
-            stacklevel=3,
+def _check_encoder(chosen: Mapping[str, Any], encoder: str) -> None:
+    """Raise UserError for settings that another encoder has."""
+    owners = {name: all_settings()[name].encoder for name in chosen}
+    wrong = [name for name, owner in owners.items() if owner not in ("", encoder)]
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)}: only encoder = {owners[wrong[0]]} has this, and encoder = {encoder}. Leave it out; "
+            f"the sizes of {encoder} are its encoder_options."
         )
+
+
+def _check_together(config: Config) -> None:
+    """What no single setting shows. Raises UserError."""
     if sorted(config.lr_scheduler_epoch) != config.lr_scheduler_epoch:
         raise UserError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
-    frames, most = config.clip_samples // config.hop_size + 1, config.htsat_spec_size**2 // config.mel_bins
-    if frames > most:
-        raise UserError(
-            f"clip_samples = {config.clip_samples} makes {frames} frames, the network takes {most}: lower clip_samples "
-            f"(longer recordings are cut into windows) or raise hop_size."
-        )
     if config.dataset_type == "audioset" and config.protocol == "held_out":
         raise UserError("AudioSet has no validation clips to choose on: protocol must be paper.")
     if config.enable_label_enhance and config.class_map_path is None:
@@ -254,7 +265,7 @@ def _check_together(config: Config) -> None:
 def _check_frame_training(config: Config) -> None:
     """Settings that only a training on event times has a use for. Raises UserError where they cannot be."""
     frames = config.loss_type in FRAME_LOSSES
-    asked = [name for name in section("semi-supervised", "frame augmentation") if getattr(config, name)]
+    asked = [name for name in section("semi-supervised") if getattr(config, name)]
     asked += ["balanced_by = frames"] if config.balanced_by == "frames" else []
     if asked and not frames:
         raise UserError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")

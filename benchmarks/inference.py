@@ -37,8 +37,7 @@ from torch import Tensor
 
 from benchmarks.plain import PlainHTSAT
 from inference.onnx_runtime import load_onnx
-from model import build_model
-from model.encoders.htsat import HTSAT_Swin_Transformer
+from model import Network, build_model
 from model.export import build_onnx, join, quantize, save_onnx
 from runs.measure import count_flops, peak_flops
 from settings import Config, resolve, section
@@ -75,7 +74,7 @@ def make_clips(count: int) -> Tensor:
     return 0.1 * torch.randn(count, 320000, generator=torch.Generator().manual_seed(0))
 
 
-def make_networks() -> tuple[Config, HTSAT_Swin_Transformer, PlainHTSAT]:
+def make_networks() -> tuple[Config, Network, PlainHTSAT]:
     """The settings, and both networks with the same random weights."""
     torch.manual_seed(0)
     settings = resolve({"dataset_type": "audioset", "precision": "32", "compile": "off"})
@@ -122,7 +121,7 @@ def _flushed(connection: Connection, keep_memory: bool) -> None:
         connection.send(timed(plain, make_clips(order[0]), order[1]))
 
 
-def exported(settings: Config, network: HTSAT_Swin_Transformer, folder: Path) -> tuple[dict[str, Listen], dict]:
+def exported(settings: Config, network: Network, folder: Path) -> tuple[dict[str, Listen], dict]:
     """onnxruntime with the float32 and the int8 file, on as many threads as torch; and the files' sizes in bytes."""
     frontend, body = build_onnx(network, settings.clip_samples)
     described = {name: getattr(settings, name) for name in section("front-end")}

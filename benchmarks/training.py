@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.plain import PlainHTSAT
+from model import Outputs
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from runs.measure import count_flops, peak_flops, peak_memory, release_and_reset_peak
 from settings import resolve
@@ -49,7 +50,9 @@ class Side:
 
     def gradients(self, waveform: Tensor, targets: Tensor) -> None:
         self.optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(self.network(waveform)["clipwise_logits"], targets).backward()
+        outputs = self.network(waveform)
+        logits = outputs.clip_logits if isinstance(outputs, Outputs) else outputs["clipwise_logits"]
+        F.binary_cross_entropy_with_logits(logits, targets).backward()
 
     def step(self, waveform: Tensor, targets: Tensor) -> float:
         """Seconds of one training step."""
@@ -69,7 +72,7 @@ def wait_for_device() -> None:
 
 def our_side() -> Side:
     """As `python main.py train` runs it, with what performance = auto takes in float32."""
-    return Side(HTSAT_Swin_Transformer(drop_path=0.0, spec_augment=False), fused=True)
+    return Side(HTSAT_Swin_Transformer(drop_path=0.0), fused=True)
 
 
 def plain_side() -> Side:

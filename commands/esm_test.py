@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from data_generator import load_test_data
-from model.encoders.htsat import HTSAT_Swin_Transformer
+from model import Network
 from runs.members import Member, check_alike, check_labels, fit_together
 from runs.records import print_first_page
 from runs.testing import run_test
@@ -49,12 +49,12 @@ def joint_sha256(members: Sequence[Member]) -> str:
     return hashlib.sha256(" ".join(sorted(member.sha256 for member in members)).encode()).hexdigest()
 
 
-def check_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Member]) -> None:
+def check_steps(networks: Sequence[Network], members: Sequence[Member]) -> None:
     """Raise UserError where the frame scores of networks have different lengths."""
+    steps = next((network.frames for network in networks if network.frames), 0)
     for network, member in zip(networks, members, strict=True):
-        if network.steps != networks[0].steps:
+        if network.frames not in (0, steps):
             raise UserError(
-                f"{member.checkpoint.path} gives {network.steps} steps for a clip, {members[0].checkpoint.path} "
-                f"{networks[0].steps}: their frame scores cannot be averaged. Give members with the same "
-                f"htsat_readout_stage, htsat_time_stride, htsat_stride and mel_bins, and as many stages (htsat_depth)."
+                f"{member.checkpoint.path} gives {network.frames} frames for a clip, another member {steps}: "
+                f"their frame scores cannot be averaged. Give members with the same sizes of patches and stages."
             )

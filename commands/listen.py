@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Optional, TextIO
 import numpy as np
 
 from data.files import whole_file
-from inference.loading import event_processing, has_frames, load_tagger
+from inference.loading import event_processing, load_tagger
 from inference.streaming import Event, Listener, Update
 from settings import UserError
 
@@ -44,7 +44,7 @@ def run(
     if pcm is None and (rate is not None or channels != 1):
         raise UserError("--rate and --channels describe the samples on standard input: give --pcm s16le or f32le too.")
     tagger = load_tagger(given, "listen")
-    if events is not None and not has_frames(tagger):
+    if events is not None and not tagger.has_frames:
         raise UserError("--events cannot be written: the encoder of the checkpoint has no time axis. It gives tags.")
     with contextlib.ExitStack() as stack:
         if pcm is None:

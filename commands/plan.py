@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_generator import SEDDataModule, Split, load_training_data
-from frame_training import build_wrapper
 from model import build_model
 from runs.measure import (
     WARM_UP,
@@ -30,7 +29,7 @@ from runs.measure import (
 )
 from runs.records import BYTES_PER_TRAINED_PARAMETER, device_name
 from runs.resume import find_resumed
-from sed_model import SEDWrapper, learning_rate_scale
+from sed_model import SEDWrapper, build_wrapper, learning_rate_scale
 from settings import Config, UserError, resolve
 from training.devices import device_count, on_gpu, total_memory
 from training.performance import settle
@@ -234,7 +233,7 @@ def plan_disk(
     checkpoint = FLOAT32 * (weights + averages + MOMENTS * trained)
     kept = min(settings.save_top_k, settings.max_epoch) + 1
     clips = len(data.tables.get("test", data.tables["validation"]))
-    frames = module.sed_model.steps if settings.fl_local else 0
+    frames = module.sed_model.frames if settings.fl_local else 0
     scores = clips * settings.classes_num * FLOAT32 * (1 + frames)
     needed = checkpoint * (kept + 1) + scores
     free = free_space(settings.run_folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 from data.audio import SUFFIXES
 from inference import Tagged, Tagger
-from inference.loading import event_processing, has_frames, load_tagger
+from inference.loading import event_processing, load_tagger
 from inference.outputs import STANDARD_INPUT, Outputs, Source, Wanted, sources_of
 from model.known import find_checkpoint
 from settings import UserError, requested
@@ -31,14 +31,14 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
         check_runtime(runtime, path)
     chosen = Wanted(**wanted)
     tagger = load_tagger(given, "predict")
-    if not has_frames(tagger):
+    if not tagger.has_frames:
         chosen.check_time_axis()
     if "batch_size" in given:
         tagger.batch_size = tagger.settings.batch_size
     file = find_checkpoint(path)[0]
     with tempfile.TemporaryDirectory() as folder:
         sources = collect(files, Path(folder), by_place=bool(chosen.audacity or chosen.plot))
-        processing = event_processing(tagger) if chosen.with_events and has_frames(tagger) else None
+        processing = event_processing(tagger) if chosen.with_events and tagger.has_frames else None
         try:
             with Outputs(
                 chosen, labels=tagger.labels, settings=tagger.settings, postprocessing=processing, checkpoint=file

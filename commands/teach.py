@@ -12,12 +12,12 @@ from data.clip_store import SPLITS, UNREADABLE
 from data.pseudo_labels import TeacherWriter
 from data_generator import SEDDataModule, load_test_data
 from evaluation.mapping import ClassMapping
-from model.encoders.htsat import HTSAT_Swin_Transformer
+from model import Network
 from runs.ledger import make_folder
 from runs.members import Member, check_alike, check_labels, checkpoint_labels, fit_together
 from runs.records import device_name
 from runs.test_plan import class_mapping
-from sed_model import Batch, Ensemble_SEDWrapper
+from sed_model import Batch, Ensemble_SEDWrapper, at_rate_of
 from settings import Config, UserError, requested, resolve
 from training.trainer import build_trainer
 from utils import int16_to_float32
@@ -113,14 +113,19 @@ def taught_classes(member: Member, part: Part) -> tuple[list[str], Optional[Clas
     return (member.labels(table), None) if mapping is None else (list(mapping.labels), mapping)
 
 
-def finest_steps(networks: Sequence[HTSAT_Swin_Transformer], members: Sequence[Member]) -> int:
+def finest_steps(networks: Sequence[Network], members: Sequence[Member]) -> int:
     """Steps of the member with the most. Raises UserError where another's do not divide them."""
-    steps = max(network.steps for network in networks)
+    steps = max(network.frames for network in networks)
     for network, member in zip(networks, members, strict=True):
-        if steps % network.steps:
+        if network.frames == 0:
             raise UserError(
-                f"{member.checkpoint.path} gives {network.steps} steps for a clip, which do not divide the {steps} of "
-                f"the finest member: their frame scores cannot be averaged."
+                f"{member.checkpoint.path} has encoder = {member.settings.encoder}, which has no time axis: it "
+                f"cannot teach frames."
+            )
+        if steps % network.frames:
+            raise UserError(
+                f"{member.checkpoint.path} gives {network.frames} frames for a clip, which do not divide the {steps} "
+                f"of the finest member: their frame scores cannot be averaged."
             )
     return steps
 
@@ -130,7 +135,7 @@ class Teacher(Ensemble_SEDWrapper):
 
     def __init__(
         self,
-        networks: Sequence[HTSAT_Swin_Transformer],
+        networks: Sequence[Network],
         settings: Config,
         labels: Sequence[str],
         writer: TeacherWriter,
@@ -141,20 +146,21 @@ class Teacher(Ensemble_SEDWrapper):
         super().__init__(networks, settings, labels, together=together)
         self.writer, self.steps, self.unread = writer, steps, 0
 
-    def frame_logits(self, waveform: Tensor) -> Tensor:
+    def frame_logits(self, waveform: Tensor, sample_rate: int) -> Tensor:
         """(B, samples) -> (B, K, steps): one network's own logits, or those of the mean of several's probabilities.
 
-        The mean is that of esm_test. Where a network weights its frame scores with its attention, its logits are taken
-        from the weighted scores too. A coarser member's steps are repeated.
+        The mean is that of esm_test. A coarser member's frames are repeated.
         """
-        if len(self.networks) == 1 and not self.networks[0].attn_heatmap:
-            return self.networks[0](waveform)["framewise_logits"].float().transpose(1, 2)
-        frames = [self._member_scores(network, waveform)[1].float() for network in self.networks]
+        if len(self.networks) == 1:
+            (network,) = self.networks
+            return network(at_rate_of(network, waveform, sample_rate)).frame_logits.float().transpose(1, 2)
+        frames = [self.member_scores(network, waveform, sample_rate)[1].float() for network in self.networks]
         fine = [scores.repeat_interleave(self.steps // scores.shape[1], dim=1) for scores in frames]
         return torch.stack(fine).mean(dim=0).clamp(SUREST, 1 - SUREST).logit().transpose(1, 2)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self.frame_logits(int16_to_float32(batch["waveform"])).cpu().numpy()
+        waveform = int16_to_float32(batch["waveform"])
+        logits = self.frame_logits(waveform, self.sample_rate_of(batch)).cpu().numpy()
         if self.mapping is not None:  # it takes the largest of some scores, and so of their logits
             logits = self.mapping.apply(logits.transpose(0, 2, 1)).transpose(0, 2, 1)
         read = (batch["index"] != UNREADABLE).cpu().numpy()

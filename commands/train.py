@@ -6,12 +6,12 @@ import pytorch_lightning as pl
 
 from data.labels import published_labels
 from data_generator import Split, load_training_data
-from frame_training import build_wrapper
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
 from runs.card import write_run_card
 from runs.records import print_first_page, save_provenance
 from runs.resume import find_resumed
+from sed_model import build_wrapper
 from settings import Config, UserError, resolve
 from training.callbacks import checkpoint_folder
 from training.devices import is_first_process, process_count
@@ -68,7 +68,7 @@ def run(given: dict[str, Any]) -> None:
 
 
 def resolve_with_frontend(given: dict[str, Any]) -> Config:
-    """The settings, with the front-end of the checkpoint to fine-tune from where frontend_from asks for it.
+    """The settings, with the encoder of the checkpoint to fine-tune from, and its front-end if frontend_from says so.
 
     Raises UserError where there are two files of weights to start from.
     """
@@ -78,9 +78,10 @@ def resolve_with_frontend(given: dict[str, Any]) -> Config:
             f"swin_pretrain_path = {settings.swin_pretrain_path} and resume_checkpoint = {settings.resume_checkpoint}: "
             f"a training starts from one of them. Leave one out."
         )
-    if not (settings.resume_checkpoint and settings.frontend_from == "checkpoint"):
+    path = settings.resume_checkpoint or settings.swin_pretrain_path
+    if path is None:
         return settings
-    start = read_checkpoint(settings.resume_checkpoint)
+    start = read_checkpoint(path)
     return resolve(given, checkpoint=decided_settings(start, settings.frontend_from, fine_tuning=True))
 
 
@@ -90,10 +91,10 @@ def starting_weights(settings: Config) -> Optional[Checkpoint]:
     if swin is None:
         return read_checkpoint(tuned) if tuned else None
     start = read_checkpoint(swin)
-    if start.kind != "ImageNet Swin":
+    if not start.images:
         raise UserError(
-            f"swin_pretrain_path = {swin} is no ImageNet Swin; its kind seems to be: {start.kind}. To fine-tune from "
-            f"it, use --resume_checkpoint."
+            f"swin_pretrain_path = {swin} holds no weights of ImageNet; its kind seems to be: {start.kind}. To "
+            f"fine-tune from it, use --resume_checkpoint."
         )
     return start
 

@@ -8,18 +8,20 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from data_generator import SEDDataModule, load_training_data
 from evaluation.metrics import Metric
-from model import build_model
-from model.checkpoint import FRONTEND, PREFIX, Checkpoint, load_network, read_checkpoint, write_checkpoint
-from model.encoders.htsat import HTSAT_Swin_Transformer
+from model.checkpoint import Checkpoint, network_class, open_network, read_checkpoint, write_checkpoint
+from model.foreign import PREFIX
+from model.network import Network
 from runs.card import recorded_data, write_card
 from runs.ledger import file_sha256
 from runs.members import Member, differing
 from runs.test_plan import reported_split
 from runs.testing import test_member
+from sed_model import at_rate_of
 from settings import TRAINED_SECTIONS, UserError, resolve, section
 from training.devices import is_first_process
 from utils import int16_to_float32
@@ -183,37 +185,44 @@ def check_alike(other: Checkpoint, first: Checkpoint) -> None:
         raise UserError(f"{pair} have different labels: they cannot be averaged.")
     for key, value in other.state_dict.items():
         # As rounding leaves them, windows and filterbanks that are meant to be the same differ by less.
-        if key.startswith(FRONTEND) and not torch.allclose(value, first.state_dict[key], rtol=1e-3, atol=1e-5):
+        if key.startswith(network_class(first.encoder).frontend) and not torch.allclose(
+            value, first.state_dict[key], rtol=1e-3, atol=1e-5
+        ):
             raise UserError(f"{pair} have different front-ends ({key}): they cannot be averaged.")
 
 
 def estimate_statistics(path: Path, given: dict[str, Any]) -> dict[str, Tensor]:
-    """The state of bn0 with mean and variance measured anew over the training clips of a checkpoint's data set.
+    """Mean and variance of BatchNorm in the front-end, measured anew over a checkpoint's training clips.
 
-    bn0 stands before all that is learned, so its statistics depend on the data alone. Keys as in a checkpoint.
+    It stands before all that is learned, so its statistics depend on the data alone. Keys as in a checkpoint. Raises
+    UserError for an encoder without BatchNorm there, or with BatchNorm elsewhere.
     """
-    checkpoint = read_checkpoint(path)
-    settings = resolve(given, checkpoint=checkpoint.settings)
+    opened = open_network(path, given)
+    checkpoint, settings, network = opened.checkpoint, opened.settings, opened.network
     data = load_training_data(settings, ("train",))
-    network = build_model(settings)
-    load_network(network, checkpoint)
-    frontend = _Frontend(network)
-    update_bn(_waveforms(data), frontend)
-    statistics = {k: v for k, v in network.bn0.state_dict().items() if k.startswith("running_")}
-    return {f"{_prefix(checkpoint)}bn0.{name}": value for name, value in statistics.items()}
+    norms = {id(module) for module in network.modules() if isinstance(module, _BatchNorm)}
+    if not norms or norms - {id(module) for module in network.layers()[0]}:
+        raise UserError(
+            f"wa_reestimate_bn measures the front-end's BatchNorm. encoder = {settings.encoder} has "
+            f"{'others, too' if norms else 'none'}: leave it out."
+        )
+    update_bn(_waveforms(data, network), _Frontend(network))
+    statistics = {k: v for k, v in network.state_dict().items() if k.endswith(("running_mean", "running_var"))}
+    return {_prefix(checkpoint) + key: value for key, value in statistics.items()}
 
 
-def _waveforms(data: SEDDataModule) -> Iterator[Tensor]:
+def _waveforms(data: SEDDataModule, network: Network) -> Iterator[Tensor]:
     for batch in data.train_dataloader():
-        yield int16_to_float32(batch["waveform"])
+        rate = int(batch.get("sample_rate", network.sample_rate))
+        yield at_rate_of(network, int16_to_float32(batch["waveform"]), rate)
 
 
 class _Frontend(nn.Module):
     """What of a network has statistics, for torch's update_bn."""
 
-    def __init__(self, network: HTSAT_Swin_Transformer) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, waveform: Tensor) -> Tensor:
-        return self.network.forward_frontend(waveform)
+        return self.network.features(waveform)

@@ -1,10 +1,9 @@
-"""HTS-AT in the common interface of HEAR 2021 (Turian et al., Holistic Evaluation of Audio Representations, PMLR 176).
+"""The common interface of HEAR 2021 (Turian et al., Holistic Evaluation of Audio Representations, PMLR 176).
 
 load_model, get_scene_embeddings and get_timestamp_embeddings, for tools that take a module with these functions. Audio
-is (n_sounds, n_samples) in [-1, 1] at model.sample_rate. Embeddings are those of inference.Tagger: a scene's is the
-network's latent_output (of longer sounds, the mean over the windows), a timestamp's that of one of the network's steps
-of 312.5 ms, whose middle is its time. HEAR recommends 50 ms or less for its tasks with events, which this network does
-not resolve. Nothing is random, and no gradient is kept.
+is (n_sounds, n_samples) in [-1, 1] at model.sample_rate. A scene's embedding is the encoder's (of longer sounds, the
+mean over the windows), a timestamp's that of a frame, whose middle is its time: every 312.5 ms for HTS-AT, where HEAR
+recommends 50 ms or less for its tasks with events. Nothing is random, and no gradient is kept.
 """
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from inference.tagger import Tagged, Tagger
-from model.encoders.htsat import HTSAT_Swin_Transformer
 from settings import UserError
 
 DEFAULT_CHECKPOINT = "htsat-audioset"
@@ -23,12 +21,10 @@ class HearModel(nn.Module):
 
     def __init__(self, tagger: Tagger) -> None:
         super().__init__()
-        if not isinstance(tagger.network, HTSAT_Swin_Transformer):
-            raise UserError("An exported network gives no embeddings of frames: load the checkpoint itself.")
-        self.network, self.tagger = tagger.network, tagger
-        self.sample_rate: int = tagger.settings.sample_rate
-        self.scene_embedding_size: int = tagger.network.num_features
-        self.timestamp_embedding_size: int = tagger.network.num_features
+        self.network, self.tagger = tagger.encoder(), tagger
+        self.sample_rate: int = self.network.sample_rate
+        self.scene_embedding_size: int = self.network.channels
+        self.timestamp_embedding_size: int = self.network.channels
 
     def embed(self, audio: Tensor, *, timestamps: bool) -> list[Tagged]:
         """What the Tagger says about each of the (n_sounds, n_samples). Raises UserError for other shapes."""
@@ -61,8 +57,11 @@ def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
 def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
     """(n_sounds, n_samples) -> (n_sounds, T, timestamp_embedding_size) float32, and (n_sounds, T) milliseconds.
 
-    The times are the middles of the network's steps, rising; the last step may be cut short by the end of the sound.
+    The times are the middles of the frames, rising; the last frame may be cut short by the end of the sound. Raises
+    UserError for an encoder without a time axis.
     """
+    if not model.tagger.has_frames:
+        raise UserError("The encoder has no time axis: it gives scene embeddings, but none of timestamps.")
     found = model.embed(audio, timestamps=True)
     if not found:
         return torch.zeros(0, 0, model.timestamp_embedding_size), torch.zeros(0, 0)

@@ -24,11 +24,6 @@ def load_tagger(given: dict[str, Any], command: str) -> Tagger:
     return tagger
 
 
-def has_frames(tagger: Tagger) -> bool:
-    """Whether the encoder has a time axis: one without gives tags, but no frame scores and no events."""
-    return getattr(tagger, "has_frames", True)
-
-
 def event_processing(tagger: Tagger) -> "PostProcessing":
     """Thresholds and filters for events: the settings fl_..., else the checkpoint's, else 0.5 alone."""
     from evaluation.postprocess import choose_postprocessing

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from model.frontend import LogMel, Spectrogram
+from model.registry import encoder_module
 from settings import Config, UserError, resolve
 
 INSTALL = "pip install onnxruntime"
@@ -20,22 +20,22 @@ ABOUT = ("settings", "labels", "frontend")  # what the metadata of an exported f
 class OnnxNetwork:
     """What inference.Tagger needs of a network, from an ONNX file: `probabilities`, on the CPU.
 
-    loss_type, num_classes: as of the network that was exported.
+    frames: of a window, 0 where the encoder has no time axis. num_classes, softmax: as of the network.
     """
 
     def __init__(self, session: Any, settings: Config) -> None:
-        self.session, self.loss_type, self.num_classes = session, settings.loss_type, settings.classes_num
+        self.session, self.num_classes, self.softmax = session, settings.classes_num, settings.loss_type == "clip_ce"
         self.source = session.get_inputs()[0].name  # waveform or logmel
         self._frontend: Optional[torch.nn.Module] = None
         if self.source == "logmel":
-            self._frontend = torch.nn.Sequential(
-                Spectrogram(settings.window_size, settings.hop_size),
-                LogMel(settings.sample_rate, settings.window_size, settings.mel_bins, settings.fmin, settings.fmax),
-            )
+            self._frontend = encoder_module(settings.encoder).build_frontend(settings)
+        self._outputs = [output.name for output in session.get_outputs()]
+        timed = "framewise" in self._outputs
+        self.frames = session.get_outputs()[self._outputs.index("framewise")].shape[1] if timed else 0
 
     @torch.inference_mode()
     def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, samples) -> (B, K) of the clips, (B, steps, K) of the frames, embeddings (B, C).
+        """(B, samples) -> (B, K) of the clips, (B, T, K) of the frames, embeddings (B, D).
 
         The samples are clip_samples of the settings: other lengths raise UserError, inference.Tagger cuts and fills.
         """
@@ -45,8 +45,11 @@ class OnnxNetwork:
         shape = self.session.get_inputs()[0].shape
         if list(x.shape[1:]) != shape[1:]:
             raise UserError(f"The ONNX file takes {self.source} of shape {shape}; {list(x.shape)} was given.")
-        clipwise, framewise, embedding = self.session.run(None, {self.source: x.contiguous().numpy()})
-        return torch.from_numpy(clipwise), torch.from_numpy(framewise), torch.from_numpy(embedding)
+        found = self.session.run(None, {self.source: x.contiguous().numpy()})
+        named = {name: torch.from_numpy(value) for name, value in zip(self._outputs, found, strict=True)}
+        clipwise = named["clipwise"]
+        frames = named.get("framewise", clipwise.new_zeros(len(clipwise), 0, self.num_classes))
+        return clipwise, frames, named["embedding"]
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Protocol, TypeVar
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from data.audio import mono_waveform, stream_audio
-from data.labels import published_labels
 from inference.onnx_runtime import load_onnx
 from inference.windows import OverlapAverage, Window, cut_windows, into_bins
-from model import build_model
-from model.checkpoint import LoadReport, decided_settings, load_network, read_checkpoint
-from model.encoders.htsat import HTSAT_Swin_Transformer
+from model import Network
+from model.checkpoint import LoadReport, open_network
 from model.known import find_checkpoint
-from settings import Config, UserError, requested, resolve
+from settings import Config, UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,16 +31,18 @@ HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WINDOWS_AT_ONCE = {"cpu": 4, "cuda": 32}
 
 
-class Network(Protocol):
-    """What a Tagger listens with: the network, or a runtime of an exported one."""
+class Runtime(Protocol):
+    """What a Tagger scores windows with: a network, or the runtime of an exported one."""
+
+    frames: int  # T of a window, 0: no time axis
 
     def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, samples) -> (B, K) of the clips, (B, steps, K) of the frames, embeddings (B, C)."""
+        """(B, samples) -> (B, K) of the clips, (B, T, K) of the frames, embeddings (B, D)."""
 
 
 @dataclass(frozen=True)
 class Tagged:
-    """What was heard in one recording. K classes, T frames of seconds_per_frame, which cover it and end with it."""
+    """The scores of one recording: K classes, T frames of seconds_per_frame that cover it (0: no time axis)."""
 
     clipwise: np.ndarray  # (K,) probabilities
     framewise: np.ndarray  # (T, K) probabilities, frame t begins at t * seconds_per_frame
@@ -66,10 +65,13 @@ class Tagged:
     def events(self, processing: "Optional[PostProcessing]" = None, name: str = "") -> "pd.DataFrame":
         """A table of events: filename (`name`), onset, offset (seconds), event_label, by class and time.
 
-        processing: thresholds and filters, such as Tagger.postprocessing; None: a threshold of 0.5 alone.
+        processing: thresholds and filters, such as Tagger.postprocessing; None: a threshold of 0.5 alone. Raises
+        UserError for an encoder without a time axis.
         """
         from evaluation.postprocess import PostProcessing  # here: it brings pandas, which tags alone do not need
 
+        if len(self.framewise) == 0:
+            raise UserError("The encoder has no time axis: it gives tags, but no events.")
         chosen = processing or PostProcessing(self.labels)
         return chosen.decode(
             self.framewise[None], names=[name], durations=np.array([self.duration]),
@@ -101,7 +103,7 @@ class Recording:
         self.settings = settings
         self.frames = OverlapAverage(settings.clip_samples)
         self.clipwise, self.embedding = np.zeros(0), np.zeros(0)
-        self.steps, self.windows, self.samples = 1, 0, 0
+        self.steps, self.windows, self.samples = 0, 0, 0
         self.waiting = 0  # windows that are cut and not yet scored
         self.cut = False  # whether the last window is cut
         self.error: Optional[UserError] = None
@@ -111,8 +113,9 @@ class Recording:
         self.waiting -= 1
         if self.error is not None:
             return
-        self.steps = len(frames)
-        self.frames.add(frames, window.start, window.recording)
+        if len(frames):
+            self.steps = len(frames)
+            self.frames.add(frames, window.start, window.recording)
         clipwise, embedding = clipwise.astype(np.float64), embedding.astype(np.float64)
         if self.windows == 0:
             self.clipwise, self.embedding = clipwise, embedding
@@ -127,7 +130,8 @@ class Recording:
         """What was heard, or why nothing was."""
         if self.error is not None:
             return self.error
-        frames, classes = self.frames.result(), len(self.clipwise)
+        classes = len(self.clipwise)
+        frames = self.frames.result() if self.steps else np.zeros((0, classes), np.float32)
         self.frames = OverlapAverage(self.settings.clip_samples)  # of a long recording the scores need not stay twice
         rate, window = self.settings.sample_rate, self.settings.clip_samples
         count = 1 if self.settings.clip_pooling == "max" else self.windows
@@ -135,7 +139,7 @@ class Recording:
             clipwise=(self.clipwise / count).astype(np.float32),
             framewise=frames[:, :classes],
             embedding=(self.embedding / self.windows).astype(np.float32),
-            seconds_per_frame=window / rate / self.steps,
+            seconds_per_frame=window / rate / self.steps if self.steps else 0.0,
             duration=self.samples / rate,
             labels=tuple(labels),
             frame_embeddings=frames[:, classes:] if frames.shape[1] > classes else None,
@@ -155,7 +159,7 @@ class Tagger:
 
     def __init__(
         self,
-        network: Network,
+        network: Runtime,
         settings: Config,
         labels: Sequence[str],
         report: Optional[LoadReport] = None,
@@ -191,13 +195,15 @@ class Tagger:
         if file.suffix == ".onnx":
             loaded = load_onnx(file, given)
             return cls(loaded.network, loaded.settings, loaded.labels, postprocessing=loaded.postprocessing)
-        checkpoint = read_checkpoint(file)
-        frontend_from = requested("frontend_from", given)
-        settings = resolve(given, checkpoint=decided_settings(checkpoint, frontend_from))
-        network = build_model(settings)
-        report = load_network(network, checkpoint, frontend_from=frontend_from, configured=settings.model_dump())
-        labels = checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
-        tagger = cls(network, settings, labels, report, precision=precision, postprocessing=checkpoint.postprocessing)
+        found = open_network(file, given)
+        tagger = cls(
+            found.network,
+            found.settings,
+            found.labels,
+            found.report,
+            precision=precision,
+            postprocessing=found.checkpoint.postprocessing,
+        )
         return tagger.to(device)
 
     def to(self, device: str) -> "Tagger":
@@ -213,6 +219,17 @@ class Tagger:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"The device {device} cannot be used ({reason}): use cpu or auto.") from None
         return self
+
+    def encoder(self) -> Network:
+        """The network. Raises UserError where an exported file is run in its place."""
+        if not isinstance(self.network, Network):
+            raise UserError("An exported network gives no embeddings of frames: load the checkpoint itself.")
+        return self.network
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether the encoder has a time axis: without one there are tags, but no frame scores and no events."""
+        return self.network.frames > 0
 
     @property
     def device(self) -> torch.device:
@@ -321,13 +338,14 @@ class Tagger:
         if not batch:
             return
         waveform = torch.from_numpy(np.stack([window.samples for _, window in batch])).to(self.device)
-        with self._arithmetic(), kept_frames(self.network if frame_embeddings else None) as kept:
-            clipwise, framewise, embedding = self.network.probabilities(waveform)
-        if kept:
-            tokens = torch.stack(kept).mean(dim=0)  # the scores may have finer steps
-            framewise = torch.cat(
-                [framewise, tokens.repeat_interleave(framewise.shape[1] // tokens.shape[1], dim=1)], dim=2
-            )
+        with self._arithmetic():
+            if frame_embeddings:
+                network = self.encoder()
+                outputs = network(waveform)
+                clipwise, embedding = network.clip_probabilities(outputs.clip_logits), outputs.embedding
+                framewise = torch.cat([outputs.frame_logits.sigmoid(), outputs.frames], dim=2)
+            else:
+                clipwise, framewise, embedding = self.network.probabilities(waveform)
         columns = [part.float().cpu().numpy() for part in (clipwise, framewise, embedding)]
         if not all(np.isfinite(column).all() for column in columns):
             if len(batch) > 1:  # whose are they? Each by itself: 8-bit networks scale the windows of a batch together
@@ -361,30 +379,6 @@ class Tagger:
                 yield
         else:
             yield
-
-
-@contextmanager
-def kept_frames(network: Optional[Network]) -> Iterator[list[Tensor]]:
-    """While it lasts, a pass of the network leaves its frames' embeddings in the list: (B, steps, C) for each view.
-
-    They are the tokens before the classifier, averaged over frequency; their mean over time is the clip's embedding.
-    """
-    kept: list[Tensor] = []
-    if network is None:
-        yield kept
-        return
-    if not isinstance(network, HTSAT_Swin_Transformer):
-        raise UserError("An exported network gives no embeddings of frames: load the checkpoint itself.")
-    place = {"r": network.freq_ratio, "f": network.freq_bins}
-
-    def keep(module: nn.Module, inputs: Any, tokens: Tensor) -> None:
-        kept.append(rearrange(tokens, "b (r f t) c -> b f (r t) c", **place).mean(dim=1).float())
-
-    handle = network.norm.register_forward_hook(keep)
-    try:
-        yield kept
-    finally:
-        handle.remove()
 
 
 def _one_block(waveform: Any, sample_rate: Optional[int], wanted_rate: int) -> Iterator[np.ndarray]:

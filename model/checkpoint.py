@@ -15,19 +15,18 @@ from typing import Any, Literal, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.files import whole_file
-from model.foreign import PREFIX as PREFIX
-from model.foreign import Kind, heads, identify
-from model.layers.swin import SwinBlock
-from settings import UserError, section
+from data.labels import published_labels
+from model import build_model
+from model.foreign import OWN, identify
+from model.known import find_checkpoint
+from model.network import Network
+from model.registry import UNNAMED, encoder_module
+from settings import Config, UserError, requested, resolve, section
 
-CLASSIFIER = ("tscam_conv.", "head.")  # keys whose shape follows the number of classes
-ADDED = ("readout.", "sequence_head.")  # parts that published networks do not have
-POSITIONS = ("relative_position_index", "attn_mask")  # buffers that follow from the network's sizes
-COMPUTED = (*POSITIONS, "num_batches_tracked")  # buffers that a file may leave out
-FRONTEND = ("spectrogram_extractor.", "logmel_extractor.")
+COUNTERS = ("num_batches_tracked",)  # endings of buffers that a file may leave out
 LEAST_MATCHED = 0.99  # share of the backbone's parameters below which a file is refused
 # What torch.load and zipfile raise, beside UnpicklingError, for files that are cut off or damaged.
 UNREADABLE = (
@@ -50,7 +49,9 @@ class Checkpoint:
     resumable: bool = False  # whether it holds what a run needs to go on, beside the weights
     complete_epochs: Optional[int] = None  # epochs of training; a checkpoint in the middle of one does not count it
     frontend: Optional[dict[str, Any]] = None  # settings of section "front-end", where they are known
-    kind: Kind = "HTS-AT of this project"
+    kind: str = OWN
+    images: bool = False  # whether the weights were trained on images
+    encoder: Optional[str] = None  # name in the registry, None where its keys are those of none
     sources: Optional[list[str]] = None  # of a weight average: the files that it is the mean of
     postprocessing: Optional[dict[str, Any]] = None  # thresholds and filters, as `calibrate` stored them
 
@@ -60,7 +61,8 @@ class LoadReport:
     """What a load did, key by key. share: of the backbone's parameters, how many came from the file."""
 
     path: Path
-    kind: Kind
+    kind: str
+    images: bool
     matched: list[str]
     missing: list[str]
     unexpected: list[str]
@@ -98,7 +100,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} cannot be used: {error}.") from None
     settings = _described(path, weights.settings, "settings", Mapping)
     about = {name: settings[name] for name in section("front-end") if name in settings} if settings else None
-    own = weights.kind == "HTS-AT of this project"
+    own = weights.kind == OWN
     epoch = _described(path, content.get("epoch"), "epoch", int) if own else None
     return Checkpoint(
         path=path,
@@ -110,6 +112,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         complete_epochs=content.get("complete_epochs", None if epoch is None else epoch + 1),
         frontend=_described(path, content.get("frontend"), "frontend", Mapping) or about,
         kind=weights.kind,
+        images=weights.images,
+        encoder=weights.encoder,
         sources=_described(path, content.get("sources"), "sources", list),
         postprocessing=_described(path, content.get("postprocessing"), "postprocessing", Mapping),
     )
@@ -203,20 +207,66 @@ def save_safetensors(
 def decided_settings(
     checkpoint: Checkpoint, frontend_from: FrontendFrom, *, fine_tuning: bool = False
 ) -> dict[str, Any]:
-    """What a checkpoint decides of the settings, for settings.resolve: all it says, or, for fine-tuning, nothing.
+    """What a checkpoint decides of the settings, for settings.resolve: all it says; for fine-tuning, the encoder.
 
     frontend_from: `settings` leaves the front-end to config.py and the flags, `checkpoint` takes it from the file in
     fine-tuning as well.
     """
-    known = checkpoint.settings or {}
+    known = dict(checkpoint.settings or {})
+    if checkpoint.encoder is not None:
+        known["encoder"] = checkpoint.encoder
     frontend = (*section("front-end"), "clip_samples")  # its samples are counted at the front-end's rate
     if fine_tuning:
-        return {name: known[name] for name in frontend if name in known and frontend_from == "checkpoint"}
+        names = (*section("encoder"), *(frontend if frontend_from == "checkpoint" else ()))
+        return {name: known[name] for name in names if name in known}
     return {name: value for name, value in known.items() if name not in frontend or frontend_from != "settings"}
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A network with the weights of a file. labels: names of its classes, numbered where nothing tells them."""
+
+    network: Network
+    settings: Config
+    labels: list[str]
+    checkpoint: Checkpoint
+    report: LoadReport
+
+
+def open_network(path: str | Path, given: Optional[Mapping[str, Any]] = None) -> Opened:
+    """The network of a file of weights, or of a name of assets/checkpoints.json, for evaluation.
+
+    given: settings, as from flags; a file without settings of its own takes them from config.py and these. Raises
+    UserError where the file is missing or does not fit.
+    """
+    checkpoint, settings = read_with_settings(path, given)
+    network, report = build_with_weights(checkpoint, settings)
+    labels = checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
+    return Opened(network, settings, labels, checkpoint, report)
+
+
+def read_with_settings(path: str | Path, given: Optional[Mapping[str, Any]] = None) -> tuple[Checkpoint, Config]:
+    """The first half of open_network: a file, and the settings of its network."""
+    file, known = find_checkpoint(path)
+    given = {**known, **(given or {})}
+    checkpoint = read_checkpoint(file)
+    return checkpoint, resolve(given, checkpoint=decided_settings(checkpoint, requested("frontend_from", given)))
+
+
+def build_with_weights(checkpoint: Checkpoint, settings: Config) -> tuple[Network, LoadReport]:
+    """The second half of open_network: the network with the weights of the file, all of which it needs."""
+    network, configured = build_model(settings), settings.model_dump()
+    return network, load_network(network, checkpoint, frontend_from=settings.frontend_from, configured=configured)
+
+
+def network_class(encoder: Optional[str]) -> type[Network]:
+    """The class of an encoder, which says what its state-dict keys are. encoder: as Checkpoint.encoder."""
+    found: type[Network] = encoder_module(encoder or UNNAMED).NETWORK
+    return found
+
+
 def load_network(
-    network: nn.Module,
+    network: Network,
     checkpoint: Checkpoint,
     *,
     new_classifier: bool = False,
@@ -234,12 +284,14 @@ def load_network(
     the network, to name what differs in the warning that is then given. Raises UserError when too little matches, and
     where ImageNet's weights are to be evaluated.
     """
-    if checkpoint.kind == "ImageNet Swin" and not new_classifier:
+    if checkpoint.images and not new_classifier:
         raise UserError(
-            f"{checkpoint.path} holds an ImageNet Swin, which knows no sounds. Train from it with "
-            f"--swin_pretrain_path, and use what that training writes."
+            f"{checkpoint.path} holds an {checkpoint.kind}, which has learned no sounds: train from it, and use what "
+            f"that training writes."
         )
     own, given = network.state_dict(), checkpoint.state_dict
+    if new_classifier:
+        given = network.adapted(given, checkpoint.settings)
     broken = next((k for k, v in given.items() if v.is_floating_point() and not v.isfinite().all()), None)
     if broken is not None:
         raise UserError(
@@ -247,51 +299,48 @@ def load_network(
             f"earlier checkpoint."
         )
     kept: tuple[str, ...] = ()  # keys that stay as they are in the network, whatever the file has
-    if _keeps_frontend(own, checkpoint, frontend_from, new_classifier, configured):
-        kept += FRONTEND
+    if _keeps_frontend(network, own, checkpoint, frontend_from, new_classifier, configured):
+        kept += network.frontend
     from_file, classifier, fresh = True, "the file's", []
     if new_classifier:
-        kept += (added := _unfit_parts(own, given))
+        kept += (added := _unfit_parts(network, own, given))
         fresh = [key for key in own if added and key.startswith(added)]
-        from_file, classifier = _choose_classifier(own, given, labels, file_labels or checkpoint.labels)
+        from_file, classifier = _choose_classifier(network, own, given, labels, file_labels or checkpoint.labels)
     if not from_file:
-        kept += CLASSIFIER
-    if checkpoint.kind == "ImageNet Swin":
-        kept += ("bn0.",)
+        kept += network.classifier
+    if checkpoint.images:
+        kept += network.not_in_images
 
     fitting = [key for key in own if key in given and own[key].shape == given[key].shape]
     matched = [key for key in fitting if not key.startswith(kept)]
+    reshaped = [key for key in own if key in given and own[key].shape != given[key].shape]
     report = LoadReport(
         path=checkpoint.path,
         kind=checkpoint.kind,
+        images=checkpoint.images,
         matched=matched,
         missing=[key for key in own if key not in given and key not in fresh],
         unexpected=[key for key in given if key not in own],
-        reshaped=[
-            key
-            for key in own
-            if key in given and own[key].shape != given[key].shape and not key.endswith(POSITIONS) and key not in fresh
-        ],
+        reshaped=[key for key in reshaped if not key.endswith(network.computed) and key not in fresh],
         fresh=fresh,
-        share=_share(own, matched),
+        share=_share(network, own, matched),
         classifier=classifier,
-        frontend="the file's" if any(key.startswith(FRONTEND) for key in matched) else "the network's",
+        frontend="the file's" if any(key.startswith(network.frontend) for key in matched) else "the network's",
     )
-    _check(report, own, given, kept)
-    network.load_state_dict({**own, **{key: given[key] for key in matched}})
-    for module in network.modules():
-        if isinstance(module, SwinBlock):
-            module.reset_mask()  # the file's map may be another one: its mask need not fit, even where its shape does
+    _check(report, network, own, given, kept)
+    taken = {key: given[key] for key in matched if not key.endswith(network.computed)}
+    network.load_state_dict({**own, **taken})
     return report
 
 
-def _unfit_parts(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Those of ADDED that the network has, and that a file does not have whole or in the same shapes."""
+def _unfit_parts(network: Network, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Those additions of the network that a file does not have whole or in the same shapes."""
     unfit = [key for key in own if key not in given or given[key].shape != own[key].shape]
-    return tuple(part for part in ADDED if any(key.startswith(part) for key in unfit))
+    return tuple(part for part in network.additions if any(key.startswith(part) for key in unfit))
 
 
 def _keeps_frontend(
+    network: Network,
     own: Mapping[str, Tensor],
     checkpoint: Checkpoint,
     frontend_from: FrontendFrom,
@@ -303,7 +352,8 @@ def _keeps_frontend(
     different = [
         f"{name} {value}, configured {ours[name]}" for name, value in theirs.items() if ours.get(name, value) != value
     ]
-    different += [key for key in own if key.startswith(FRONTEND) and key in given and not _close(own[key], given[key])]
+    constants = [key for key in own if key.startswith(network.frontend) and key in given]
+    different += [key for key in constants if not _close(own[key], given[key])]
     if not different:
         return False
     keeps = frontend_from == "settings" or (frontend_from == "auto" and fine_tuning)
@@ -328,17 +378,20 @@ def _close(own: Tensor, given: Tensor) -> bool:
 
 
 def _choose_classifier(
+    network: Network,
     own: Mapping[str, Tensor],
     given: Mapping[str, Tensor],
     labels: Optional[Sequence[str]],
     file_labels: Optional[Sequence[str]],
 ) -> tuple[bool, str]:
     """For fine-tuning: whether the classifier comes from the file, and why."""
-    key = "tscam_conv.weight" if "tscam_conv.weight" in own else "head.weight"
-    if key not in given:
+    keys = [key for key in own if key.startswith(network.classifier) and key not in _unused(network)]
+    if any(key not in given for key in keys):
         return False, "new (the file has none)"
-    if given[key].shape != own[key].shape:
-        return False, f"new (the file's has the shape {tuple(given[key].shape)}, the network's {tuple(own[key].shape)})"
+    for key in keys:
+        if given[key].shape != own[key].shape:
+            shapes = tuple(given[key].shape), tuple(own[key].shape)
+            return False, f"new (the file's has the shape {shapes[0]}, the network's {shapes[1]})"
     if not labels or not file_labels:
         return True, "kept (the same shape; the labels of one side are unknown)"
     if list(labels) != list(file_labels):
@@ -347,50 +400,40 @@ def _choose_classifier(
     return True, "kept (the same labels)"
 
 
-def _check(report: LoadReport, own: Mapping[str, Tensor], given: Mapping[str, Tensor], kept: tuple[str, ...]) -> None:
+def _unused(network: Network) -> set[str]:
+    """Names of the parameters that no output depends on."""
+    unused = set(map(id, network.unused_parameters()))
+    return {name for name, parameter in network.named_parameters() if id(parameter) in unused}
+
+
+def _check(
+    report: LoadReport, network: Network, own: Mapping[str, Tensor], given: Mapping[str, Tensor], kept: tuple[str, ...]
+) -> None:
     """Raise UserError where a file leaves out, or has in another shape, what must come from it."""
-    spare = (*kept, *FRONTEND, *(["head."] if "tscam_conv.weight" in own else []))  # what a file may leave out
     needed = [key for key in report.reshaped if not key.startswith(kept)]
-    needed += [key for key in report.missing if not key.startswith(spare)]
-    needed = [key for key in needed if not key.endswith(COMPUTED)]
+    spare = _unused(network)  # what a file may leave out, as the constants of the front-end
+    needed += [key for key in report.missing if not key.startswith((*kept, *network.frontend)) and key not in spare]
+    needed = [key for key in needed if not key.endswith((*network.computed, *COUNTERS))]
     if report.share < LEAST_MATCHED or needed:
         raise UserError(
             f"{report}. This file does not fit the network; its kind seems to be: {report.kind}. "
-            f"{_advice(report, heads(own), heads(given))} "
+            f"{_advice(report, network, given)} "
             f"Keys that are needed: {', '.join(needed[:4])}{', ...' if len(needed) > 4 else ''}"
         )
 
 
-def _share(own: Mapping[str, Tensor], matched: Sequence[str]) -> float:
+def _share(network: Network, own: Mapping[str, Tensor], matched: Sequence[str]) -> float:
     """Share of the elements among `matched`, of the backbone: no classifier, added part, front-end, computed buffer."""
-    sizes = {
-        key: value.numel()
-        for key, value in own.items()
-        if not key.startswith((*CLASSIFIER, *ADDED, *FRONTEND)) and not key.endswith(COMPUTED)
-    }
+    outside = (*network.classifier, *network.additions, *network.frontend)
+    ends = (*network.computed, *COUNTERS)
+    sizes = {k: v.numel() for k, v in own.items() if not k.startswith(outside) and not k.endswith(ends)}
     return sum(sizes.get(key, 0) for key in matched) / sum(sizes.values())
 
 
-def _advice(report: LoadReport, ours: list[list[int]], theirs: list[list[int]]) -> str:
-    """What is wrong with a file, and what to do. ours, theirs: attention heads of each block of each stage."""
-    if report.reshaped and all(key.startswith(CLASSIFIER) for key in report.reshaped):
+def _advice(report: LoadReport, network: Network, given: Mapping[str, Tensor]) -> str:
+    """What is wrong with a file, and what to do."""
+    if report.reshaped and all(key.startswith(network.classifier) for key in report.reshaped):
         return "Its classifier has another number of classes: set classes_num, or fine-tune from it with train."
-    if theirs and [stage[0] for stage in theirs] != [stage[0] for stage in ours]:
-        return (
-            f"Its stages have {_numbers(theirs)} attention heads, the network's {_numbers(ours)}: a head's weights "
-            f"mean nothing in a head of another size. "
-            + (
-                "Of Microsoft's Swins, Swin-T/C24 with window 8 for 256 x 256 pictures fits the paper's network."
-                if report.kind == "ImageNet Swin"
-                else "Its network has other sizes: set htsat_dim, htsat_depth and htsat_num_head as it was trained."
-            )
-        )
-    if report.reshaped and all(key.startswith(FRONTEND) for key in report.reshaped):
+    if report.reshaped and all(key.startswith(network.frontend) for key in report.reshaped):
         return "Its front-end has other sizes: set window_size, or frontend_from = settings to keep the configured one."
-    if report.reshaped:
-        return "Its network has other sizes: set htsat_dim, htsat_depth and htsat_num_head as it was trained."
-    return "It seems to hold another architecture."
-
-
-def _numbers(stages: list[list[int]]) -> str:
-    return "-".join(str(stage[0]) for stage in stages)
+    return network.misfit(given, reshaped=bool(report.reshaped), images=report.images)

@@ -4,141 +4,56 @@ The graph is that of evaluation, for clips of one length and any number of them.
 only, and what a runtime must know beside it stands in its metadata, as JSON.
 """
 
-import copy
 import importlib
 import json
 import logging
-import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from model.encoders.htsat import HTSAT_Swin_Transformer
-from model.frontend import POWER_FLOOR, bicubic_matrix
-from model.layers.swin import SwinBlock, WindowAttention, attend
+from model.network import Network
 from settings import UserError
 
-OUTPUTS = ("clipwise", "framewise", "embedding")  # as HTSAT_Swin_Transformer.probabilities returns them
+OUTPUTS = ("clipwise", "framewise", "embedding")  # as Network.probabilities returns them
 OPSET = 20  # the first with GELU
 LARGEST_FILE = 2**31 - 1  # bytes that one ONNX file can have
 INSTALL = "pip install onnx onnxscript onnxruntime"
 
 
-class GraphAttention(nn.Module):
-    """WindowAttention of evaluation: its term of bias and mask is a constant, and its products are written out."""
-
-    def __init__(self, attention: WindowAttention, mask: Optional[Tensor]) -> None:
-        super().__init__()
-        self.heads, self.qkv, self.proj = attention.heads, attention.qkv, attention.proj
-        self.register_buffer("term", attention.term(mask).detach().clone())
-
-    def forward(
-        self, x: Tensor, windows: int, mask: Optional[Tensor], need_weights: bool = False
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        """As WindowAttention; the mask is in the term already."""
-        qkv = rearrange(self.qkv(x), "b (w n) (three h d) -> three (b w) h n d", w=windows, three=3, h=self.heads)
-        query, key, value = qkv.unbind(0)
-        mixed, weights = attend(query, key, value, self.get_buffer("term"))
-        mixed = rearrange(mixed, "(b w) h n d -> b (w n) (h d)", w=windows)
-        return self.proj(mixed), weights if need_weights else None
-
-
 class Probabilities(nn.Module):
-    """HTSAT_Swin_Transformer.probabilities as a forward pass, from the log-mel spectrogram (B, T, F) in dB.
+    """Network.probabilities from the log-mel spectrogram (B, T, F), not normalized; no frames without a time axis."""
 
-    The spectrogram is as LogMel gives it, before the normalization over bands, which is a part of this graph.
-    """
-
-    def __init__(self, network: HTSAT_Swin_Transformer) -> None:
+    def __init__(self, network: Network, log_mel: Tensor) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
-        self.network.spectrogram_extractor = nn.Identity()  # type: ignore[assignment]
-        self.network.logmel_extractor = nn.Identity()  # type: ignore[assignment]
-        self.network.frames_per_step = 1  # the repeats of a step are left out
-        for block in self.network.modules():
-            if isinstance(block, SwinBlock):
-                block.attn = GraphAttention(block.attn, block.attn_mask)  # type: ignore[assignment]
+        self.network = network.for_export(log_mel)
 
-    def forward(self, logmel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.network.probabilities(logmel)
+    def forward(self, log_mel: Tensor) -> tuple[Tensor, ...]:
+        network = self.network
+        clips, frames, _, embedding = network.forward_head(network.forward_features(network.normalize(log_mel)))
+        clipwise = network.clip_probabilities(clips)
+        return (clipwise, frames.sigmoid(), embedding) if network.frames else (clipwise, embedding)
 
 
-class Frontend(nn.Module):
-    """(B, samples) -> (B, T, F), the log-mel spectrogram in dB, with the window and the filterbank of a network.
-
-    The Fourier transform of N samples is taken in two steps of about sqrt(N) each (Cooley and Tukey 1965), as products
-    with constant matrices: that takes an eighth of the operations of the convolution that published networks have, and
-    onnxruntime half its time; ONNX's operator STFT is no faster there than the convolution, and fewer runtimes know it.
-    With n = n1 R2 + n2 and k = k1 + R1 k2: X[k] = sum over n2 of exp(-2 pi i n2 k / N) (sum over n1 of
-    exp(-2 pi i n1 k1 / R1) x[n]). k1 goes up to R1 / 2: the other frequencies mirror these, as the samples are real.
-    """
-
-    def __init__(self, network: HTSAT_Swin_Transformer, samples: int) -> None:
-        super().__init__()
-        stft, bands = network.spectrogram_extractor, network.logmel_extractor.melW.detach().cpu()
-        window = stft.stft.window.detach().cpu()
-        size, hop = len(window), stft.hop_size
-        second = size // max(k for k in range(1, math.isqrt(size) + 1) if size % k == 0)
-        first = size // second
-        self.pad, self.block = size // 2, math.gcd(size, hop)  # the frames are put together from whole blocks
-        self.frames = (samples + 2 * self.pad - size) // hop + 1
-        starts = torch.arange(self.frames) * (hop // self.block)
-        self.register_buffer("blocks", (starts[:, None] + torch.arange(size // self.block)).flatten())
-        self.register_buffer("window", window.reshape(first, second).T.contiguous())
-
-        k1, k2 = torch.arange(first // 2 + 1), torch.arange(second)
-        angle = torch.outer(torch.arange(first), k1).double() * (2 * math.pi / first)
-        self.register_buffer("first", torch.cat([angle.cos(), -angle.sin()], dim=1).float())  # (n1, real | imaginary)
-        frequency = k1[:, None] + first * k2  # (k1, k2)
-        angle = (torch.arange(second)[:, None] * frequency[:, None] % size).double() * (2 * math.pi / size)
-        real, imaginary = angle.cos(), -angle.sin()  # (k1, n2, k2)
-        rows = torch.cat([real, imaginary], dim=2), torch.cat([-imaginary, real], dim=2)
-        self.register_buffer("second", torch.cat(rows, dim=1).float())
-
-        mirrored = torch.minimum(frequency, size - frequency).flatten()
-        twice = torch.tensor([int(k) in mirrored[:place] for place, k in enumerate(mirrored)])
-        weights = torch.where(twice[:, None], 0.0, bands[mirrored])  # each frequency counts once
-        self.register_buffer("bands", weights.unflatten(0, frequency.shape).contiguous())  # (k1, k2, F)
-
-    def forward(self, waveform: Tensor) -> Tensor:
-        padded = F.pad(waveform[:, None], (self.pad, self.pad), mode="reflect")[:, 0]
-        whole = padded.shape[1] // self.block * self.block
-        blocks = padded[:, :whole].unflatten(1, (-1, self.block)).index_select(1, self.get_buffer("blocks"))
-        window = self.get_buffer("window")  # (n2, n1)
-        samples = blocks.reshape(-1, self.frames, window.shape[1], window.shape[0])
-        samples = samples.transpose(2, 3) * window  # (B, T, n2, n1)
-        short = samples @ self.get_buffer("first")
-        short = rearrange(short, "b t n2 (c k1) -> b k1 t (c n2)", c=2)
-        real, imaginary = (short @ self.get_buffer("second")).chunk(2, dim=-1)  # (B, k1, T, k2)
-        power = ((real**2 + imaginary**2) @ self.get_buffer("bands")).sum(dim=1)
-        return 10.0 * torch.log10(torch.clamp(power, min=POWER_FLOOR))
-
-
-def build_onnx(network: HTSAT_Swin_Transformer, clip_samples: int) -> tuple[Any, Any]:
+def build_onnx(network: Network, clip_samples: int) -> tuple[Any, Any]:
     """Two ONNX models for clips of clip_samples: waveform -> log-mel spectrogram, and from there to the outputs.
 
-    Inputs: waveform (batch, clip_samples) in [-1, 1], or logmel (batch, T, F) in dB. Outputs: logmel, and OUTPUTS.
-    `join` makes one model of the two. Raises UserError where the packages for it are missing, or where the network is
-    too large for one file.
+    Inputs: waveform (batch, clip_samples) in [-1, 1], or logmel (batch, T, F). Outputs: logmel, and those of OUTPUTS
+    that the encoder has. `join` makes one model of the two. Raises UserError where the packages for it are missing, or
+    where the network is too large for one file.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):  # told now, not after minutes of work
+    for package in ("onnx", "onnxscript", "onnxruntime"):  # now, not after minutes of work
         require(package)
-    frontend = Frontend(network, clip_samples).eval()
+    frontend = network.onnx_frontend(clip_samples).eval()
     waveform = torch.zeros(2, clip_samples)
     logmel = frontend(waveform)
-    if logmel.shape[1] != network.image_frames:
-        bicubic_matrix(logmel.shape[1], network.image_frames, torch.device("cpu"))  # made and kept outside of tracing
-    if logmel.shape[2] != network.image_bands:
-        bicubic_matrix(logmel.shape[2], network.image_bands, torch.device("cpu"))
-    body = _trace(Probabilities(network), logmel, "logmel", OUTPUTS)
+    outputs = OUTPUTS if network.frames else tuple(name for name in OUTPUTS if name != "framewise")
+    body = _trace(Probabilities(network, logmel), logmel, "logmel", outputs)
     if body.ByteSize() > LARGEST_FILE:
         raise UserError(f"The network has {body.ByteSize():,} bytes, an ONNX file has at most {LARGEST_FILE:,}.")
     start = _trace(frontend, waveform, "waveform", ("logmel",))
@@ -201,8 +116,8 @@ def _quiet() -> Iterator[None]:
 def quantize(body: Any) -> Any:
     """The model from the log-mel spectrogram with 8-bit weights, one scale a channel; activations are scaled as met.
 
-    The products of the Swin blocks and the merging are quantized: nine tenths of the work; so are those of the layers
-    over the steps, where there are any. The stretch in time, patch embedding and classifier stay float32. Weights take
+    The products of the blocks are quantized: nine tenths of the work; so are those of the layers over the frames, where
+    there are any. What lies before the patch embedding, it, and the classifier stay float32. Weights take
     7 of the 8 bits, or CPUs without VNNI instructions overflow.
     """
     quantization = require("onnxruntime.quantization")

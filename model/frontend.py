@@ -1,7 +1,9 @@
-"""From waveform to the image that the Swin transformer reads: log-mel, SpecAugment, stretch, fold."""
+"""Front-ends: from the waveform to log-mel spectrograms; and the folded image that HTS-AT reads."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ import torchaudio
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchaudio.compliance import kaldi
 
 from settings import UserError
 
@@ -105,30 +108,146 @@ class BandNorm(nn.BatchNorm1d):
         return F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), self.weight, self.bias, eps=self.eps)
 
 
-class SpecAugment(nn.Module):
-    """Mask stretches of time and frequency with 0 in training (Park et al. 2019; paper, section 3.1).
+class KaldiFbank(nn.Module):
+    """(B, samples) at 16 kHz -> (B, T, bands): Kaldi's log filter bank, as torchaudio.compliance.kaldi.fbank.
 
-    (B, F, T) -> (B, F, T); each clip has its own masks.
+    Frames of 25 ms every 10 ms without padding; each loses its mean and is pre-emphasized; symmetric Hann window, FFT
+    of 512, HTK mel bands from 20 Hz, natural logarithm. No buffer is in the state dict.
     """
 
-    def __init__(self, time_width: int = 64, time_masks: int = 2, band_width: int = 8, band_masks: int = 2) -> None:
+    length, hop, fft, floor, preemphasis = 400, 160, 512, 1.1920929e-07, 0.97
+    decibel = math.log(10) / 10  # one decibel, in the units of the spectrogram
+
+    def __init__(self, bands: int) -> None:
         super().__init__()
-        self.time_width, self.time_masks = time_width, time_masks
-        self.band_width, self.band_masks = band_width, band_masks
+        triangles, _ = kaldi.get_mel_banks(bands, self.fft, 16000.0, 20.0, 0.0, 100.0, -500.0, 1.0)
+        self.register_buffer("window", torch.hann_window(self.length, periodic=False), persistent=False)
+        self.register_buffer("bands", F.pad(triangles, (0, 1)).T.contiguous(), persistent=False)  # (bins, bands)
 
-    def forward(self, logmel: Tensor) -> Tensor:
-        clips, bands, frames = logmel.shape
-        keep_bands = self._keep(clips, bands, self.band_width, self.band_masks, logmel.device)
-        keep_frames = self._keep(clips, frames, self.time_width, self.time_masks, logmel.device)
-        return logmel * (keep_bands[:, :, None] & keep_frames[:, None, :])
+    def forward(self, waveform: Tensor) -> Tensor:
+        if waveform.shape[1] < self.length:
+            raise UserError(
+                f"A waveform of {waveform.shape[1]} samples is too short: a frame of 25 ms has {self.length}."
+            )
+        frames = self.emphasized(waveform.unfold(1, self.length, self.hop)) * self.get_buffer("window")
+        spectrum = torch.fft.rfft(frames, n=self.fft)
+        power = spectrum.real**2 + spectrum.imag**2
+        return torch.log(torch.clamp(power @ self.get_buffer("bands"), min=self.floor))
 
-    @staticmethod
-    def _keep(clips: int, length: int, width: int, masks: int, device: torch.device) -> Tensor:
-        """(clips, length) bool: False under any of the masks, which are 0 to width - 1 long."""
-        size = torch.randint(0, min(width, length), (clips, masks, 1), device=device)
-        start = (torch.rand(clips, masks, 1, device=device) * (length - size)).long()
-        position = torch.arange(length, device=device)
-        return ~((position >= start) & (position < start + size)).any(dim=1)
+    def traced(self, samples: int) -> "TracedLogMel":
+        """The same for clips of so many samples, in operators of the ONNX standard."""
+        window, bands = self.get_buffer("window"), self.get_buffer("bands")
+        return TracedLogMel(
+            window, bands, self.hop, samples, pad=0, scale=math.log(10), floor=self.floor, before=self.emphasized
+        )
+
+    def emphasized(self, frames: Tensor) -> Tensor:
+        """(..., length) frames without their mean, and with less of each sample's predecessor."""
+        frames = frames - frames.mean(dim=-1, keepdim=True)
+        return frames - self.preemphasis * torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+
+
+class SlaneyDecibels(nn.Module):
+    """(B, samples) -> (B, T, bands): 20 log10 of the mel power, as torchaudio's MelSpectrogram with Slaney's bands.
+
+    Hann window of 1024 in frames of 4096 every 400 samples, zeros beyond the ends. The factor 20, for a power, is that
+    of "AudioTagging Done Right": its statistics and weights are on this scale. No buffer is in the state dict.
+    """
+
+    fft, hop, floor = 4096, 400, 1e-10
+    decibel = 2.0  # one decibel, in the units of the spectrogram
+
+    def __init__(self, bands: int, sample_rate: int) -> None:
+        super().__init__()
+        triangles = torchaudio.functional.melscale_fbanks(
+            self.fft // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
+        )
+        window = F.pad(torch.hann_window(1024), ((self.fft - 1024) // 2, (self.fft - 1024) // 2))
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("bands", triangles, persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        spectrum = torch.stft(
+            waveform, self.fft, self.hop, window=self.get_buffer("window"), pad_mode="constant", return_complex=True
+        )
+        power = (spectrum.real**2 + spectrum.imag**2).transpose(1, 2)
+        return 20.0 * torch.log10(torch.clamp(power @ self.get_buffer("bands"), min=self.floor))
+
+    def traced(self, samples: int) -> "TracedLogMel":
+        """The same for clips of so many samples, in operators of the ONNX standard."""
+        window, bands = self.get_buffer("window"), self.get_buffer("bands")
+        return TracedLogMel(window, bands, self.hop, samples, pad=self.fft // 2, pad_mode="constant", scale=20.0)
+
+
+class TracedLogMel(nn.Module):
+    """(B, samples) -> (B, T, F), `scale` times log10 of the mel power, in operators of the ONNX standard.
+
+    The Fourier transform of N samples is taken in two steps of about sqrt(N) each (Cooley and Tukey 1965), as products
+    with constant matrices: that takes an eighth of the operations of the convolution that published networks have, and
+    onnxruntime half its time; ONNX's operator STFT is no faster there than the convolution, and fewer runtimes know it.
+    With n = n1 R2 + n2 and k = k1 + R1 k2: X[k] = sum over n2 of exp(-2 pi i n2 k / N) (sum over n1 of
+    exp(-2 pi i n1 k1 / R1) x[n]). k1 goes up to R1 / 2: the other frequencies mirror these, as the samples are real.
+    """
+
+    def __init__(
+        self,
+        window: Tensor,
+        bands: Tensor,
+        hop: int,
+        samples: int,
+        *,
+        pad: int,
+        pad_mode: str = "reflect",
+        scale: float = 10.0,
+        floor: float = POWER_FLOOR,
+        before: Optional[Callable[[Tensor], Tensor]] = None,
+    ) -> None:
+        """window: (length,), at most N = 2 (len(bands) - 1); bands: (N / 2 + 1, F); samples: of a clip.
+
+        pad: samples beyond each end. before: what is done to the frames (B, T, length) before the window.
+        """
+        super().__init__()
+        window, bands = window.detach().cpu(), bands.detach().cpu()
+        length, size = len(window), 2 * (len(bands) - 1)
+        second = size // max(k for k in range(1, math.isqrt(size) + 1) if size % k == 0)
+        first = size // second
+        self.pad, self.pad_mode, self.scale, self.floor, self.before = pad, pad_mode, scale, floor, before
+        self.block = math.gcd(length, hop)  # the frames are put together from whole blocks
+        self.frames, self.shape, self.fill = (samples + 2 * pad - length) // hop + 1, (first, second), size - length
+        starts = torch.arange(self.frames) * (hop // self.block)
+        self.register_buffer("blocks", (starts[:, None] + torch.arange(length // self.block)).flatten())
+        self.register_buffer("window", window)
+
+        k1, k2 = torch.arange(first // 2 + 1), torch.arange(second)
+        angle = torch.outer(torch.arange(first), k1).double() * (2 * math.pi / first)
+        self.register_buffer("first", torch.cat([angle.cos(), -angle.sin()], dim=1).float())  # (n1, real | imaginary)
+        frequency = k1[:, None] + first * k2  # (k1, k2)
+        angle = (torch.arange(second)[:, None] * frequency[:, None] % size).double() * (2 * math.pi / size)
+        real, imaginary = angle.cos(), -angle.sin()  # (k1, n2, k2)
+        rows = torch.cat([real, imaginary], dim=2), torch.cat([-imaginary, real], dim=2)
+        self.register_buffer("second", torch.cat(rows, dim=1).float())
+
+        mirrored = torch.minimum(frequency, size - frequency).flatten()
+        twice = torch.tensor([int(k) in mirrored[:place] for place, k in enumerate(mirrored)])
+        weights = torch.where(twice[:, None], 0.0, bands[mirrored])  # each frequency counts once
+        self.register_buffer("bands", weights.unflatten(0, frequency.shape).contiguous())  # (k1, k2, F)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        if self.pad:
+            waveform = F.pad(waveform[:, None], (self.pad, self.pad), mode=self.pad_mode)[:, 0]
+        whole = waveform.shape[1] // self.block * self.block
+        blocks = waveform[:, :whole].unflatten(1, (-1, self.block)).index_select(1, self.get_buffer("blocks"))
+        samples = blocks.reshape(-1, self.frames, len(self.get_buffer("window")))  # (B, T, length)
+        if self.before is not None:
+            samples = self.before(samples)
+        samples = samples * self.get_buffer("window")
+        if self.fill:
+            samples = F.pad(samples, (0, self.fill))
+        samples = samples.unflatten(2, self.shape).transpose(2, 3)  # (B, T, n2, n1)
+        short = rearrange(samples @ self.get_buffer("first"), "b t n2 (c k1) -> b k1 t (c n2)", c=2)
+        real, imaginary = (short @ self.get_buffer("second")).chunk(2, dim=-1)  # (B, k1, T, k2)
+        power = ((real**2 + imaginary**2) @ self.get_buffer("bands")).sum(dim=1)
+        return self.scale * torch.log10(torch.clamp(power, min=self.floor))
 
 
 @lru_cache(maxsize=32)
@@ -167,3 +286,14 @@ def stack(logmel: Tensor, freq_ratio: int, start: int) -> Tensor:
     """(B, F, T) -> (B, 1, freq_ratio * F, T / freq_ratio): one stretch of time from `start`, repeated (repeat mode)."""
     length = logmel.shape[2] // freq_ratio
     return repeat(logmel[:, :, start : start + length], "b f t -> b 1 (c f) t", c=freq_ratio)
+
+
+@lru_cache(maxsize=8)
+def _resampler(rate: int, wanted: int, device: torch.device) -> nn.Module:
+    with torch.inference_mode(False):  # its kernel may be used in training later
+        return torchaudio.transforms.Resample(rate, wanted).to(device)
+
+
+def resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
+    """(B, samples) float at `rate` -> the same sound at `wanted` Hz, on the device, by torchaudio's windowed sinc."""
+    return waveform if rate == wanted else _resampler(rate, wanted, waveform.device)(waveform)

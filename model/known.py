@@ -29,8 +29,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
             return file, dict(entry["settings"])
     raise UserError(
         f"{path} ({entry['about']}) is not in {folder}. Download {' or '.join(entry['files'])} from the published "
-        f"checkpoints of the paper ({known['source']}) and put it there, or set the environment variable "
-        f"{FOLDER_VARIABLE} to the folder that has it."
+        f"checkpoints ({entry['source']}, licence {entry['licence']}) and put it there, or set the environment "
+        f"variable {FOLDER_VARIABLE} to the folder that has it."
     )
 
 

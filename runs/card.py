@@ -12,7 +12,9 @@ from data.clip_store import STRONG, ClipTable
 from data.files import write_text
 from data_generator import SEDDataModule, Split, labelling, load_table
 from evaluation.metrics import Metric
-from model.checkpoint import COMPUTED, FRONTEND, PREFIX, read_checkpoint
+from model.checkpoint import COUNTERS, network_class, read_checkpoint
+from model.foreign import PREFIX
+from model.registry import ENCODERS, UNNAMED
 from runs.records import git_revision
 from settings import FRAME_LOSSES, NOT_THE_EXPERIMENT, Config, UserError, all_settings, resolve, section
 from training.callbacks import checkpoint_folder, chosen_by
@@ -133,12 +135,14 @@ def write_card(
     return path
 
 
-def count_parameters(state_dict: Mapping[str, Any]) -> int:
+def count_parameters(state_dict: Mapping[str, Any], encoder: Optional[str] = None) -> int:
     """Numbers that were learned: without the front-end, computed buffers and BatchNorm's statistics."""
+    network = network_class(encoder)
+    constants = (*network.computed, *COUNTERS, *STATISTICS)
     learned = (
         value.numel()
         for key, value in state_dict.items()
-        if not key.removeprefix(PREFIX).startswith(FRONTEND) and not key.endswith((*COMPUTED, *STATISTICS))
+        if not key.removeprefix(PREFIX).startswith(network.frontend) and not key.endswith(constants)
     )
     return sum(learned)
 
@@ -166,11 +170,10 @@ def _header(settings: Mapping[str, Any], licence: Optional[str]) -> str:
 
 
 def _introduction(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    title = f"# HTS-AT: {settings['exp_name']}" if settings else "# HTS-AT"
-    text = (
-        f"A Hierarchical Token-Semantic Audio Transformer (Chen et al., ICASSP 2022, arXiv 2202.00874) of "
-        f"{count_parameters(content['state_dict']):,} parameters, for sound classification and detection."
-    )
+    row = ENCODERS[content.get("encoder") or UNNAMED]
+    title = f"# {row.title}: {settings['exp_name']}" if settings else f"# {row.title}"
+    learned = count_parameters(content["state_dict"], content.get("encoder"))
+    text = f"{row.title} ({row.paper}) of {learned:,} parameters, for sound classification and detection."
     if content.get("epoch") is not None:
         text += f" Weights after epoch {content['epoch'] + 1}."
     if content.get("sources"):

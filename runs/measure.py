@@ -21,9 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.clip_store import STRONG
 from data.frame_targets import Events
 from data_generator import Batch, TrainLoader
-from frame_training import build_wrapper
 from model import build_model
-from sed_model import SEDWrapper
+from sed_model import SEDWrapper, build_wrapper
 from settings import FRAME_LOSSES, Config, UserError
 from training.devices import device_count, on_gpu
 from training.performance import compile_network
@@ -247,7 +246,7 @@ def time_inference(settings: Config, batches: Batches) -> Timing:
             for batch in batches:
                 waveform = batch["waveform"].to(device, non_blocking=True)
                 laps.begin()
-                module.clip_and_frame_scores(int16_to_float32(waveform))
+                module.clip_and_frame_scores(int16_to_float32(waveform), settings.sample_rate)
                 laps.end(len(waveform))
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(too_large(settings, error)) from None
@@ -271,7 +270,7 @@ def count_flops(settings: Config, *, training: bool) -> float:
     waveform = int16_to_float32(synthetic_batch(settings, COUNTED_CLIPS)["waveform"].to(device))
     written_out = sdpa_kernel(SDPBackend.MATH)  # as two products: the counter does not know a CPU's attention kernel
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training), autocast(settings), written_out:
-        logits = module(waveform)["clipwise_logits"]
+        logits = module(waveform).clip_logits
         if training:
             logits.sum().backward()
     return counter.get_total_flops() / COUNTED_CLIPS

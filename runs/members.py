@@ -11,12 +11,11 @@ from torch import nn
 from data.clip_store import ClipTable
 from data.labels import published_labels
 from data_generator import check_classes
-from model import build_model
-from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
-from model.encoders.htsat import HTSAT_Swin_Transformer
+from model import Network
+from model.checkpoint import Checkpoint, build_with_weights, read_with_settings
 from runs.ledger import file_sha256
 from runs.test_plan import class_mapping
-from settings import Config, UserError, requested, resolve, section
+from settings import Config, UserError, section
 from training.devices import is_first_process, on_gpu
 from training.performance import settle
 
@@ -58,20 +57,15 @@ class Member:
     @classmethod
     def read(cls, path: str, given: dict[str, Any]) -> "Member":
         """Raises UserError where the file cannot be used or does not fit what is given."""
-        checkpoint = read_checkpoint(path)
-        sha256 = file_sha256(path)
-        decided = decided_settings(checkpoint, requested("frontend_from", given))
-        settings, _ = settle(resolve(given, checkpoint=decided), training=False)
+        checkpoint, settings = read_with_settings(path, given)
+        sha256 = file_sha256(checkpoint.path)
+        settings, _ = settle(settings, training=False)
         settings = settings.model_copy(update={"heatmap_dir": score_folder(checkpoint, settings, given)})
         return cls(checkpoint, settings, sha256, known_protocol(checkpoint, settings, given))
 
-    def network(self) -> HTSAT_Swin_Transformer:
+    def network(self) -> Network:
         """The network with the checkpoint's weights; what was loaded is printed."""
-        network = build_model(self.settings)
-        configured = self.settings.model_dump()
-        report = load_network(
-            network, self.checkpoint, frontend_from=self.settings.frontend_from, configured=configured
-        )
+        network, report = build_with_weights(self.checkpoint, self.settings)
         if is_first_process():
             print(report)
         return network
@@ -123,8 +117,11 @@ def check_alike(member: Member, first: Member) -> None:
     A member that was trained or chosen on clips that test the other would raise the ensemble's score.
     """
     ours, theirs = member.reported().model_dump(), first.reported().model_dump()
-    shared = (*section("data set", "split", "clips"), "sample_rate", "classes_num")  # one waveform in, one mean out
+    shared = (*(name for name in section("data set", "split", "clips") if name != "clip_samples"), "classes_num")
     different = differing(ours, theirs, shared)
+    seconds = [each["clip_samples"] / each["sample_rate"] for each in (ours, theirs)]
+    if seconds[0] != seconds[1]:  # each member has the clip at its own rate
+        different.append(f"clips of {seconds[0]:g} s against {seconds[1]:g} s (clip_samples)")
     if different:
         raise UserError(
             f"{member.checkpoint.path} and {first.checkpoint.path} have {', '.join(different)}: their scores cannot "

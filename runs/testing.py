@@ -29,7 +29,7 @@ from runs.members import Member, check_labels, checkpoint_labels
 from runs.records import device_name, git_revision, print_first_page, print_metrics, write_json
 from runs.test_plan import TestPlan, plan_test, reported_split
 from sed_model import Evaluation, SEDWrapper
-from settings import Config, section
+from settings import Config, UserError, section
 from training.devices import is_first_process
 from training.trainer import build_trainer, interruptible
 
@@ -59,6 +59,10 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
     be written, before the test.
     """
     settings, reported = members[0].settings, members[0].reported()
+    if settings.fl_local and not module.has_frames:
+        raise UserError(
+            f"fl_local = True needs frame scores, and encoder = {settings.encoder} has no time axis: test without it."
+        )
     paths = [str(member.checkpoint.path) for member in members]
     plan = plan_test(module, settings, data, paths, checkpoint_labels(members[0].checkpoint, settings))
     whole = plan.complete and not settings.debug

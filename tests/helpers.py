@@ -23,6 +23,16 @@ TINY = {  # a network of one block a stage
     "batch_size": "4",
     "accelerator": "cpu",
 }
+SIZES: dict[str, dict[str, str]] = {  # of each encoder: the settings of a tiny network
+    "htsat": TINY,
+    "ast": {
+        "encoder": "ast",
+        "encoder_options": "dim=128,depth=2,heads=2",
+        "clip_samples": "16000",
+        "batch_size": "4",
+        "accelerator": "cpu",
+    },
+}
 SMALL = {  # for clips of a quarter of a second, of 32 kHz
     **TINY, "htsat_depth": "1,1", "htsat_num_head": "1,2", "htsat_spec_size": "64", "mel_bins": "32",
     "clip_samples": "8000", "performance": "manual",

@@ -12,7 +12,6 @@ FLOORS = [  # from the top: a file imports its own package and the floors below
     {"main", "fl_evaluate"},
     {"commands"},
     {"runs"},
-    {"frame_training"},
     {"sed_model"},
     {"training", "inference", "data_generator"},
     {"model", "evaluation", "prepare"},

@@ -1,6 +1,6 @@
-"""What training does to a batch of clips and their targets, on the device, before the network (spec: Variants).
+"""Augmentation of waveforms and of their labels, on the device, before the front-end.
 
-What is random is drawn on the CPU: a run is reproducible from its seed on any device, and none has to wait.
+Random numbers are drawn on the CPU: a run is reproducible from its seed on any device, and no device has to wait.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 
 from data.frame_targets import Events
-from utils import do_mixup, int16_to_float32
 
 
-def shift_in_time(waveform: Tensor, shift_max: int) -> Tensor:
-    """Roll each clip of (B, samples) by a random number of samples below shift_max."""
-    return shift_in_time_with(waveform, torch.randint(shift_max, (len(waveform),)))
-
-
-def shift_in_time_with(waveform: Tensor, shifts: Tensor) -> Tensor:
-    """Roll each clip of (B, samples), int16 or float, by its own of (B,) numbers of samples, later if positive."""
-    return _stretches(waveform, -shifts, waveform.shape[1])
+def shift_in_time(waveform: Tensor, shift_max: int) -> tuple[Tensor, Tensor]:
+    """Roll each clip of (B, samples) by a random number of samples below shift_max, and say by how many: (B,)."""
+    shifts = torch.randint(shift_max, (len(waveform),))
+    return _stretches(waveform, -shifts, waveform.shape[1]), shifts
 
 
 def shift_events(events: Events, shifts: Tensor, seconds: float) -> Events:
@@ -40,31 +35,23 @@ def shift_events(events: Events, shifts: Tensor, seconds: float) -> Events:
     )
 
 
-def crop(waveform: Tensor, length: int) -> Tensor:
-    """A random stretch of `length` samples of each clip: (B, samples) -> (B, length); shorter clips stay whole."""
-    return _crop(waveform, length)[0]
+def crop(waveform: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """A random stretch of each clip and the sample where it begins: (B, samples) -> (B, length), (B,).
 
-
-def crop_with_events(waveform: Tensor, events: Events, length: int, rate: int) -> tuple[Tensor, Events, Tensor]:
-    """`crop` of clips at `rate` samples per second, their events from the crop's beginning, and where that was.
-
-    Returns (B, length), the events cut at the crop's ends (what lies outside has no duration), and (B,) the seconds at
-    which the crops begin: a teacher's steps follow by resample_steps with shift = -beginnings and the crop's length.
+    Shorter clips stay whole.
     """
-    cropped, starts = _crop(waveform, length)
-    begin = (starts / rate).to(events.onset)
-    seconds, at = cropped.shape[1] / rate, begin[events.clip]
-    onset, offset = (events.onset - at).clamp(0, seconds), (events.offset - at).clamp(0, seconds)
-    return cropped, Events(events.clip, events.label, onset, offset), begin
-
-
-def _crop(waveform: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The crops, and the (B,) samples at which they begin, on the CPU."""
     clips, samples = waveform.shape
     if length >= samples:
         return waveform, torch.zeros(clips, dtype=torch.long)
     starts = torch.randint(samples - length + 1, (clips,))
     return _stretches(waveform, starts, length), starts
+
+
+def crop_events(events: Events, begin: Tensor, seconds: float) -> Events:
+    """The events of clips that were cut out from (B,) seconds on, `seconds` long. What lies outside has no duration."""
+    at = begin.to(events.onset)[events.clip]
+    onset, offset = (events.onset - at).clamp(0, seconds), (events.offset - at).clamp(0, seconds)
+    return Events(events.clip, events.label, onset, offset)
 
 
 def _stretches(waveform: Tensor, starts: Tensor, length: int) -> Tensor:
@@ -74,20 +61,12 @@ def _stretches(waveform: Tensor, starts: Tensor, length: int) -> Tensor:
 
 
 def random_gain(waveform: Tensor, range_db: float, generator: Optional[torch.Generator] = None) -> Tensor:
-    """Make each clip of (B, samples), int16 or float, louder or softer by up to range_db decibels: float32.
+    """Make each clip of (B, samples) louder or softer by up to range_db decibels.
 
-    The gain is the same all through a clip. The float samples may leave [-1, 1].
+    The gain is the same all through a clip. The samples may leave [-1, 1].
     """
     decibels = (2 * torch.rand(len(waveform), 1, generator=generator) - 1) * range_db
-    return int16_to_float32(waveform) * (10 ** (decibels / 20)).to(waveform.device)
-
-
-def mix_waveforms(waveform: Tensor, mixup_lambda: Tensor) -> Tensor:
-    """Mixup of the sounds themselves: (B, samples), int16 or float, with the reversed batch -> float32.
-
-    mixup_lambda: (B,) weight of a clip's own samples. The targets follow by do_mixup with the same weights.
-    """
-    return do_mixup(int16_to_float32(waveform), mixup_lambda.to(waveform.device))
+    return waveform * (10 ** (decibels / 20)).to(waveform.device)
 
 
 def enhance_labels(targets: Tensor, ancestors: Tensor, children: Sequence[Sequence[int]]) -> Tensor:

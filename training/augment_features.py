@@ -1,8 +1,7 @@
-"""What training does to log-mel spectrograms, normalized as the network's bn0 leaves them, and to frame targets.
+"""Augmentation of features: normalized log-mel spectrograms, (B, F, T) with B clips, F bands, T frames.
 
-Shapes: B clips, F mel bands, T frames, K classes; (B, F, T) and (B, steps, K) both cover the clips evenly from their
-beginning to their end. What is random is drawn on the CPU: a run is reproducible from its seed on any device, and none
-has to wait. A strength of 0 changes nothing.
+Random numbers are drawn on the CPU: a run is reproducible from its seed on any device, and no device has to wait. A
+strength of 0 changes nothing.
 """
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from data.frame_targets import step_shares
 from settings import UserError
-from utils import do_mixup, get_mix_lambda
+from utils import get_mix_lambda
 
 NARROWEST_BAND = 6  # of filter_augment, in mel bands: as in the FilterAugment paper's code
 STYLE_FLOOR = 1e-6  # of the variance, before the square root: as in MixStyle
@@ -40,8 +39,8 @@ def filter_augment(logmel: Tensor, range_db: float, scale: Tensor, bands: tuple[
     """Filter each clip by a random curve over the mel bands, piecewise linear in dB.
 
     FilterAugment, linear type (Nam, Kim, Park 2022, arXiv 2110.03282): from bands[0] to bands[1] pieces between random
-    edges, at each a gain between -range_db and range_db. scale: (F,) what one decibel is after bn0, that is
-    weight / sqrt(running_var + eps). Labels stay. Raises UserError for fewer mel bands than pieces have edges.
+    edges, at each a gain between -range_db and range_db. scale: (F,) what one decibel is in the features. Labels stay.
+    Raises UserError for fewer mel bands than pieces have edges.
     """
     if range_db == 0:
         return logmel
@@ -95,18 +94,21 @@ def mix_style(logmel: Tensor, probability: float, alpha: float = 0.1) -> Tensor:
     return torch.where(weight == 1, logmel, mixed)
 
 
-def mask_time(logmel: Tensor, targets: Tensor, count: int = 2, longest: int = 64) -> tuple[Tensor, Tensor]:
+def mask_time(logmel: Tensor, count: int = 2, longest: int = 64) -> tuple[Tensor, Tensor]:
     """SpecAugment's masks over time (Park et al. 2019): each of `count` sets 0 to longest - 1 frames of a clip to 0.
 
-    The targets (B, steps, K) are multiplied by the share of each step that is left.
+    Returns the features and (B, T) bool, the frames that are left.
     """
-    clips, _, frames = logmel.shape
-    keep = _keep(clips, frames, longest, count).to(logmel.device)
-    steps = targets.shape[1]
+    keep = _keep(logmel.shape[0], logmel.shape[2], longest, count).to(logmel.device)
+    return logmel * keep[:, None, :], keep
+
+
+def left_of_steps(keep: Tensor, steps: int) -> Tensor:
+    """(B, T) bool -> (B, steps): what share of each step of another time axis is left."""
+    frames = keep.shape[1]
     shares = step_shares(torch.zeros(1, device=keep.device), frames / steps, frames=frames, steps=steps)[0]
-    with torch.autocast(logmel.device.type, enabled=False):
-        left = (1 - (~keep).float() @ shares.T).clamp(min=0)  # (B, steps): 1, and no rounding less, without a mask
-    return logmel * keep[:, None, :], targets * left[:, :, None].to(targets.dtype)
+    with torch.autocast(keep.device.type, enabled=False):
+        return (1 - (~keep).float() @ shares.T).clamp(min=0)  # 1, and no rounding less, without a mask
 
 
 def mask_bands(logmel: Tensor, count: int = 2, widest: int = 8) -> Tensor:
@@ -115,14 +117,8 @@ def mask_bands(logmel: Tensor, count: int = 2, widest: int = 8) -> Tensor:
 
 
 def _keep(clips: int, length: int, longest: int, count: int) -> Tensor:
-    """(clips, length) bool: False under any of the masks, drawn as the network's SpecAugment does, but on the CPU."""
+    """(clips, length) bool: False under any of the masks."""
     size = torch.randint(0, max(1, min(longest, length)), (clips, count, 1))
     start = (torch.rand(clips, count, 1) * (length - size)).long()
     place = torch.arange(length)
     return ~((place >= start) & (place < start + size)).any(dim=1)
-
-
-def mixup_features(logmel: Tensor, targets: Tensor, mixup_lambda: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixup with the reversed batch, of features and targets: (B,) is the weight of the clips themselves."""
-    weight = mixup_lambda.to(logmel.device)
-    return do_mixup(logmel, weight), do_mixup(targets, weight)

@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from model.encoders.htsat import HTSAT_Swin_Transformer
+from model import Network
 from settings import Config
 from training.devices import on_gpu
 
@@ -72,15 +72,15 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def compile_network(network: HTSAT_Swin_Transformer, mode: Optional[str]) -> None:
-    """Compile the Swin stages, which hold nearly all arithmetic, for batches of fixed size; None: leave it eager.
+def compile_network(network: Network, mode: Optional[str]) -> None:
+    """Compile the blocks of a network, each by itself, for batches of fixed size; None: leave it eager.
 
     The front-end stays eager (torch.compile has no complex numbers), so does the head. Names in the state dict stay.
     """
     if mode is None:
         return
-    # Stages differ in size, and each is compiled for training and validation, for whole batches and the last one.
+    # Blocks differ in size, and each is compiled for training and validation, for whole batches and the last one.
     torch._dynamo.config.recompile_limit = 64
     warnings.filterwarnings("ignore", message=r"TensorFloat32 tensor cores .* available but not enabled")
-    for stage in network.layers:
-        stage.compile(mode=mode, dynamic=False)
+    for part in network.compiled_parts():
+        part.compile(mode=mode, dynamic=False)

@@ -5,39 +5,57 @@ Classification and Detection, ICASSP 2022, arXiv 2202.00874. Shapes: B clips, T 
 K classes.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Optional
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, Optional
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from model import heads
-from model.frontend import BandNorm, LogMel, SpecAugment, Spectrogram, fold, stack, stretch
+from model.foreign import PREFIX, Weights
+from model.frontend import BandNorm, LogMel, Spectrogram, TracedLogMel, bicubic_matrix, fold, stack, stretch
 from model.layers.readout import Readout, repeat_in_time
-from model.layers.swin import PatchEmbed, Stage
-from settings import UserError
-from utils import do_mixup
+from model.layers.swin import PatchEmbed, Stage, SwinBlock, TracedAttention
+from model.network import Layer, Network, Outputs
+from model.registry import read_options
+from settings import Config, UserError
 
-Outputs = dict[str, Tensor]
+
+class Maps(NamedTuple):
+    """What the Swin stages give. earlier: tokens of the stages before the last, from the readout stage on."""
+
+    grid: Tensor  # (B, C, freq_bins, steps of the last stage), frequency up, time right
+    attention: Optional[Tensor]  # (B, steps of the last stage), with attn_heatmap
+    earlier: list[Tensor]  # (B, L, C) each, in the order in which they merge
+    views: int  # stretches of each clip, one after another: B is views * clips
 
 
-class HTSAT_Swin_Transformer(nn.Module):
+class HTSAT_Swin_Transformer(Network):
     """The published network, with its state-dict names and shapes.
 
-    spec_size: side of the folded image, a multiple of mel_bins. depths, num_heads: blocks and heads of each stage.
-    loss_type: with clip_ce, clipwise_output holds logits instead of probabilities. Raises UserError for sizes that
-    do not fit together.
-    Not published, and off unless given: time_stride, of the patches along time (None: patch_stride); readout_stage,
-    from 1, whose steps the frame scores have (None: the last); sequence_head, sequence_layers and sequence_dim, of
-    layers over the steps (model/heads.py). Weights of a network without them fit into one with them.
+    clip_samples: longest input, None: 10 s. spec_size: side of the folded image, a multiple of mel_bins. depths,
+    num_heads: blocks and heads of each stage. loss_type: with clip_ce, clip probabilities sum to 1. Raises UserError
+    for sizes that do not fit together. Not published, and off unless given: time_stride, of the patches along time
+    (None: patch_stride); readout_stage, from 1, whose time axis the frame scores have (None: the last); sequence_head,
+    sequence_layers and sequence_dim, of layers over the frames (model/heads.py). Weights of a network without them fit
+    into one with them.
     """
+
+    classifier = ("tscam_conv.", "head.")
+    additions = ("readout.", "sequence_head.")
+    frontend = ("spectrogram_extractor.", "logmel_extractor.")
+    not_in_images = ("bn0.",)
+    computed = ("relative_position_index", "attn_mask")
 
     def __init__(
         self,
         *,
         num_classes: int = 527,
         sample_rate: int = 32000,
+        clip_samples: Optional[int] = None,
         window_size: int = 1024,
         hop_size: int = 320,
         mel_bins: int = 64,
@@ -60,8 +78,6 @@ class HTSAT_Swin_Transformer(nn.Module):
         sequence_layers: int = 2,
         sequence_dim: int = 256,
         repeat_mode: bool = False,
-        spec_augment: bool = True,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.freq_ratio = spec_size // mel_bins  # stretches of time that are folded under one another
@@ -75,166 +91,106 @@ class HTSAT_Swin_Transformer(nn.Module):
                 f"htsat_attn_heatmap needs a last stage of one window: {maps[-1][0]} x {maps[-1][1]} tokens are more "
                 f"than htsat_window_size {attention_window}."
             )
-        self.frozen: list[nn.Module] = []  # what stays as in evaluation
-        self.num_classes, self.loss_type, self.enable_tscam = num_classes, loss_type, enable_tscam
-        self.attn_heatmap, self.repeat_mode, self.augments = attn_heatmap, repeat_mode, spec_augment
+        self.num_classes, self.softmax, self.enable_tscam = num_classes, loss_type == "clip_ce", enable_tscam
+        self.attn_heatmap, self.repeat_mode = attn_heatmap, repeat_mode
         self.image_bands = spec_size // self.freq_ratio
         self.image_frames = spec_size * self.freq_ratio
         self.freq_bins = maps[-1][0] // self.freq_ratio  # of the unfolded map
-        self.steps = maps[readout_stage - 1][1] * self.freq_ratio  # of the frame scores, over image_frames
-        self.frames_per_step = self.image_frames // self.steps
+        self.sample_rate, self.clip_samples = sample_rate, clip_samples or 10 * sample_rate
+        self.frames = maps[readout_stage - 1][1] * self.freq_ratio  # of the frame scores, over image_frames
+        self.frame_seconds = self.clip_samples / sample_rate / self.frames
 
         self.spectrogram_extractor = Spectrogram(window_size, hop_size)
         self.logmel_extractor = LogMel(sample_rate, window_size, mel_bins, fmin, fmax)
         self.bn0 = BandNorm(mel_bins)
-        self.spec_augmenter = SpecAugment()
 
         self.patch_embed = PatchEmbed(patch_size, strides, embed_dim)
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
-        self.layers = nn.ModuleList()
+        stages = nn.ModuleList()
         channels = [embed_dim * 2**number for number in range(len(depths))]
         for number, depth in enumerate(depths):
             drops, merge = [next(rates) for _ in range(depth)], number < len(depths) - 1
-            self.layers.append(Stage(channels[number], maps[number], num_heads[number], attention_window, drops, merge))
-        self.num_features = channels[-1]
-        self.norm = nn.LayerNorm(self.num_features)
+            stages.append(Stage(channels[number], maps[number], num_heads[number], attention_window, drops, merge))
+        self._modules["layers"] = stages  # their name in published files, which is also that of the contract's method
+        self.stages: Sequence[Stage] = list(stages)  # type: ignore[arg-type]
+        self.channels = channels[-1]
+        self.norm = nn.LayerNorm(self.channels)
         if enable_tscam:
-            self.tscam_conv = nn.Conv2d(self.num_features, num_classes, (self.freq_bins, 3), padding=(0, 1))
+            self.tscam_conv = nn.Conv2d(self.channels, num_classes, (self.freq_bins, 3), padding=(0, 1))
         # Published token-semantic checkpoints carry a head that nothing uses; it keeps its place in the state dict.
-        self.head = nn.Linear(num_classes if enable_tscam else self.num_features, num_classes)
+        self.head = nn.Linear(num_classes if enable_tscam else self.channels, num_classes)
         self.apply(_init_linear)
         # What follows comes after that, as it begins with zeros and a published network does not have it.
         self.readout: Optional[Readout] = None
         if readout_stage < len(depths):
             read = slice(readout_stage - 1, -1)
             steps = [width * self.freq_ratio for _, width in maps[read]]
-            self.readout = Readout(channels[read], steps, self.num_features, self.freq_ratio)
+            self.readout = Readout(channels[read], steps, self.channels, self.freq_ratio)
         self.sequence_head: Optional[heads.SequenceHead] = None
         if sequence_head != "none":
             self.sequence_head = heads.SequenceHead(
-                sequence_head, channels=self.num_features, layers=sequence_layers, dim=sequence_dim, steps=self.steps
+                sequence_head, channels=self.channels, layers=sequence_layers, dim=sequence_dim, steps=self.frames
             )
-        self.set_gradient_checkpointing(gradient_checkpointing)
 
-    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute each Swin block in the backward pass instead of keeping its activations."""
-        for stage in self.layers:
-            assert isinstance(stage, Stage)
-            stage.gradient_checkpointing = enabled
+    def layers(self) -> list[Layer]:
+        """Front-end, bn0 and patch embedding; each Swin block, with the merging behind it; the classifier."""
+        blocks: list[list[nn.Module]] = []
+        for stage in self.stages:
+            blocks += [[block] for block in stage.blocks]
+            blocks[-1] += [] if stage.downsample is None else [stage.downsample]
+        blocks[-1].append(self.norm)
+        head = [self.readout, self.sequence_head, self.tscam_conv if self.enable_tscam else None, self.head]
+        return [
+            [self.spectrogram_extractor, self.logmel_extractor, self.bn0, self.patch_embed],
+            *blocks,
+            [part for part in head if part is not None],
+        ]
+
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.blocks]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The stages: torch.compile joins the change of a block's windows to its neighbours' arithmetic."""
+        return list(self.stages)
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Parameters that no output depends on."""
         return list(self.head.parameters()) if self.enable_tscam else []
 
-    def parameters_by_layer(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """Each parameter with its layer, from below: 0 bn0 and patch embedding, then the blocks, last the classifier.
+    def published_outputs(self, waveform: Tensor, infer_mode: bool = False) -> dict[str, Tensor]:
+        """The outputs of the published code, by its names.
 
-        Patch merging belongs to the block before it, the last LayerNorm, readout and sequence head to the classifier.
+        waveform: (B, samples). infer_mode: fill a short clip by repetition, instead of stretching it in time. Returns
+        clipwise_output (B, K), which are logits with clip_ce, framewise_output (B, image_frames, K), in which each
+        frame is repeated (32 times with the published sizes), and latent_output (B, C).
         """
-        blocks = [len(stage.blocks) for stage in self.layers]  # type: ignore[arg-type]
-        first = [1 + sum(blocks[:stage]) for stage in range(len(blocks) + 1)]  # number of a stage's first block
-        for name, parameter in self.named_parameters():
-            words = name.split(".")
-            if words[0] == "layers":
-                stage = int(words[1])
-                yield (first[stage] + int(words[3]) if words[2] == "blocks" else first[stage + 1] - 1), parameter
-            else:
-                yield (0 if words[0] in ("bn0", "patch_embed") else first[-1]), parameter
+        features = self.features(waveform)
+        if infer_mode:
+            features = features.repeat(1, 1, self.image_frames // features.shape[2])
+        clips, frames, _, embedding = self.forward_head(self.forward_features(features))
+        return {
+            "clipwise_output": clips if self.softmax else clips.sigmoid(),
+            "framewise_output": frames.sigmoid().repeat_interleave(self.image_frames // self.frames, dim=1),
+            "latent_output": embedding,
+        }
 
-    def freeze_backbone(self, with_bn0: bool = True) -> None:
-        """Train nothing but the classifier, with readout and sequence head.
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        return self.logmel_extractor(self.spectrogram_extractor(waveform))
 
-        Below them, nothing is random or follows the batch.
-        with_bn0: also the normalization of the mel bands, which follows the data where no file has brought it.
-        """
-        self.frozen = [self.patch_embed, self.layers, self.norm, *([self.bn0] if with_bn0 else [])]
-        for module in self.frozen:
-            module.requires_grad_(False)
-        self.train(self.training)
+    def normalize(self, log_mel: Tensor) -> Tensor:
+        return self.bn0(log_mel.transpose(1, 2).contiguous())
 
-    def train(self, mode: bool = True) -> "HTSAT_Swin_Transformer":
-        """As every module's; a frozen backbone stays as in evaluation."""
-        super().train(mode)
-        for module in self.frozen:
-            module.eval()
-        return self
+    def decibel(self) -> Tensor:
+        assert self.bn0.running_var is not None
+        return self.bn0.weight.detach() / (self.bn0.running_var + self.bn0.eps).sqrt()
 
-    def forward(self, waveform: Tensor, mixup_lambda: Optional[Tensor] = None, infer_mode: bool = False) -> Outputs:
-        """waveform: (B, samples) float in [-1, 1]; mixup_lambda: (B,), used in training only.
-
-        infer_mode: fill a clip shorter than the image by repetition, instead of stretching it in time.
-        Returns clipwise_output (B, K), clipwise_logits (B, K), framewise_output (B, frames, K),
-        framewise_logits (B, steps, K) without the repeats, and latent_output (B, num_features).
-        """
-        logmel = self.forward_frontend(waveform)  # (B, F, T)
-        if self.training:
-            if self.augments:
-                logmel = self.spec_augmenter(logmel)
-            if mixup_lambda is not None:
-                logmel = do_mixup(logmel, mixup_lambda)
-        return self.forward_logmel(logmel, infer_mode)
-
-    def forward_logmel(self, logmel: Tensor, infer_mode: bool = False) -> Outputs:
-        """The rest of `forward`, without augmentation: (B, F, T) as forward_frontend gives it -> the outputs."""
-        outputs = [self.forward_head(*self.forward_features(image)) for image in self.images(logmel, infer_mode)]
-        if len(outputs) == 1:
-            return outputs[0]
-        return {name: torch.stack([output[name] for output in outputs]).mean(dim=0) for name in outputs[0]}
-
-    def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, samples) -> (B, K) of the clips, (B, steps, K) of the frames without their repeats; embeddings (B, C).
-
-        Clip probabilities sum to 1 where the network was trained with cross entropy (clip_ce).
-        """
-        outputs = self(waveform)
-        logits = outputs["clipwise_logits"]
-        clipwise = logits.softmax(dim=1) if self.loss_type == "clip_ce" else logits.sigmoid()
-        return clipwise, outputs["framewise_output"][:, :: self.frames_per_step], outputs["latent_output"]
-
-    def forward_frontend(self, waveform: Tensor) -> Tensor:
-        """(B, samples) -> (B, F, T) log-mel, normalized over each band. float32, whatever autocast says."""
-        with torch.autocast(waveform.device.type, enabled=False):
-            logmel = self.logmel_extractor(self.spectrogram_extractor(waveform.float()))  # (B, T, F)
-            return self.bn0(logmel.transpose(1, 2).contiguous())
-
-    def images(self, logmel: Tensor, infer_mode: bool = False) -> Iterator[Tensor]:
-        """(B, F, T) -> one or several (B, 1, spec_size, spec_size) whose outputs are averaged."""
-        for frames in self._views_in_time(logmel, infer_mode):
-            stretched = stretch(frames, self.image_bands, self.image_frames)
-            length = self.image_frames // self.freq_ratio
-            if not self.repeat_mode:
-                yield fold(stretched, self.freq_ratio)
-            elif self.training:
-                start = int(torch.randint(self.image_frames - length, ()))
-                yield stack(stretched, self.freq_ratio, start)
-            else:
-                for start in range(0, self.image_frames, length):
-                    yield stack(stretched, self.freq_ratio, start)
-
-    def _views_in_time(self, logmel: Tensor, infer_mode: bool) -> Iterator[Tensor]:
-        """What the network looks at, of clips of any length: (B, F, at most image_frames)."""
-        frames = logmel.shape[2]
-        if frames <= self.image_frames:
-            yield logmel.repeat(1, 1, self.image_frames // frames) if infer_mode else logmel
-        elif self.training:
-            start = int(torch.randint(frames - self.image_frames + 1, ()))
-            yield logmel[:, :, start : start + self.image_frames]
-        else:  # as published; inference.Tagger has the better way, on absolute time
-            window, hop = (frames - 1) // 2, (frames - 1) // 4
-            for start in range(0, frames - window - 1, hop):
-                yield logmel[:, :, start : start + window]
-
-    def forward_features(self, image: Tensor) -> tuple[Any, ...]:
-        """(B, 1, spec_size, spec_size) -> what forward_head takes: the last stage's grid, its attention, earlier maps.
-
-        The grid is (B, C, freq_bins, steps of that stage), frequency up, time right. The attention is (B, steps) with
-        attn_heatmap, else None. Only with a readout_stage before the last: the tokens of each stage from that one on,
-        as model.layers.swin.Stage has them before they merge.
-        """
+    def forward_features(self, features: Tensor) -> Maps:
+        """(B, F, T) -> the maps of the views that the network has of it, one after another: (views * B, ...)."""
+        images = self.images(features)
+        image = images[0] if len(images) == 1 else torch.cat(images)  # (views * B, 1, S, S)
         tokens, attention, earlier = self.patch_embed(image), None, []  # (B, L, C)
-        last = len(self.layers) - 1
+        last = len(self.stages) - 1
         first = last if self.readout is None else last - len(self.readout.steps)
-        for number, stage in enumerate(self.layers):
+        for number, stage in enumerate(self.stages):
             tokens, own, attention = stage(tokens, need_weights=self.attn_heatmap and number == last)
             if first <= number < last:
                 earlier.append(own)
@@ -243,33 +199,96 @@ class HTSAT_Swin_Transformer(nn.Module):
         grid = rearrange(tokens, "b (r f t) c -> b c f (r t)", **place)  # (B, C, freq_bins, steps)
         if attention is not None:
             attention = rearrange(attention, "b (r f t) -> b f (r t)", **place).mean(dim=1)  # (B, steps)
-        return grid, attention, *earlier
+        return Maps(grid, attention, earlier, len(images))
 
-    def forward_head(self, grid: Tensor, attention: Optional[Tensor] = None, *earlier: Tensor) -> Outputs:
-        """What forward_features gives -> the outputs of `forward` (paper, section 2.3)."""
-        latent = grid.mean(dim=(2, 3)).float()
+    def images(self, features: Tensor) -> list[Tensor]:
+        """(B, F, T) -> the views, (B, 1, spec_size, spec_size) each: one, or several whose outputs are averaged.
+
+        Several of a clip longer than the image, as published; and with repeat_mode, whose training takes one at random.
+        """
+        stretched = [stretch(view, self.image_bands, self.image_frames) for view in self._views_in_time(features)]
+        length = self.image_frames // self.freq_ratio
+        if not self.repeat_mode:
+            return [fold(view, self.freq_ratio) for view in stretched]
+        random = [int(torch.randint(self.image_frames - length, ()))] if self.training else None
+        starts = random or range(0, self.image_frames, length)
+        return [stack(view, self.freq_ratio, start) for view in stretched for start in starts]
+
+    def _views_in_time(self, features: Tensor) -> list[Tensor]:
+        """(B, F, T) -> stretches of at most image_frames."""
+        frames = features.shape[2]
+        if frames <= self.image_frames:
+            return [features]
+        window, hop = (frames - 1) // 2, (frames - 1) // 4
+        return [features[:, :, start : start + window] for start in range(0, frames - window - 1, hop)]
+
+    def forward_head(self, maps: Maps) -> Outputs:
+        """The maps of forward_features -> Outputs (paper, section 2.3)."""
+        grid, attention, earlier, views = maps
+        embedding = grid.mean(dim=(2, 3)).float()
+        frames = repeat_in_time(grid.mean(dim=2), self.frames).transpose(1, 2).float()  # (B, T, C)
         if self.readout is not None:
             grid = self.readout(grid, earlier)
         if self.sequence_head is not None:
             grid = self.sequence_head(grid)
         if self.enable_tscam:
-            frame_logits = self.tscam_conv(grid)[:, :, 0].transpose(1, 2).float()  # (B, steps, K)
-            logits = frame_logits.mean(dim=1)
+            frame_logits = self.tscam_conv(grid)[:, :, 0].transpose(1, 2).float()  # (B, T, K)
+            clip_logits = frame_logits.mean(dim=1)
         else:
             frame_logits = self.head(grid.sum(dim=2).transpose(1, 2)).float()
-            logits = self.head(grid.mean(dim=(2, 3))).float()
-        frames = frame_logits.sigmoid()
+            clip_logits = self.head(grid.mean(dim=(2, 3))).float()
         if attention is not None:
             high, low = attention.amax(dim=1, keepdim=True), attention.amin(dim=1, keepdim=True)
-            scale = repeat_in_time((0.15 * attention + 0.85 * high - low) / (high - low), self.steps)
-            frames = frames * scale.unsqueeze(2).to(frames.dtype)
-        return {
-            "clipwise_output": logits if self.loss_type == "clip_ce" else logits.sigmoid(),
-            "clipwise_logits": logits,
-            "framewise_logits": frame_logits,
-            "framewise_output": frames.repeat_interleave(self.frames_per_step, dim=1),
-            "latent_output": latent,
-        }
+            heat = repeat_in_time((0.15 * attention + 0.85 * high - low) / (high - low), self.frames)  # (B, T)
+            frame_logits = scale_probabilities(frame_logits, heat[:, :, None].float())
+        outputs = Outputs(clip_logits, frame_logits, frames, embedding)
+        return outputs if views == 1 else self._mean_over_views(outputs, views)
+
+    def _mean_over_views(self, outputs: Outputs, views: int) -> Outputs:
+        """The mean of the views' probabilities, as logits; with clip_ce of the clips' logits, as published."""
+        clips, frames, tokens, embedding = (part.unflatten(0, (views, -1)) for part in outputs)
+        clip_logits = clips.mean(dim=0) if self.softmax else clips.sigmoid().mean(dim=0).logit(eps=1e-7)
+        frame_logits = frames.sigmoid().mean(dim=0).logit(eps=1e-7)
+        return Outputs(clip_logits, frame_logits, tokens.mean(dim=0), embedding.mean(dim=0))
+
+    def onnx_frontend(self, samples: int) -> nn.Module:
+        window, bands = self.spectrogram_extractor.stft.window, self.logmel_extractor.melW
+        return TracedLogMel(window, bands, self.spectrogram_extractor.hop_size, samples, pad=len(window) // 2)
+
+    def misfit(self, state_dict: Mapping[str, Tensor], *, reshaped: bool, images: bool) -> str:
+        ours, theirs = attention_heads(self.state_dict()), attention_heads(state_dict)
+        own, found = ("-".join(str(stage[0]) for stage in stages) for stages in (ours, theirs))
+        if theirs and found != own:
+            return (
+                f"Its stages have {found} attention heads, the network's {own}: a head's weights mean nothing "
+                f"in a head of another size. "
+                + (
+                    "Of Microsoft's Swins, Swin-T/C24 with window 8 for 256 x 256 pictures fits the paper's network."
+                    if images
+                    else "Its network has other sizes: set htsat_dim, htsat_depth and htsat_num_head as it was trained."
+                )
+            )
+        if reshaped:
+            return "Its network has other sizes: set htsat_dim, htsat_depth and htsat_num_head as it was trained."
+        return super().misfit(state_dict, reshaped=reshaped, images=images)
+
+    def for_export(self, log_mel: Tensor) -> "HTSAT_Swin_Transformer":
+        network = super().for_export(log_mel)
+        assert isinstance(network, HTSAT_Swin_Transformer)
+        network.stages = network._modules.pop("layers")  # type: ignore[assignment]  # a module's name, and no method's
+        for block in network.blocks():
+            assert isinstance(block, SwinBlock)
+            block.attn = TracedAttention(block.attn, block.attn_mask)  # type: ignore[assignment]
+        for size, wanted in ((log_mel.shape[1], self.image_frames), (log_mel.shape[2], self.image_bands)):
+            if size != wanted:
+                bicubic_matrix(size, wanted, torch.device("cpu"))  # made, and kept, outside of the tracing
+        return network
+
+
+def scale_probabilities(logits: Tensor, scale: Tensor) -> Tensor:
+    """The logits whose probabilities are `scale` times those of `logits`; scale: above 0, at most 1."""
+    probability = logits.sigmoid()
+    return torch.log(scale * probability) - torch.log((1 - scale) * probability + (-logits).sigmoid())
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -329,3 +348,141 @@ def _check_maps(
                 f"htsat_window_size {attention_window} does not divide the {height} x {width} tokens of stage {stage} "
                 f"into windows of {window} x {window}."
             )
+
+
+# --- files of others --------------------------------------------------------------------------------------------------
+
+AUDIO_BRANCH = re.compile(r"^(?:module\.)?audio_branch\.")  # of the audio network's keys in a CLAP checkpoint
+FUSION = (
+    "mel_conv1d",
+    "mel_conv2d",
+    "fusion_model",
+)  # layers of the CLAP variant that takes several stretches of a clip
+PATCHES = "patch_embed.proj.weight"
+BIAS_TABLE = re.compile(r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$")
+# Wu et al. 2023, Large-Scale Contrastive Language-Audio Pretraining: audio of 10 s at 48 kHz, padded by repetition.
+CLAP_SETTINGS = {
+    "sample_rate": 48000, "window_size": 1024, "hop_size": 480, "mel_bins": 64, "fmin": 50.0, "fmax": 14000.0,
+    "clip_samples": 480000, "short_clips": "repeat", "loss_type": "clip_bce", "task": "multilabel",
+}  # fmt: skip
+
+
+def rename(weights: Mapping[str, Tensor]) -> Weights:
+    """The weights of the paper's, LAION-CLAP's and ImageNet's Swin files under this network's names.
+
+    Raises UserError for a CLAP whose audio network is another one.
+    """
+    if any(AUDIO_BRANCH.match(key) for key in weights):
+        return _clap(weights)
+    if any(key.startswith(PREFIX) for key in weights):
+        return Weights("published HTS-AT", {key.removeprefix(PREFIX): value for key, value in weights.items()})
+    if _is_swin(weights):
+        return Weights("ImageNet Swin", _swin(weights), images=True)
+    return Weights("state dict", dict(weights))
+
+
+def _is_swin(weights: Mapping[str, Tensor]) -> bool:
+    """A Swin for pictures takes three channels: red, green and blue."""
+    patches = weights.get(PATCHES)
+    return (
+        patches is not None
+        and patches.ndim == 4
+        and patches.shape[1] == 3
+        and "layers.0.blocks.0.norm1.weight" in weights
+    )
+
+
+def _swin(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Microsoft's names are this network's; the patch kernel is averaged over its colours, the class head left out."""
+    kept = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    return {**kept, PATCHES: weights[PATCHES].mean(dim=1, keepdim=True)}
+
+
+def _clap(weights: Mapping[str, Tensor]) -> Weights:
+    """The audio branch alone. Its front-end is another one than the paper's."""
+    branch = {AUDIO_BRANCH.sub("", key): value for key, value in weights.items() if AUDIO_BRANCH.match(key)}
+    fused = [key for key in branch if any(part in key for part in FUSION)]
+    if fused:
+        raise UserError(
+            f"it is a LAION-CLAP with feature fusion ({fused[0]}), whose audio network looks at a whole recording and "
+            f"three stretches of it at once; this network takes one stretch. Use a CLAP checkpoint without fusion"
+        )
+    classes = branch.get("tscam_conv.weight")
+    if PATCHES not in branch or classes is None or not attention_heads(branch):
+        raise UserError("it is a LAION-CLAP whose audio branch is no HTS-AT. Use a CLAP checkpoint with HTSAT-tiny")
+    found = attention_heads(branch)
+    sizes = {
+        "classes_num": len(classes),
+        "enable_tscam": True,
+        "htsat_dim": len(branch[PATCHES]),
+        "htsat_depth": [len(stage) for stage in found],
+        "htsat_num_head": [stage[0] for stage in found],
+    }
+    return Weights("LAION-CLAP", branch, {**CLAP_SETTINGS, **sizes})
+
+
+def attention_heads(state_dict: Mapping[str, Tensor]) -> list[list[int]]:
+    """Attention heads of each block of each stage, from the columns of the relative position bias tables."""
+    stages: dict[int, dict[int, int]] = {}
+    for key, value in state_dict.items():
+        place = BIAS_TABLE.match(key)
+        if place and value.ndim == 2:
+            stages.setdefault(int(place[1]), {})[int(place[2])] = value.shape[1]
+    return [[blocks[number] for number in sorted(blocks)] for _, blocks in sorted(stages.items())]
+
+
+NETWORK = HTSAT_Swin_Transformer
+
+
+def build(settings: Config) -> HTSAT_Swin_Transformer:
+    """The network that the settings describe. Raises UserError for sizes that do not fit together."""
+    if settings.fmin >= settings.fmax:
+        raise UserError(f"fmin = {settings.fmin} Hz must lie below fmax = {settings.fmax} Hz.")
+    if settings.fmax > settings.sample_rate / 2:
+        warnings.warn(
+            f"fmax = {settings.fmax} Hz lies above half the sample rate ({settings.sample_rate / 2} Hz): the mel bands "
+            f"up there stay empty.",
+            stacklevel=3,
+        )
+    frames, most = settings.clip_samples // settings.hop_size + 1, settings.htsat_spec_size**2 // settings.mel_bins
+    if frames > most:
+        raise UserError(
+            f"clip_samples = {settings.clip_samples} makes {frames} frames, the network takes {most}: lower "
+            f"clip_samples (longer recordings are cut into windows) or raise hop_size."
+        )
+    read_options("htsat", settings.encoder_options)  # it has none: its sizes are settings
+    return HTSAT_Swin_Transformer(
+        num_classes=settings.classes_num,
+        sample_rate=settings.sample_rate,
+        clip_samples=settings.clip_samples,
+        window_size=settings.window_size,
+        hop_size=settings.hop_size,
+        mel_bins=settings.mel_bins,
+        fmin=settings.fmin,
+        fmax=settings.fmax,
+        spec_size=settings.htsat_spec_size,
+        patch_size=settings.htsat_patch_size,
+        patch_stride=settings.htsat_stride,
+        time_stride=settings.htsat_time_stride,
+        embed_dim=settings.htsat_dim,
+        depths=settings.htsat_depth,
+        num_heads=settings.htsat_num_head,
+        attention_window=settings.htsat_window_size,
+        drop_path=settings.htsat_drop_path,
+        loss_type=settings.loss_type,
+        enable_tscam=settings.enable_tscam,
+        attn_heatmap=settings.htsat_attn_heatmap,
+        readout_stage=settings.htsat_readout_stage,
+        sequence_head=settings.sequence_head,
+        sequence_layers=settings.sequence_layers,
+        sequence_dim=settings.sequence_dim,
+        repeat_mode=settings.enable_repeat_mode,
+    )
+
+
+def build_frontend(settings: Config) -> nn.Module:
+    """Network.log_mel alone, without the network."""
+    return nn.Sequential(
+        Spectrogram(settings.window_size, settings.hop_size),
+        LogMel(settings.sample_rate, settings.window_size, settings.mel_bins, settings.fmin, settings.fmax),
+    )

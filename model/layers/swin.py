@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 # The attn_mask of published checkpoints holds -100 between tokens that are no neighbours. exp(-100) is a subnormal
 # number, which CPUs are slow with; 100 times as much gives an exact 0 and the same outputs.
@@ -202,6 +201,25 @@ class WindowAttention(nn.Module):
         return self.proj(mixed), weights if need_weights else None
 
 
+class TracedAttention(nn.Module):
+    """WindowAttention for an export: the term of bias and mask is a constant, the products are written out."""
+
+    def __init__(self, attention: WindowAttention, mask: Optional[Tensor]) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = attention.heads, attention.qkv, attention.proj
+        self.register_buffer("term", attention.term(mask).detach().clone())
+
+    def forward(
+        self, x: Tensor, windows: int, mask: Optional[Tensor], need_weights: bool = False
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """As WindowAttention; the mask is in the term already."""
+        qkv = rearrange(self.qkv(x), "b (w n) (three h d) -> three (b w) h n d", w=windows, three=3, h=self.heads)
+        query, key, value = qkv.unbind(0)
+        mixed, weights = attend(query, key, value, self.get_buffer("term"))
+        mixed = rearrange(mixed, "(b w) h n d -> b (w n) (h d)", w=windows)
+        return self.proj(mixed), weights if need_weights else None
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
     """Attention with its weights: (B * W, heads, N, d) each, term (1 or W, heads, N, N).
 
@@ -237,18 +255,12 @@ class SwinBlock(nn.Module):
         super().__init__()
         height, width = height_and_width(size)
         self.windows = (height // window) * (width // window)
-        self._cut = size, window, shift
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, 4 * channels)
         self.drop_path = DropPath(drop_path)
         self.register_buffer("attn_mask", shifted_window_mask(size, window, shift) if shift else None)
-
-    def reset_mask(self) -> None:
-        """Write attn_mask anew, as it follows from the map: after loading weights that another map may have had."""
-        if self.attn_mask is not None:
-            self.attn_mask.copy_(shifted_window_mask(*self._cut))
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Optional[Tensor]]:
         mixed, weights = self.attn(self.norm1(x), self.windows, self.attn_mask, need_weights)
@@ -262,7 +274,6 @@ class Stage(nn.Module):
     def __init__(self, channels: int, size: Size, heads: int, window: int, drop_path: list[float], merge: bool) -> None:
         """channels, size of the map and heads of this stage; drop_path: the rate of each block."""
         super().__init__()
-        self.gradient_checkpointing = False
         shift, shorter = window // 2, min(height_and_width(size))
         if shorter <= window:
             # One window covers that side, where a shift would only join the ends of the map. Then nothing is shifted
@@ -298,10 +309,7 @@ class Stage(nn.Module):
         received = []
         for number, block in enumerate(self.blocks):
             x = self._gather(x, number)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, weights = checkpoint(block, x, need_weights, use_reentrant=False)
-            else:
-                x, weights = block(x, need_weights)
+            x, weights = block(x, need_weights)
             if weights is not None:
                 received.append(weights.mean(dim=(1, 2)))  # (B, heads, query, key) -> (B, key)
         own = x = self._gather(x, len(self.blocks))

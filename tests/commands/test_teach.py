@@ -64,7 +64,7 @@ def answers(path: str, split: bytes = b"train") -> tuple[list[str], np.ndarray]:
         chosen = store["split"][:] == split
         waveforms, names = store["waveform"][:][chosen], store["audio_name"][:][chosen]
     with torch.no_grad():
-        logits = network(int16_to_float32(torch.from_numpy(waveforms)))["framewise_logits"]
+        logits = network(int16_to_float32(torch.from_numpy(waveforms))).frame_logits
     return [name.decode() for name in names], logits.transpose(1, 2).numpy()
 
 

@@ -1,26 +1,21 @@
 """The functions of HEAR 2021, with its shapes and units."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from inference import Tagger, hear
-from model import build_model
-from settings import resolve
-
-TINY: dict[str, Any] = {"htsat_dim": 16, "htsat_depth": [1, 1, 1, 1], "htsat_num_head": [1, 2, 4, 8]}
+from settings import UserError, resolve
+from tests.helpers import SIZES, TINY
+from tests.networks import encoder, htsat, save_network
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> hear.HearModel:
-    torch.manual_seed(0)
-    settings = resolve({**TINY, "sample_rate": 8000})
-    path = tmp_path_factory.mktemp("hear") / "tiny.ckpt"
-    weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
-    torch.save({"state_dict": weights, "settings": settings.model_dump()}, path)
+    settings = resolve({**TINY, "sample_rate": 8000}).model_dump()
+    path = save_network(tmp_path_factory.mktemp("hear") / "a.ckpt", htsat(TINY, sample_rate=8000), settings=settings)
     return hear.load_model(str(path))
 
 
@@ -73,23 +68,32 @@ def test_ten_seconds_average_to_the_scene(model: hear.HearModel) -> None:
     scenes = hear.get_scene_embeddings(sounds, model)
     torch.testing.assert_close(embeddings.mean(dim=1), scenes, atol=1e-5, rtol=0)
     with torch.inference_mode():
-        torch.testing.assert_close(scenes, model.network.eval()(sounds)["latent_output"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(scenes, model.network.eval()(sounds).embedding, atol=1e-5, rtol=0)
 
 
 def test_mistakes(model: hear.HearModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="n_sounds, n_samples"):
+    with pytest.raises(UserError, match="n_sounds, n_samples"):
         hear.get_scene_embeddings(torch.zeros(8000), model)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(UserError, match="finite"):
         hear.get_timestamp_embeddings(torch.full((1, 8000), torch.nan), model)
     assert hear.get_scene_embeddings(torch.zeros(0, 8000), model).shape == (0, 128)
     assert hear.get_timestamp_embeddings(torch.zeros(0, 8000), model)[0].shape == (0, 0, 128)
     monkeypatch.setenv("HTSAT_CHECKPOINTS", str(tmp_path))
-    with pytest.raises(ValueError, match="htsat-audioset"):
+    with pytest.raises(UserError, match="htsat-audioset"):
         hear.load_model()
 
 
 def test_an_exported_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     exported = Tagger(object(), resolve({"sample_rate": 8000}), ["a"])  # type: ignore[arg-type]
     monkeypatch.setattr(Tagger, "from_checkpoint", lambda *_, **__: exported)
-    with pytest.raises(ValueError, match="load the checkpoint itself"):
+    with pytest.raises(UserError, match="load the checkpoint itself"):
         hear.load_model("model.onnx")
+
+
+def test_an_encoder_without_a_time_axis_gives_scenes_alone() -> None:
+    settings = resolve(SIZES["ast"])
+    model = hear.HearModel(Tagger(encoder("ast"), settings, []))
+    sounds = 0.1 * torch.randn(2, settings.clip_samples)
+    assert hear.get_scene_embeddings(sounds, model).shape == (2, model.scene_embedding_size)
+    with pytest.raises(UserError, match="time axis"):
+        hear.get_timestamp_embeddings(sounds, model)

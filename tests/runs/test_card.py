@@ -146,7 +146,7 @@ def test_step_of_other_networks(tmp_path: Path) -> None:
         return write_card(tmp_path / "README.md", content(**changes), file=Path("a.ckpt")).read_text()
 
     network = build_model(resolve({**TINY, "mel_bins": 128, "hop_size": 640}))
-    assert f"{10000 / network.steps:g} ms" in said(mel_bins=128, hop_size=640)
+    assert f"{10000 / network.frames:g} ms" in said(mel_bins=128, hop_size=640)
     assert "also where there is none" not in said()
     assert "also where there is none" in said(task="single_label", loss_type="clip_ce")
 

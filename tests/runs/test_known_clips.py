@@ -14,9 +14,9 @@ from data.pseudo_labels import TeacherWriter
 from data.samplers import FrameBalancedSampler
 from data_generator import event_seconds, load_training_data
 from evaluation.scores import load_scores
-from frame_training import FrameSEDWrapper
 from model import build_model
 from prepare.demo import LABELS
+from sed_model import FrameSEDWrapper
 from settings import Config, UserError
 from tests.helpers import call, save_network, tiny
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from data.frame_targets import Events, rasterize, resample_steps
-from model.frontend import LogMel, SpecAugment, Spectrogram
+from model.frontend import LogMel, Spectrogram
+from settings import UserError
 from training import augment, augment_features
-from utils import float32_to_int16
+from training.targets import Targets
+from utils import do_mixup
 
 CLIPS, RATE, SECONDS, STEPS, BURST = 6, 8000, 10.0, 32, 0.2
 SAMPLES = int(RATE * SECONDS)
@@ -78,22 +80,13 @@ def test_a_burst_is_where_its_target_is() -> None:
         assert torch.allclose(seconds, events.onset + BURST / 2, atol=0.05)
 
 
-@pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_time_shift(seed: int, integers: bool) -> None:
+def test_time_shift(seed: int) -> None:
     waveform, events = bursts(seed)
-    if integers:
-        waveform = torch.from_numpy(float32_to_int16(waveform.numpy()))
-    shifts = torch.randint(-SAMPLES, SAMPLES, (CLIPS,))
-    shifts[0] = int((SECONDS - events.onset[0] - BURST / 2) * RATE)  # across the clip's end
-    moved = augment.shift_in_time_with(waveform, shifts)
-    assert moved.dtype == waveform.dtype
-    expected = [clip.roll(shift) for clip, shift in zip(waveform, shifts.tolist(), strict=True)]
-    assert torch.equal(moved, torch.stack(expected))
-    moved_events = augment.shift_events(events, shifts / RATE, SECONDS)
-    targets = rasterize(moved_events, **GRID)
+    moved, shifts = augment.shift_in_time(waveform, SAMPLES)
+    assert torch.equal(moved, torch.stack([clip.roll(k) for clip, k in zip(waveform, shifts.tolist(), strict=True)]))
+    targets = rasterize(augment.shift_events(events, shifts / RATE, SECONDS), **GRID)
     assert_at(middle(moved), targets)
-    assert targets[0, [0, -1], 0].min() > 0.2  # the two parts of the burst across the end
     # A teacher's steps follow the same way: here those of the events themselves, on a fine grid.
     fine = rasterize(events, **(GRID | {"steps": 1000}))
     follows = resample_steps(fine, STEPS, SECONDS, shift=shifts / RATE)
@@ -118,10 +111,10 @@ def test_events_round_the_clips_end() -> None:
 def test_crop(seed: int) -> None:
     waveform, events = bursts(seed)
     length = 3 * SAMPLES // 5
-    cropped, inside, begin = augment.crop_with_events(waveform, events, length, RATE)
-    grid = GRID | {"seconds": length / RATE}
-    targets = rasterize(inside, **grid)
-    for clip, start in enumerate((begin * RATE).round().int().tolist()):
+    cropped, starts = augment.crop(waveform, length)
+    inside = augment.crop_events(events, starts / RATE, length / RATE)
+    targets = rasterize(inside, **(GRID | {"seconds": length / RATE}))
+    for clip, start in enumerate(starts.tolist()):
         assert torch.equal(cropped[clip], waveform[clip, start : start + length])
     energy = (cropped**2).sum(dim=1) / (waveform**2).sum(dim=1)
     share = targets.sum(dim=(1, 2)) * length / RATE / STEPS / BURST
@@ -131,20 +124,8 @@ def test_crop(seed: int) -> None:
     own = torch.where(whole[:, None, None], targets, torch.eye(CLIPS)[:, None])  # those cut off count as found
     assert_at(middle(cropped), own, length / RATE)
     fine = rasterize(events, **(GRID | {"steps": 1000}))
-    follows = resample_steps(fine, STEPS, SECONDS, shift=-begin, length=length / RATE)
+    follows = resample_steps(fine, STEPS, SECONDS, shift=-starts / RATE, length=length / RATE)
     torch.testing.assert_close(follows, targets, atol=0.06, rtol=0)  # 10 ms of a step's 187.5
-
-
-def test_a_crop_is_the_one_that_it_was_without_events() -> None:
-    waveform, events = bursts(0)
-    torch.manual_seed(1)
-    expected = augment.crop(waveform, 1000)
-    torch.manual_seed(1)
-    assert torch.equal(augment.crop_with_events(waveform, events, 1000, RATE)[0], expected)
-    whole, same, begin = augment.crop_with_events(waveform, events, SAMPLES, RATE)
-    assert torch.equal(whole, waveform)
-    assert torch.equal(same.onset, events.onset)
-    assert torch.equal(begin, torch.zeros(CLIPS))
 
 
 def test_gain() -> None:
@@ -155,9 +136,6 @@ def test_gain() -> None:
     assert decibels.max() - decibels.min() > 2
     assert torch.allclose(louder / louder[:, :1], waveform / waveform[:, :1], rtol=1e-4)  # one gain all through
     assert_at(middle(louder), rasterize(events, **GRID))
-    integers = torch.from_numpy(float32_to_int16(waveform.numpy()))
-    same = augment.random_gain(integers, 6.0, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(same, louder, atol=1e-4, rtol=0)
 
 
 def assert_mixed(energy: Tensor, targets: Tensor, events: Events, weight: Tensor) -> None:
@@ -176,26 +154,25 @@ def assert_mixed(energy: Tensor, targets: Tensor, events: Events, weight: Tensor
         assert energy[partner, step] > quiet[partner]
 
 
-@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("waveforms", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_mixup_of_waveforms(seed: int, integers: bool) -> None:
+def test_mixup(seed: int, waveforms: bool) -> None:
     waveform, events = bursts(seed)
     weight = 0.2 + 0.6 * torch.rand(CLIPS)
-    given = torch.from_numpy(float32_to_int16(waveform.numpy())) if integers else waveform
-    mixed = augment.mix_waveforms(given, weight)
-    expected = weight[:, None] * waveform + (1 - weight[:, None]) * waveform.flip(0)
-    torch.testing.assert_close(mixed, expected, atol=4e-5, rtol=0)
-    targets = augment_features.do_mixup(rasterize(events, **GRID), weight)
-    assert_mixed((mixed**2).unflatten(1, (STEPS, -1)).sum(dim=2), targets, events, weight)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_mixup_of_features(seed: int) -> None:
-    waveform, events = bursts(seed)
-    weight = 0.2 + 0.6 * torch.rand(CLIPS)
-    mixed, targets = augment_features.mixup_features(spectrograms(waveform), rasterize(events, **GRID), weight)
-    energy = mixed.amax(dim=1)[:, :-1].unfold(1, 31, 31)[:, :STEPS].amax(dim=2)  # 1001 frames: 31.25 a step
-    assert_mixed(energy, targets, events, weight)
+    if waveforms:
+        mixed = do_mixup(waveform, weight)
+        torch.testing.assert_close(mixed, weight[:, None] * waveform + (1 - weight[:, None]) * waveform.flip(0))
+        energy = (mixed**2).unflatten(1, (STEPS, -1)).sum(dim=2)
+    else:
+        mixed = do_mixup(spectrograms(waveform), weight)
+        energy = mixed.amax(dim=1)[:, :-1].unfold(1, 31, 31)[:, :STEPS].amax(dim=2)  # 1001 frames: 31.25 a step
+    frames = rasterize(events, **GRID)
+    targets = Targets(torch.eye(CLIPS), frames, teacher=frames).mixed(weight)
+    torch.testing.assert_close(targets.clips.diagonal(), weight)
+    assert targets.frames is not None
+    assert targets.teacher is not None
+    assert torch.equal(targets.frames, targets.teacher)
+    assert_mixed(energy, targets.frames, events, weight)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -226,7 +203,7 @@ def test_frequency_warp_is_a_stretch_about_one_band() -> None:
     inside = (warped[:, 1:-1] > 0.01) & (warped[:, 1:-1] < 62.99)
     bend = (warped[:, 2:] - 2 * warped[:, 1:-1] + warped[:, :-2]).abs()
     assert bend[inside & (warped[:, 2:] < 62.99) & (warped[:, :-2] > 0.01)].max() < 1e-3
-    with pytest.raises(ValueError, match=r"frequency_warp = 1.0 is not allowed"):
+    with pytest.raises(UserError, match="frequency_warp"):
         augment_features.warp_frequency(place, 1.0)
 
 
@@ -248,7 +225,7 @@ def test_filters_are_lines_over_the_bands_and_leave_time(seed: int) -> None:
     same_band = filtered[torch.arange(CLIPS), band]
     assert torch.equal(same_band.argmax(dim=1), logmel[torch.arange(CLIPS), band].argmax(dim=1))
     assert_at(seconds, rasterize(events, **GRID))
-    with pytest.raises(ValueError, match="6 bands are too few"):
+    with pytest.raises(UserError, match="filter_augment"):
         augment_features.filter_augment(logmel[:, :6], 6.0, scale[:6])
 
 
@@ -290,45 +267,43 @@ def test_time_masks_silence_the_target(seed: int) -> None:
     """Masks of up to 2.5 s each, so that some bursts are under one: there, and only there, the target falls."""
     waveform, events = bursts(seed)
     logmel, clean = spectrograms(waveform) + 100, rasterize(events, **GRID)  # no value of its own is 0
-    masked, targets = augment_features.mask_time(logmel, clean, count=2, longest=250)
-    gone = (masked == 0).all(dim=1)
-    assert torch.equal(gone, (masked == 0).any(dim=1))
-    left = (~gone).float().repeat_interleave(STEPS, dim=1).unflatten(1, (STEPS, -1)).mean(dim=2)  # (B, steps)
-    torch.testing.assert_close(targets, clean * left[:, :, None], atol=1e-5, rtol=0)
-    assert torch.equal(targets[left == 1], clean[left == 1])
-    assert (targets[left == 0] < 1e-6).all()
+    masked, kept = augment_features.mask_time(logmel, count=2, longest=250)
+    assert torch.equal((masked == 0), ~kept[:, None].expand_as(masked))
+    left = augment_features.left_of_steps(kept, STEPS)
+    found = Targets(torch.eye(CLIPS), clean, teacher=clean).masked(left)
+    assert found.frames is not None
+    assert found.teacher is not None
+    assert torch.equal(found.frames, found.teacher)
+    assert torch.equal(found.clips, torch.eye(CLIPS))
+    share = kept.float().repeat_interleave(STEPS, dim=1).unflatten(1, (STEPS, -1)).mean(dim=2)  # (B, steps)
+    torch.testing.assert_close(found.frames, clean * share[:, :, None], atol=1e-5, rtol=0)
+    assert torch.equal(found.frames[share == 1], clean[share == 1])
     seconds = events.onset + BURST / 2
     frame, step = (seconds * 1001 / SECONDS).long(), (seconds * STEPS / SECONDS).long()
     rows = torch.arange(CLIPS)
     hidden = (masked[rows, :, frame] == 0).all(dim=1)  # the burst's middle
-    fell = targets[rows, step, rows] < clean[rows, step, rows]
-    assert (fell | ~hidden).all()
+    assert ((found.frames[rows, step, rows] < clean[rows, step, rows]) | ~hidden).all()
 
 
-def test_time_masks_in_numbers() -> None:
-    """A mask of one step and a half leaves nothing of the one target, and half of the other."""
-    logmel, targets = torch.ones(400, 2, 40), torch.ones(400, 4, 1)
+def test_masks_in_numbers() -> None:
+    """A mask of one step and a half leaves nothing of the one step, and half of the other."""
+    keep = torch.ones(1, 40, dtype=torch.bool)
+    keep[:, 10:25] = False
+    torch.testing.assert_close(augment_features.left_of_steps(keep, 4), torch.tensor([[1.0, 0.0, 0.5, 1.0]]))
     torch.manual_seed(0)
-    masked, left = augment_features.mask_time(logmel, targets, count=1, longest=16)
-    first = masked[:, 0].argmin(dim=1)
-    found = ((masked[:, 0] == 0).sum(dim=1) == 15) & (first == 10)
-    assert found.any()
-    torch.testing.assert_close(left[found][0, :, 0], torch.tensor([1.0, 0.0, 0.5, 1.0]))
-
-
-def test_masks_are_those_of_the_network() -> None:
-    """The same draws give what SpecAugment makes of the spectrogram."""
-    logmel = torch.randn(8, 64, 1001)
-    torch.manual_seed(2)
-    expected = SpecAugment()(logmel)
-    torch.manual_seed(2)
-    masked = augment_features.mask_bands(logmel)
-    masked, _ = augment_features.mask_time(masked, torch.ones(8, STEPS, 1))
-    assert torch.equal(masked, expected)
+    time, bands = (
+        augment_features.mask_time(torch.ones(2000, 1, 1001))[0],
+        augment_features.mask_bands(torch.ones(2000, 64, 1)),
+    )
+    for masked, longest in ((time[:, 0], 64), (bands[:, :, 0], 8)):
+        lengths = (masked == 0).sum(dim=1)
+        assert lengths.max() <= 2 * (longest - 1)
+        assert lengths.float().mean().item() == pytest.approx(longest - 1, rel=0.1)  # of two masks, which may overlap
 
 
 def masked_in_time(logmel: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    return augment_features.mask_time(logmel, torch.ones(len(logmel), 4, 2), longest=int(50 * strength))
+    masked, kept = augment_features.mask_time(logmel, longest=int(50 * strength))
+    return masked, augment_features.left_of_steps(kept, 4)
 
 
 AUGMENTATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {  # of (B, F, T), by a strength; 0 for none
@@ -347,7 +322,7 @@ def test_nothing_at_strength_0_and_the_same_from_the_same_seed(name: str) -> Non
     torch.manual_seed(0)
     logmel = torch.randn(8, 64, 100)
     apply = AUGMENTATIONS[name]
-    without = torch.ones(8, 4, 2) if name == "masked targets" else logmel.flatten(1) if name == "gain" else logmel
+    without = torch.ones(8, 4) if name == "masked targets" else logmel.flatten(1) if name == "gain" else logmel
     assert torch.equal(apply(logmel, 0.0), without)
     results = []
     for seed in (1, 1, 2):

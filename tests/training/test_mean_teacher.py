@@ -2,15 +2,17 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from model import build_model
+from model import Network
 from model.checkpoint import load_network, read_checkpoint
-from settings import Config, resolve
-from tests.helpers import TINY
+from sed_model import FrameSEDWrapper
+from settings import resolve
+from tests.networks import SMALL, htsat, noise
 from training.mean_teacher import MeanTeacher, ramp_up
 
 
@@ -19,109 +21,98 @@ def small_network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
 
 
-def tiny_settings() -> Config:
-    return resolve({**TINY, "dataset_type": "demo"})
-
-
 def weights(network: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
+def step(network: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
 def test_updates_are_the_mean_at_first_and_then_decay() -> None:
     student = small_network()
-    teacher = MeanTeacher(student, 0.75)
+    teacher, restored = MeanTeacher(student, 0.75), MeanTeacher(student, 0.75)
     expected = torch.zeros_like(weights(student))
-    for step, keep in enumerate([0, 1 / 2, 2 / 3, 3 / 4, 3 / 4]):  # 1 - 1 / (step + 1), at most the decay
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.add_(torch.randn_like(parameter))
+    for number, keep in enumerate([0, 1 / 2, 2 / 3, 3 / 4, 3 / 4]):  # 1 - 1 / (number + 1), at most the decay
+        step(student)
+        student.train()(torch.randn(8, 2))  # moves the running statistics, which are copied
         expected = keep * expected + (1 - keep) * weights(student)
-        teacher.update(student, step)
+        if number == 3:
+            restored.load_state_dict(teacher.state_dict())
+        teacher.update_parameters(student)
         torch.testing.assert_close(weights(teacher), expected)
-
-
-def test_buffers_are_copied() -> None:
-    student = small_network()
-    teacher = MeanTeacher(student, 0.9)
-    student.train()(torch.randn(8, 2))  # moves the running statistics
-    teacher.update(student, 100)
-    for ours, theirs in zip(teacher.network.buffers(), student.buffers(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert int(teacher.network[1].num_batches_tracked) == 1  # type: ignore[index]
+        for ours, theirs in zip(teacher.module.buffers(), student.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+        if number == 3:  # a run that is resumed
+            restored.update_parameters(student)
+            for name, value in teacher.state_dict().items():
+                assert torch.equal(value, restored.state_dict()[name]), name
 
 
 def test_nothing_trains_the_teacher() -> None:
     student = small_network()
-    holder = nn.ModuleDict({"sed_model": student, "teacher": MeanTeacher(student, 0.9)}).train()
+    teacher = MeanTeacher(student, 0.9)
+    holder = nn.ModuleDict({"sed_model": student, "teacher": teacher}).train()
     assert student.training
-    assert not any(module.training for module in holder["teacher"].modules())
+    assert not any(module.training for module in teacher.modules())
     trained = [name for name, parameter in holder.named_parameters() if parameter.requires_grad]
     assert trained
     assert all(name.startswith("sed_model.") for name in trained)
     sound = torch.randn(4, 2)
-    answer = holder["teacher"](sound)
+    answer = teacher(sound)
     assert not answer.requires_grad
     (student(sound) - answer).square().sum().backward()
-    before = [parameter.clone() for parameter in holder["teacher"].parameters()]
+    before = weights(teacher)
     nn.utils.clip_grad_norm_(holder.parameters(), 1e-3)
     torch.optim.SGD(holder.parameters(), lr=1.0).step()
-    for old, new in zip(before, holder["teacher"].parameters(), strict=True):
-        assert new.grad is None
-        assert torch.equal(old, new)
-
-
-def test_the_state_dict_goes_on_bit_for_bit() -> None:
-    student = small_network()
-    first, second = MeanTeacher(student, 0.9), MeanTeacher(small_network(), 0.9)
-    for step in range(3):
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.mul_(1.1)
-        first.update(student, step)
-    second.load_state_dict(first.state_dict())
-    for teacher in (first, second):
-        teacher.update(student, 3)
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name]), name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert torch.equal(weights(teacher), before)
 
 
 def test_teacher_and_network_agree_at_the_start() -> None:
-    network = build_model(tiny_settings())
-    teacher = MeanTeacher(network, 0.999)
-    waveform = torch.randn(1, 32000)
+    network = htsat()
     with torch.no_grad():
-        expected = network.eval()(waveform)["framewise_logits"]
-    assert torch.equal(teacher(waveform)["framewise_logits"], expected)
+        for ours, theirs in zip(MeanTeacher(network, 0.999)(noise()), network(noise()), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def wrapper_with_teacher() -> FrameSEDWrapper:
+    settings = resolve({**SMALL, "loss_type": "frame_bce", "mean_teacher": 1.0})
+    return FrameSEDWrapper(htsat(), settings, list("abcde"))
 
 
 def test_a_reader_of_the_checkpoint_takes_the_network_alone(tmp_path: Path) -> None:
-    settings = tiny_settings()
-    network, path = build_model(settings), tmp_path / "with_teacher.ckpt"
-    teacher = MeanTeacher(network, 0.999)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.zero_()
-    keys = {f"sed_model.{key}": value for key, value in network.state_dict().items()}
-    keys |= {f"teacher.{key}": value for key, value in teacher.state_dict().items()}
-    torch.save({"state_dict": keys, "settings": settings.model_dump(), "labels": [str(k) for k in range(10)]}, path)
-    checkpoint = read_checkpoint(path)
-    assert checkpoint.state_dict.keys() == network.state_dict().keys()
-    other = build_model(settings)
-    report = load_network(other, checkpoint)
-    assert not report.unexpected
-    assert torch.equal(weights(other), weights(network))
+    wrapper, path = wrapper_with_teacher(), tmp_path / "with_teacher.ckpt"
+    assert wrapper.teacher is not None
+    nn.init.zeros_(next(wrapper.teacher.parameters()))
+    torch.save({"state_dict": wrapper.state_dict(), "settings": resolve(SMALL).model_dump()}, path)
+    checkpoint, other = read_checkpoint(path), htsat(classes_num=5)
+    assert checkpoint.state_dict.keys() == wrapper.sed_model.state_dict().keys()
+    assert not load_network(other, checkpoint).unexpected
+    assert torch.equal(weights(other), weights(wrapper.sed_model))
+
+
+def test_checkpoints_of_earlier_versions_are_resumed() -> None:
+    """They call the copy teacher.network, and do not count its updates."""
+    wrapper = wrapper_with_teacher()
+    assert wrapper.teacher is not None
+    assert isinstance(wrapper.teacher.module, Network)
+    keys = wrapper.teacher.module.state_dict()
+    old = {f"sed_model.{key}": value for key, value in keys.items()}
+    old |= {f"teacher.network.{key}": value + 1 for key, value in keys.items() if value.is_floating_point()}
+    old |= {f"teacher.network.{key}": value for key, value in keys.items() if not value.is_floating_point()}
+    checkpoint: dict[str, Any] = {"state_dict": old, "global_step": 12}
+    wrapper.on_load_checkpoint(checkpoint)
+    wrapper.load_state_dict(checkpoint["state_dict"])
+    assert int(wrapper.teacher.n_averaged) == 12
+    torch.testing.assert_close(weights(wrapper.teacher.module), weights(wrapper.sed_model) + 1)
 
 
 def test_ramp_up() -> None:
     assert ramp_up(0, 10) == pytest.approx(math.exp(-5))
     assert ramp_up(5, 10) == pytest.approx(math.exp(-1.25))
-    assert ramp_up(10, 10) == 1
-    assert ramp_up(25.5, 10) == 1
-    rising = [ramp_up(step / 7, 10) for step in range(71)]
+    assert ramp_up(10, 10) == ramp_up(25.5, 10) == 1
+    rising = [ramp_up(number / 7, 10) for number in range(71)]
     assert rising == sorted(rising)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_a_decay_that_makes_no_average_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match="mean_teacher_decay"):
-        MeanTeacher(small_network(), decay)

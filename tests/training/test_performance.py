@@ -50,12 +50,12 @@ def test_compiled_stages_are_the_same_network() -> None:
     torch.manual_seed(0)
     eager, compiled = build_model(settings).train(), build_model(settings).train()
     compiled.load_state_dict(eager.state_dict())
-    for stage in compiled.layers:
-        stage.compile(backend="aot_eager", dynamic=False)
+    for part in compiled.compiled_parts():
+        part.compile(backend="aot_eager", dynamic=False)
     assert list(compiled.state_dict()) == list(eager.state_dict())
     waveform = torch.randn(2, 320000)
     for network in (eager, compiled):
-        network(waveform)["clipwise_logits"].square().sum().backward()
+        network(waveform).clip_logits.square().sum().backward()
     for (name, one), two in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         if one.grad is not None:
             torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-5, msg=name)
@@ -66,9 +66,9 @@ def test_compiled_stages_are_the_same_network() -> None:
 def test_compile_network_leaves_an_eager_one_alone() -> None:
     network = build_model(resolve(TINY))
     compile_network(network, None)
-    assert all(stage._compiled_call_impl is None for stage in network.layers)
+    assert all(stage._compiled_call_impl is None for stage in network.compiled_parts())
     compile_network(network, "default")
-    assert all(stage._compiled_call_impl is not None for stage in network.layers)
+    assert all(stage._compiled_call_impl is not None for stage in network.compiled_parts())
 
 
 def test_a_batch_in_parts_is_the_batch(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_a_batch_in_parts_is_the_batch(demo_workspace: Path, monkeypatch: pytest
     assert whole["global_step"] == parts["global_step"] == 1
     settings = resolve(TINY)
     torch.manual_seed(settings.random_seed)
-    start = build_model(settings).tscam_conv.weight
+    start = build_model(settings).get_parameter("tscam_conv.weight")
     steps = [(last["state_dict"]["sed_model.tscam_conv.weight"] - start).flatten() for last in (whole, parts)]
     assert steps[0].abs().max() > 1e-4
     # The first step of AdamW is the sign of the gradient, which small differences turn where it is nearly 0.

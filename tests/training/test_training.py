@@ -49,9 +49,10 @@ def test_augmentations_of_the_settings(demo_workspace: Path) -> None:
     settings = tiny(demo_workspace, enable_time_shift=True, shift_max=50, crop_size=60, enable_token_label=True)
     wrapper = SEDWrapper(build_model(settings), settings, [])
     torch.manual_seed(0)
-    waveform, targets = wrapper._augment(torch.arange(100.0).repeat(20, 1), torch.eye(20, 10))
+    waveform, targets = wrapper.augment_waveform(torch.arange(100.0).repeat(20, 1), {"target": torch.eye(20, 10)})
     assert waveform.shape == (20, 60)
-    assert targets.shape == (20, 32, 10)
+    assert targets.frames is not None
+    assert targets.frames.shape == (20, 32, 10)
 
 
 def test_token_labels_train(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

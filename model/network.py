@@ -1,0 +1,179 @@
+"""The contract of an encoder: what every command may ask of a network, and what all networks share.
+
+Shapes: B clips, F bands, T frames, K classes, D channels.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Layer = Sequence[nn.Module | nn.Parameter]
+
+
+class Outputs(NamedTuple):
+    """What a network computes of B clips. T is 0 for an encoder without a time axis."""
+
+    clip_logits: Tensor  # (B, K)
+    frame_logits: Tensor  # (B, T, K)
+    frames: Tensor  # (B, T, D), what the frame scores are made of
+    embedding: Tensor  # (B, D)
+
+
+class Network(nn.Module, ABC):
+    """An encoder with its front-end and head.
+
+    sample_rate: of its input in Hz. clip_samples: its longest input. frames, frame_seconds: its time axis, which covers
+    clip_samples (0 and 0.0: none). channels: D. softmax: whether clip probabilities sum to 1 (trained by cross
+    entropy).
+    """
+
+    sample_rate: int
+    clip_samples: int
+    frames: int
+    frame_seconds: float
+    channels: int
+    num_classes: int
+    softmax: bool
+
+    # Beginnings of state-dict keys: what depends on the classes; what published networks do not have; constants of the
+    # front-end; what weights of images do not bring.
+    classifier: ClassVar[tuple[str, ...]]
+    additions: ClassVar[tuple[str, ...]] = ()
+    frontend: ClassVar[tuple[str, ...]] = ()
+    not_in_images: ClassVar[tuple[str, ...]] = ()
+    # Endings of state-dict keys: buffers that follow from the sizes, and are never taken from a file.
+    computed: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._frozen: list[nn.Module] = []
+
+    @abstractmethod
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        """(B, samples) in [-1, 1] -> (B, T, F) log-mel spectrogram before its normalization."""
+
+    @abstractmethod
+    def normalize(self, log_mel: Tensor) -> Tensor:
+        """(B, T, F) log-mel spectrogram -> (B, F, T) features."""
+
+    @abstractmethod
+    def forward_features(self, features: Tensor) -> Any:
+        """(B, F, T) features -> the encoder's own maps, which forward_head takes."""
+
+    @abstractmethod
+    def forward_head(self, maps: Any) -> Outputs:
+        """The encoder's own maps -> clip and frame logits, embeddings."""
+
+    @abstractmethod
+    def layers(self) -> list[Layer]:
+        """All modules and parameters from below: the input, one entry a block, last the classifier.
+
+        Freezing, layer-wise learning rates, compilation and recomputation follow it.
+        """
+
+    @abstractmethod
+    def decibel(self) -> Tensor:
+        """(F,) or (1,): what one decibel more of sound adds to the features."""
+
+    def features(self, waveform: Tensor) -> Tensor:
+        """(B, samples) in [-1, 1] -> (B, F, T) normalized features. float32 under autocast, too."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            return self.normalize(self.log_mel(waveform.float()))
+
+    def forward(self, waveform: Tensor) -> Outputs:
+        """(B, samples) in [-1, 1], at most clip_samples -> Outputs. Nothing is augmented here."""
+        return self.forward_head(self.forward_features(self.features(waveform)))
+
+    def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, samples) -> probabilities (B, K) of the clips and (B, T, K) of the frames, embeddings (B, D)."""
+        clips, frames, _, embedding = self(waveform)
+        return self.clip_probabilities(clips), frames.sigmoid(), embedding
+
+    def clip_probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K) -> (B, K)."""
+        return logits.softmax(dim=1) if self.softmax else logits.sigmoid()
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters that no output depends on."""
+        return []
+
+    def parameters_by_layer(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Each parameter with the number of its layer, from 0."""
+        for number, layer in enumerate(self.layers()):
+            for part in layer:
+                for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
+                    yield number, parameter
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules of the layers between the input and the classifier."""
+        return [part for layer in self.layers()[1:-1] for part in layer if isinstance(part, nn.Module)]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What torch.compile is applied to, each by itself: the blocks, where the arithmetic is."""
+        return self.blocks()
+
+    def freeze_backbone(self, *, from_images: bool = False) -> None:
+        """Train the classifier alone. What lies below it stays in eval mode.
+
+        from_images: also train the parts that weights of images do not bring.
+        """
+        last = len(self.layers()) - 1
+        learning = {parameter for number, parameter in self.parameters_by_layer() if number == last}
+        for name, parameter in self.named_parameters():
+            if parameter not in learning and not (from_images and name.startswith(self.not_in_images)):
+                parameter.requires_grad_(False)
+        modules = [part for layer in self.layers()[:-1] for part in layer if isinstance(part, nn.Module)]
+        self._frozen = [m for m in modules if not any(p.requires_grad for p in m.parameters())]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Network":
+        """As every module's, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for block in self.blocks():
+            if enabled:
+                block.forward = partial(_recomputed, block)
+            else:
+                block.__dict__.pop("forward", None)
+
+    def adapted(
+        self, state_dict: Mapping[str, Tensor], settings: Optional[Mapping[str, Any]] = None
+    ) -> dict[str, Tensor]:
+        """Another network's weights for fine-tuning, in this one's shapes where that can be; here: as they are.
+
+        settings: of the other network, where its file holds them.
+        """
+        return dict(state_dict)
+
+    def misfit(self, state_dict: Mapping[str, Tensor], *, reshaped: bool, images: bool) -> str:
+        """What to do about weights that do not fit. reshaped: whether some have other shapes; images: of images."""
+        if reshaped:
+            return "Its network has other sizes: set encoder_options as it was trained."
+        return "It seems to hold another architecture: set encoder as it was trained."
+
+    def onnx_frontend(self, samples: int) -> nn.Module:
+        """log_mel for clips of so many samples, in operators of the ONNX standard."""
+        raise NotImplementedError
+
+    def for_export(self, log_mel: Tensor) -> "Network":
+        """A copy in eval mode on the CPU that can be traced. log_mel: (B, T, F), an example of its input."""
+        network = copy.deepcopy(self).cpu().eval().requires_grad_(False)
+        network.set_gradient_checkpointing(False)
+        return network
+
+
+def _recomputed(block: nn.Module, *inputs: Any) -> Any:
+    """`block`'s forward pass, whose activations are not kept for the backward pass."""
+    forward = partial(type(block).forward, block)
+    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)

@@ -1,0 +1,115 @@
+"""The encoders, one row each. Pure data: nothing of torch is imported here."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Optional
+
+from settings import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One size of an encoder, which --encoder_options sets, as in time_stride=8."""
+
+    kind: type[int] | type[float] | type[str]
+    default: int | float | str | None
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What is said of an encoder without building it.
+
+    module: file in model/encoders/. frame_seconds: its time axis for 10 s clips, None: it has none. parameters: with
+    527 classes and the default sizes. keys: regular expressions, one of which a key of its published files begins with.
+    published: names of assets/checkpoints.json.
+    """
+
+    module: str
+    title: str
+    paper: str
+    address: str
+    sample_rate: int
+    frame_seconds: Optional[float]
+    parameters: int
+    licence: str
+    keys: tuple[str, ...]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    published: tuple[str, ...] = ()
+
+
+UNNAMED = "htsat"  # encoder of checkpoints of this project that name none: there was no other
+
+ENCODERS: dict[str, Encoder] = {
+    "htsat": Encoder(
+        module="htsat",
+        title="HTS-AT",
+        paper="Chen et al., ICASSP 2022, arXiv 2202.00874",
+        address="https://github.com/RetroCirce/HTS-Audio-Transformer",
+        sample_rate=32000,
+        frame_seconds=0.3125,
+        parameters=31_325_143,
+        licence="MIT",
+        keys=(r"(sed_model\.)?layers\.0\.blocks\.", r"(module\.)?audio_branch\."),
+        published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
+    ),
+    "ast": Encoder(
+        module="ast",
+        title="AST",
+        paper="Gong, Chung, Glass, Interspeech 2021, arXiv 2104.01778",
+        address="https://github.com/YuanGongND/ast",
+        sample_rate=16000,
+        frame_seconds=None,
+        parameters=86_594_063,
+        licence="BSD 3-Clause",
+        keys=(
+            r"(sed_model\.)?(module\.)?v\.(cls_token|pos_embed)",
+            r"(audio_spectrogram_transformer\.)?embeddings\.distillation_token",
+            r"dist_token",
+        ),
+        options={
+            "frontend": Option(
+                str, "fbank128", "128 Kaldi bands every 10 ms, or 64 Slaney bands every 25 ms", ("fbank128", "logmel64")
+            ),
+            "frequency_stride": Option(int, 10, "of the 16 x 16 patches, in bands"),
+            "time_stride": Option(int, 10, "of the 16 x 16 patches, in frames"),
+            "dim": Option(int, 768, "channels"),
+            "depth": Option(int, 12, "blocks"),
+            "heads": Option(int, 12, "attention heads"),
+            "mean": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+            "deviation": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+        },
+        published=("ast-audioset",),
+    ),
+}
+
+
+def encoder_module(name: str) -> ModuleType:
+    """The file of an encoder, imported when it is needed. Raises KeyError for a name without a row.
+
+    It has NETWORK, the class; build(settings), a network; build_frontend(settings), its log_mel alone; and
+    rename(weights), which brings files of others to the names of the network.
+    """
+    return importlib.import_module(f"model.encoders.{ENCODERS[name].module}")
+
+
+def read_options(name: str, given: Mapping[str, str]) -> dict[str, int | float | str | None]:
+    """All options of an encoder, those of `given` in place of the defaults. Raises UserError for wrong ones."""
+    known = ENCODERS[name].options
+    values = {key: option.default for key, option in known.items()}
+    for key, text in given.items():
+        if key not in known:
+            raise UserError(
+                f"encoder_options: {name} has no option {key}; it has {', '.join(known) or 'none, but settings'}."
+            )
+        option = known[key]
+        try:
+            values[key] = option.kind(text)
+        except ValueError:
+            raise UserError(f"encoder_options: {key} = {text} is not allowed: give {option.kind.__name__}.") from None
+        if option.choices and text not in option.choices:
+            raise UserError(f"encoder_options: {key} = {text} is not allowed: give {' or '.join(option.choices)}.")
+    return values

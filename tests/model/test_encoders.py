@@ -1,0 +1,362 @@
+"""The contract of an encoder (model/network.py), for all of them: a new one is tested by its row and its tiny sizes."""
+
+import copy
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inference import Tagger
+from inference.onnx_runtime import OnnxNetwork, open_session
+from model import Network, build_model
+from model.checkpoint import load_network, open_network, read_checkpoint
+from model.export import Probabilities, build_onnx, join, save_onnx
+from model.registry import ENCODERS, encoder_module, read_options
+from sed_model import at_rate_of, build_wrapper
+from settings import UserError, all_settings, resolve
+from tests.helpers import ROOT, SIZES
+from tests.networks import encoder, noise, save_network
+
+pytestmark = pytest.mark.parametrize("name", ENCODERS)
+
+
+def sound(network: Network, clips: int = 2) -> Tensor:
+    return noise(clips, network.clip_samples)
+
+
+def still(network: Network) -> Network:
+    """The network without dropout and stochastic depth."""
+    for module in network.modules():
+        for rate in ("rate", "p", "drop_prob"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    return network
+
+
+def layer_of(network: Network) -> dict[str, int]:
+    """The layer of each parameter; each has one."""
+    numbers = {id(parameter): number for number, parameter in network.parameters_by_layer()}
+    assert len(numbers) == len(list(network.parameters_by_layer())) == len(list(network.parameters()))
+    return {name: numbers[id(parameter)] for name, parameter in network.named_parameters()}
+
+
+def test_registry_settings_files_and_sizes_name_the_same(name: str) -> None:
+    files = {path.stem for path in (ROOT / "model/encoders").glob("*.py")} - {"__init__"}
+    assert ENCODERS.keys() == set(get_args(all_settings()["encoder"].type)) == SIZES.keys()
+    assert {row.module for row in ENCODERS.values()} == files
+
+
+def test_full_sizes_are_those_of_the_registry(name: str) -> None:
+    row, settings = ENCODERS[name], resolve({"encoder": name, "dataset_type": "audioset"})
+    network = build_model(settings)
+    assert isinstance(network, encoder_module(name).NETWORK)
+    assert sum(parameter.numel() for parameter in network.parameters()) == row.parameters
+    assert row.sample_rate == settings.sample_rate == network.sample_rate
+    assert (network.frame_seconds or None) == row.frame_seconds
+    assert (network.num_classes, network.clip_samples) == (527, 10 * row.sample_rate)
+
+
+def test_outputs_and_time_axis(name: str) -> None:
+    network = encoder(name)
+    with torch.inference_mode():
+        features = network.features(sound(network))
+        outputs = network(sound(network))
+        again = network.forward_head(network.forward_features(features))
+        clipwise, framewise, embedding = network.probabilities(sound(network))
+    frames, classes, channels = network.frames, network.num_classes, network.channels
+    assert features.ndim == 3
+    assert [part.shape for part in outputs] == [
+        (2, classes),
+        (2, frames, classes),
+        (2, frames, channels),
+        (2, channels),
+    ]
+    for part, same in zip(outputs, again, strict=True):
+        assert part.dtype == torch.float32
+        assert part.isfinite().all()
+        assert torch.equal(part, same)
+    assert torch.equal(embedding, outputs.embedding)
+    assert torch.equal(clipwise, outputs.clip_logits.sigmoid())
+    assert torch.equal(framewise, outputs.frame_logits.sigmoid())
+    assert (outputs.clip_logits[0] - outputs.clip_logits[1]).abs().max() > 1e-4
+    seconds = network.clip_samples / network.sample_rate
+    assert frames * network.frame_seconds == pytest.approx(seconds if frames else 0)
+    if frames:
+        torch.testing.assert_close(outputs.frames.mean(dim=1), outputs.embedding)
+
+
+def test_one_class_a_clip(name: str) -> None:
+    network = encoder(name, task="single_label")
+    assert network.softmax
+    with torch.inference_mode():
+        clipwise = network.probabilities(sound(network))[0]
+        assert torch.equal(clipwise, network(sound(network)).clip_logits.softmax(dim=1))
+
+
+def test_half_precision(name: str) -> None:
+    """The front-end stays in float32, and so do the logits."""
+    network = encoder(name)
+    with torch.inference_mode():
+        wanted, plain = network.features(sound(network)), network(sound(network))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features, mixed = network.features(sound(network)), network(sound(network))
+    assert torch.equal(features, wanted)
+    assert {part.dtype for part in mixed} == {torch.float32}
+    assert (plain.clip_logits.sigmoid() - mixed.clip_logits.sigmoid()).abs().max() < 0.05
+
+
+def test_a_decibel_in_the_features(name: str) -> None:
+    network = encoder(name)
+    with torch.inference_mode():
+        added = network.features(10 ** (1 / 20) * sound(network)) - network.features(sound(network))
+    heard = added.abs().amax(dim=(0, 2)) > 1e-6  # no empty bands
+    wanted = network.decibel().expand(added.shape[1])[:, None].expand_as(added)
+    assert heard.float().mean() > 0.7
+    torch.testing.assert_close(added.median(dim=2).values[:, heard], wanted[:, heard, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_every_parameter_learns(name: str) -> None:
+    """In the second step: in the first, what stands before zeros has no gradient yet."""
+    network = still(build_model(resolve({"encoder": name, **SIZES[name]})).train())
+    unused = {id(parameter) for parameter in network.unused_parameters()}
+    trained = {key: p for key, p in network.named_parameters() if p.requires_grad and id(p) not in unused}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits = network(sound(network)).clip_logits
+        nn.functional.binary_cross_entropy_with_logits(logits, torch.eye(*logits.shape)).backward()
+        optimizer.step()
+    for key, parameter in trained.items():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), key
+
+
+def test_layers_go_from_the_input_to_the_classifier(name: str) -> None:
+    network = encoder(name)
+    found, last = layer_of(network), len(network.layers()) - 1
+    assert {key for key, number in found.items() if number == last} == {
+        key for key in found if key.startswith((*network.classifier, *network.additions))
+    }
+    assert set(found.values()) == set(range(last + 1))
+    between = {id(part) for layer in network.layers()[1:-1] for part in layer}
+    assert {id(block) for block in network.blocks()} <= between
+    order: list[int] = []
+    for number, layer in enumerate(network.layers()):
+        for part in layer:
+            if isinstance(part, nn.Module):
+                part.register_forward_hook(lambda *_, number=number: order.append(number))
+    with torch.inference_mode():
+        network(sound(network))
+    assert order == sorted(order)
+    assert set(order) == set(range(last + 1))
+
+
+def test_a_state_dict_is_the_whole_network(name: str) -> None:
+    network, other = encoder(name), build_model(resolve({"encoder": name, **SIZES[name]})).eval()
+    other.load_state_dict(network.state_dict())
+    with torch.inference_mode():
+        for ours, theirs in zip(other(sound(network)), network(sound(network)), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("prefix", ["sed_model.", "module.", ""])
+def test_a_published_file_tells_its_encoder(name: str, prefix: str, tmp_path: Path) -> None:
+    """By its keys. What its shapes do not tell must be given."""
+    network = encoder(name)
+    path = save_network(tmp_path / "a.ckpt", network, prefix)
+    told = read_checkpoint(path).settings or {}
+    opened = open_network(path, {key: v for key, v in SIZES[name].items() if key != "encoder" and key not in told})
+    assert (opened.settings.encoder, opened.report.share) == (name, 1)
+    assert not opened.report.missing + opened.report.unexpected + opened.report.reshaped + opened.report.fresh
+    for key, value in opened.network.state_dict().items():
+        assert torch.equal(value, network.state_dict()[key]), key
+
+
+def test_a_checkpoint_brings_its_encoder(name: str, tmp_path: Path) -> None:
+    network, settings = encoder(name), resolve({"encoder": name, **SIZES[name]})
+    opened = open_network(save_network(tmp_path / "a.ckpt", network, settings=settings.model_dump()))
+    assert opened.settings.encoder == opened.checkpoint.encoder == name
+    with torch.inference_mode():
+        for ours, theirs in zip(opened.network.eval()(sound(network)), network(sound(network)), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_file_of_another_encoder_is_refused(name: str, tmp_path: Path) -> None:
+    network = encoder(name)
+    for other in ENCODERS.keys() - {name}:
+        with pytest.raises(UserError, match="encoder"):
+            load_network(network, read_checkpoint(save_network(tmp_path / other, encoder(other))), new_classifier=True)
+
+
+def test_fine_tuning_begins_with_a_new_classifier(name: str, tmp_path: Path) -> None:
+    source, network = encoder(name), encoder(name, classes_num=3)
+    own = {key: value.clone() for key, value in network.state_dict().items()}
+    checkpoint = read_checkpoint(save_network(tmp_path / "a.ckpt", source))
+    with pytest.raises(UserError, match="classes_num"):
+        load_network(network, checkpoint)
+    report = load_network(network, checkpoint, new_classifier=True)
+    assert (report.share, report.missing, report.unexpected) == (1, [], [])
+    for key, value in network.state_dict().items():
+        expected = own if key.startswith(network.classifier) else source.state_dict()
+        assert torch.equal(value, expected[key]), key
+
+
+def test_a_frozen_backbone_stays_as_it_is(name: str) -> None:
+    network = encoder(name)
+    network.freeze_backbone()
+    network.train()
+    found, last = layer_of(network), len(network.layers()) - 1
+    learns = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
+    assert learns == {key for key, number in found.items() if number == last}
+    assert network.training
+    for number, layer in enumerate(network.layers()):
+        for part in layer:
+            assert isinstance(part, nn.Parameter) or part.training is (number == last)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with torch.no_grad():
+        first, second = (network.forward_features(network.features(sound(network))) for _ in range(2))
+    for one, two in zip(first, second, strict=True):
+        assert not isinstance(one, Tensor) or torch.equal(one, two)
+    network(sound(network)).clip_logits.sum().backward()
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())  # no running mean
+
+
+def test_recomputing_blocks_changes_no_gradient(name: str) -> None:
+    plain = still(encoder(name)).train()
+    saving = copy.deepcopy(plain)
+    saving.set_gradient_checkpointing()
+    copied = copy.deepcopy(saving)  # a copy recomputes with its own weights
+    for network in (plain, saving, copied):
+        network(sound(network)).clip_logits.square().sum().backward()
+    for other in (saving, copied):
+        for (key, one), two in zip(plain.named_parameters(), other.parameters(), strict=True):
+            assert (one.grad is None) == (two.grad is None), key
+            if one.grad is not None:
+                torch.testing.assert_close(two.grad, one.grad, msg=key)
+    assert all("forward" in vars(block) for block in saving.blocks())
+    saving.set_gradient_checkpointing(False)
+    assert not any("forward" in vars(block) for block in saving.blocks())
+
+
+def test_training_augments_nothing_in_the_network(name: str) -> None:
+    network = still(encoder(name)).train()
+    with torch.no_grad():
+        for one, two in zip(network(sound(network)), network(sound(network)), strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.slow
+def test_eight_clips_are_learned_by_heart(name: str) -> None:
+    settings = resolve({"encoder": name, **SIZES[name], "mixup_alpha": 0.0, "spec_augment": False})
+    torch.manual_seed(0)
+    wrapper = build_wrapper(still(build_model(settings)), settings, [str(k) for k in range(10)]).train()
+    wrapper.log = lambda *_, **__: None  # type: ignore[method-assign]
+    time = torch.arange(settings.clip_samples) / settings.sample_rate
+    tones = torch.stack([torch.sin(2 * torch.pi * 200 * 1.5**k * time) for k in range(8)])
+    batch = {"waveform": (10000 * tones).short(), "target": torch.eye(8, 10), "unreadable": 0}
+    optimizer = torch.optim.AdamW(wrapper.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(80):
+        loss = wrapper.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+        optimizer.step()
+    assert loss.item() < 0.02
+
+
+def test_the_graph_to_export_and_its_front_end(name: str) -> None:
+    network = encoder(name)
+    before, log_mel = network.state_dict().keys(), network.log_mel(sound(network))
+    with torch.no_grad():
+        traced = network.onnx_frontend(network.clip_samples)(sound(network))
+        alone = encoder_module(name).build_frontend(resolve({"encoder": name, **SIZES[name]}))(sound(network))
+        wanted, found = network.probabilities(sound(network)), Probabilities(network, log_mel)(log_mel)
+    torch.testing.assert_close(traced, log_mel, atol=2e-3, rtol=1e-5)
+    assert torch.equal(alone, log_mel)
+    expected = wanted if network.frames else (wanted[0], wanted[2])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert network.state_dict().keys() == before  # the network itself stays as it is
+
+
+@pytest.mark.slow
+def test_onnx_is_the_network_for_any_number_of_clips(name: str, tmp_path: Path) -> None:
+    network, settings = encoder(name), resolve({"encoder": name, **SIZES[name]})
+    start, body = build_onnx(network, network.clip_samples)
+    for file, model in (("waveform", join(start, body)), ("logmel", body)):
+        save_onnx(model, tmp_path / file, {})
+        exported = OnnxNetwork(open_session(tmp_path / file), settings)
+        assert (exported.source, exported.frames) == (file, network.frames)
+        for clips in (1, 3):
+            with torch.inference_mode():
+                wanted = network.probabilities(sound(network, clips))
+            for ours, theirs in zip(exported.probabilities(sound(network, clips)), wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_tagger_tags_any_length(name: str) -> None:
+    network, labels = encoder(name), [f"class {k}" for k in range(10)]
+    tagger = Tagger(network, resolve({"encoder": name, **SIZES[name]}), labels)
+    assert tagger.has_frames == (network.frames > 0)
+    for windows in (0.3, 1.0, 2.7):
+        samples = round(windows * network.clip_samples)
+        tagged = tagger.tag(noise(1, samples)[0], frame_embeddings=network.frames > 0)
+        assert tagged.duration == samples / network.sample_rate
+        assert tagged.clipwise.shape == (10,)
+        assert ((tagged.clipwise > 0) & (tagged.clipwise < 1)).all()
+        assert tagged.embedding.shape == (network.channels,)
+        best = tagged.top(3)
+        assert [label for label, _ in best] == [labels[k] for k in np.argsort(-tagged.clipwise)[:3]]
+        if network.frames:
+            assert len(tagged.times()) == len(tagged.framewise) == np.ceil(tagged.duration / network.frame_seconds)
+        else:
+            assert tagged.framewise.shape == (0, 10)
+            with pytest.raises(UserError, match="time axis"):
+                tagged.events()
+
+
+def test_a_waveform_of_another_rate_is_resampled(name: str) -> None:
+    network = encoder(name)
+    rate = 2 * network.sample_rate
+    seconds = network.clip_samples / network.sample_rate
+    times = [torch.arange(round(seconds * each)) / each for each in (rate, network.sample_rate)]
+    high, wanted = (torch.sin(2 * torch.pi * 440 * time)[None] for time in times)
+    found = at_rate_of(network, high, rate)
+    assert found.shape == wanted.shape
+    inside = slice(500, -500)
+    torch.testing.assert_close(found[:, inside], wanted[:, inside], atol=2e-3, rtol=0)
+    assert torch.equal(at_rate_of(network, torch.cat([wanted, wanted], dim=1), network.sample_rate), wanted)
+
+
+def test_wrong_options_are_named(name: str) -> None:
+    wrong = {"nonsense": "1"}
+    for key, option in ENCODERS[name].options.items():
+        assert option.default is None or isinstance(option.default, option.kind)
+        if option.choices or option.kind is not str:
+            wrong[key] = "?"
+    for key, value in wrong.items():
+        with pytest.raises(UserError, match=key):
+            read_options(name, {key: value})
+        with pytest.raises(UserError, match=key):
+            build_model(resolve({**SIZES[name], "encoder": name, "encoder_options": f"{key}={value}"}))
+
+
+def test_settings_of_other_encoders_are_refused_by_name(name: str) -> None:
+    for setting in all_settings().values():
+        if setting.encoder not in ("", name):
+            with pytest.raises(UserError, match=setting.name):
+                resolve({"encoder": name, setting.name: getattr(resolve({"encoder": setting.encoder}), setting.name)})
+
+
+def test_a_sample_rate_that_the_encoder_does_not_take(name: str) -> None:
+    """HTS-AT takes any; the front-end of others belongs to their weights."""
+    settings = resolve({**SIZES[name], "encoder": name, "sample_rate": 22050})
+    if name == "htsat":
+        assert build_model(settings).sample_rate == 22050
+        return
+    with pytest.raises(UserError, match="sample_rate"):
+        build_model(settings)
