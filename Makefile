@@ -1,5 +1,5 @@
-# make demo: see it train, choose thresholds, test and localize. make test: the tests. make lint: ruff and mypy. Each
-# makes .venv first.
+# make demo: train, choose thresholds, test and localize. make test: the tests but the slow ones. make test-all: all of
+# them. make lint: ruff and mypy. Each makes .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO := --exp_name demo --htsat_dim 32 --htsat_depth 1,1,2,1 --htsat_num_head 2,
 	--max_epoch 16 --lr_scheduler_epoch 10,13,16 --lr_rate 0.02,0.1,0.2 --spec_augment False
 RUN := workspace/runs/demo
 
-.PHONY: demo test lint install install-dev clean
+.PHONY: demo test test-all lint install install-dev clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -22,6 +22,9 @@ demo: install
 	@echo "Report, for a browser: $(RUN)/scores/test_report.html   Curves: $(BIN)/tensorboard --logdir $(RUN)/logs"
 
 test: install-dev
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: install-dev
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install-dev
