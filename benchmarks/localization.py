@@ -3,8 +3,8 @@
     python benchmarks/localization.py [--quick] [--json FILE]
 
 692 maps, as many as DESED's public evaluation set has clips. The plain side is the published way, written anew from its
-description: for each clip, each of the ten classes, each of the 1,024 frames, the maximum of the class's group, then
-the threshold. It takes a time that grows with the number of clips: it runs on some, and is counted for all. Both sides
+description: for each clip, each of the ten classes and each of the 1,024 frames, the maximum of the class's group, then
+the threshold. Its time is proportional to the number of clips: it runs on some, and is extrapolated to all. Both sides
 take turns, so that a busy machine slows both. A ratio is the median of the turns' ratios.
 """
 
@@ -31,13 +31,13 @@ from data.labels import audioset_mids, published_labels
 from evaluation.mapping import ClassMapping, load_mapping
 from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
 
-STEPS, REPEATS = 32, 32  # the network's own steps in 10 s, and how often the published map repeats each
+STEPS, REPEATS = 32, 32  # HTS-AT's own frames in 10 s, and how often the published map repeats each
 CLIP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: clips, clips that the loops go over, turns."""
+    """The size of a measurement: clips, clips for the plain loops, turns."""
 
     clips: int
     plain_clips: int
@@ -50,7 +50,7 @@ QUICK = Size(clips=48, plain_clips=2, turns=2)
 
 @dataclass(frozen=True)
 class Result:
-    """Median seconds for all clips of either side, median ratio of the turns, the ratio that is asked for."""
+    """Median seconds for all clips of either side, median ratio of the turns, target of the ratio."""
 
     name: str
     plain_seconds: float
@@ -87,7 +87,7 @@ def decode(maps: np.ndarray, mapping: ClassMapping, post: PostProcessing) -> pd.
 
 
 def random_maps(clips: int, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """(clips, 32, classes) float32 scores: mostly low, with runs that are high, as a network's are."""
+    """(clips, 32, classes) float32 scores like a network's: mostly low, with runs of high ones."""
     slow = rng.standard_normal((clips, STEPS + 7, classes), dtype=np.float32).cumsum(axis=1)
     smooth = slow[:, 7:] - slow[:, :-7]  # a moving sum: neighbouring steps resemble one another
     return 1 / (1 + np.exp(8 - 2 * smooth))

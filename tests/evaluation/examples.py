@@ -1,20 +1,15 @@
 """What the tests of evaluation share: tables of events, score stores, metrics by their names."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import pandas as pd
-import torch
 
 from evaluation.detection import DetectionMetric, measure
 from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
 from evaluation.scores import EventList, Scores
 from evaluation.systems import system_of_scores, truth_of_scores
-from model import build_model
-from settings import resolve
-from tests.helpers import TINY
 
 STEP = 10 / 32  # seconds of HTS-AT's frames
 
@@ -71,11 +66,3 @@ def measured(scores: Scores, post: PostProcessing) -> dict[str, DetectionMetric]
     """All metrics of a store, without intervals, by name (intersection F1 at 0.7 as `intersection F1 0.7`)."""
     found = [each.metric for each in measure(truth_of_scores(scores), system_of_scores(scores, post))]
     return {f"{m.name} 0.7" if m.criterion == "DTC = GTC = 0.7" else m.name: m for m in found}
-
-
-def save_untrained(path: Path, labels: list[str], **given: Any) -> None:
-    """A checkpoint of a tiny network with random weights."""
-    settings = resolve({**TINY, **given})
-    torch.manual_seed(0)
-    weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
-    torch.save({"state_dict": weights, "settings": settings.model_dump(), "labels": labels}, path)

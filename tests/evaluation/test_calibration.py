@@ -1,6 +1,5 @@
 """Calibration: the search finds what raises its metric; the command keeps it, and never uses the test clips."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from evaluation.scores import EventList, Scores, load_scores
 from model.checkpoint import read_checkpoint, save_safetensors, store_in_checkpoint
 from prepare.demo import LABELS
 from settings import UserError
-from tests.evaluation.examples import STEP, measured, save_untrained, score_store
-from tests.helpers import TINY_FLAGS
+from tests.evaluation.examples import STEP, measured, score_store
+from tests.helpers import TINY_FLAGS, refused, save_network
 
 
 def noisy_scores(clips: int = 20, parts: int = 1) -> Scores:
@@ -109,21 +108,9 @@ def data(demo_data: Path) -> list[str]:
 def untrained(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny network for the demo's classes, in the folder where the test runs."""
     store = str(demo_data / "workspace" / "data" / "demo")
-    save_untrained(tmp_path / "n.ckpt", LABELS, dataset_path=store)
+    save_network(tmp_path / "n.ckpt", LABELS, dataset_path=store)
     monkeypatch.chdir(tmp_path)
     return Path("n.ckpt")
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that ends with a user's mistake, and return its message."""
-
-    def run(*words: str | Path) -> str:
-        capsys.readouterr()
-        assert main.main([str(word) for word in words]) == 2
-        return capsys.readouterr().err
-
-    return run
 
 
 def test_from_calibrate_to_fl_evaluate(untrained: Path, data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,29 +139,22 @@ def test_from_calibrate_to_fl_evaluate(untrained: Path, data: list[str], capsys:
     assert "siren, knock" in capsys.readouterr().err
 
 
-def test_never_on_the_clips_that_are_reported(untrained: Path, refused: Callable[..., str]) -> None:
-    flags = ["calibrate", "--resume_checkpoint", untrained, "--calibrate_for", "collar_f1"]
-    assert "protocol" in refused(*flags, "--test_split", "test")
+def test_never_on_the_clips_that_are_reported(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["calibrate", "--resume_checkpoint", str(untrained), "--calibrate_for", "collar_f1"]
+    assert "protocol" in refused(capsys, *flags, "--test_split", "test")
     for split in ("test", None):
         replace(noisy_scores(), attributes={"split": split} if split else {}).save(Path("scores.h5"))
-        assert "scores.h5" in refused(*flags, "--scores", "scores.h5")
+        assert "scores.h5" in refused(capsys, *flags, "--scores", "scores.h5")
     content = torch.load(untrained, weights_only=True)
     content["settings"]["protocol"] = "paper"  # whose validation clips are the test clips
     torch.save(content, untrained)
-    assert "protocol paper" in refused("calibrate", "--resume_checkpoint", untrained)
+    assert "protocol paper" in refused(capsys, "calibrate", "--resume_checkpoint", untrained)
     assert read_checkpoint(untrained).postprocessing is None
 
 
-def test_scores_of_clips_alone_are_refused(untrained: Path, refused: Callable[..., str]) -> None:
-    scores = noisy_scores().select_classes(["a"])
-    replace(scores, labels=["siren"], framewise=None, events=None).save(Path("clips.h5"))
-    checkpoint = torch.load(untrained, weights_only=True)
-    torch.save({**checkpoint, "labels": ["siren"]}, untrained)
-    message = refused("calibrate", "--resume_checkpoint", untrained, "--scores", "clips.h5")
-    assert "clips.h5 has no frame scores" in message
-
-
-def test_scores_of_another_network_are_refused(untrained: Path, data: list[str], refused: Callable[..., str]) -> None:
+def test_scores_of_another_network_are_refused(
+    untrained: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Known by the fingerprint of the weights, which a calibration keeps; in older files by the classes."""
     words = ["test", "--resume_checkpoint", str(untrained), "--test_split", "validation", "--fl_local", "True"]
     assert main.main([*words, "--heatmap_dir", "scores", *data]) == 0
@@ -184,10 +164,12 @@ def test_scores_of_another_network_are_refused(untrained: Path, data: list[str],
     for objective in ("collar_f1", "intersection_f1"):  # twice: the first one adds to the file
         flags = ["--calibrate_for", objective, "--scores", "scores/test.h5"]
         assert main.main(["calibrate", "--resume_checkpoint", str(untrained), *flags]) == 0
-        assert "weights than those of other.ckpt" in refused("calibrate", "--resume_checkpoint", "other.ckpt", *flags)
+        assert "weights than those of other.ckpt" in refused(
+            capsys, "calibrate", "--resume_checkpoint", "other.ckpt", *flags
+        )
     assert read_checkpoint("other.ckpt").postprocessing is None
     noisy_scores().save(Path("older.h5"))
-    message = refused("calibrate", "--resume_checkpoint", "other.ckpt", "--scores", "older.h5")
+    message = refused(capsys, "calibrate", "--resume_checkpoint", "other.ckpt", "--scores", "older.h5")
     assert "older.h5 has other classes" in message
 
 
@@ -210,9 +192,6 @@ def test_a_checkpoint_keeps_what_it_had(untrained: Path) -> None:
     assert set(content) == {"state_dict", "settings", "labels", "postprocessing"}
     assert read_checkpoint("second.ckpt").postprocessing is None
     assert not list(Path().glob("*.partial"))
-    described = read_checkpoint(untrained)
-    save_safetensors(
-        Path("n.safetensors"), described.state_dict, settings=described.settings or {}, labels=[], frontend={}
-    )
+    save_safetensors(Path("n.safetensors"), content["state_dict"], settings={}, labels=[], frontend={})
     with pytest.raises(UserError, match="safetensors"):
         store_in_checkpoint("n.safetensors", "postprocessing", {})

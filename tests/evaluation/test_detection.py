@@ -12,13 +12,11 @@ from evaluation.detection import DetectionMetric, Measured, System, compare, mea
 from evaluation.event_tables import GroundTruth
 from evaluation.postprocess import PostProcessing
 from evaluation.score_tables import score_tables
-from evaluation.scores import EventList
 from settings import UserError
-from tests.evaluation.examples import events, measured, on_grid, score_store
+from tests.evaluation.examples import events, measured, score_store
 
 CLIPS = 30
 LABELS = ["cat", "dog", "owl"]  # owl is never true
-POST = PostProcessing(("a", "b", "c"))
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +49,6 @@ def test_scores_by_hand() -> None:
     )
     assert found["intersection F1"].macro == found["intersection F1 0.7"].macro == found["PSDS1"].macro == 1.0
     assert found["collar F1"].macro == pytest.approx(0.5)  # one of two detections, one of two events
-
-
-def test_truth_and_nothing_as_scores() -> None:
-    rng = np.random.default_rng(0)
-    true: list[EventList] = [
-        [(label, onset, onset + rng.uniform(2, 4.5)) for label, onset in enumerate(rng.uniform(0, 5, 2))]
-        for _ in range(12)
-    ]  # class c has none
-    scores = score_store(on_grid(true, (12, 32, 3)), true)
-    found = measured(scores, POST)
-    assert len(scores.decode(POST)) == 24
-    assert found["intersection F1"].macro == found["intersection F1"].per_class["a"] == 1.0
-    assert found["collar F1"].macro > 0.9
-    assert found["PSDS1"].macro > 0.95
-    assert all(np.isnan(found[name].per_class["c"]) for name in ("intersection F1", "collar F1"))
-    silent = measured(replace(scores, framewise=np.zeros((12, 32, 3))), POST)
-    assert [silent[name].macro for name in ("intersection F1", "collar F1", "PSDS1")] == [0, 0, 0]
 
 
 def test_every_metric_has_name_criterion_and_tool(truth: GroundTruth) -> None:

@@ -17,8 +17,7 @@ from evaluation.scores import load_scores
 from inference import Tagger
 from prepare.desed import LABELS as DESED
 from settings import UserError
-from tests.evaluation.examples import save_untrained
-from tests.helpers import TINY_FLAGS
+from tests.helpers import TINY_FLAGS, save_network
 
 AUDIOSET = published_labels("audioset", 527)
 
@@ -112,7 +111,7 @@ def desed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             waveform = rng.integers(-9000, 9000, 64000 * (number + 1)).astype(np.int16)
             event = Event(number, 0.5, 1.5 + number)
             store.add(Clip(f"{number}.wav", waveform, [number], split="test", events=[event]))
-    save_untrained(tmp_path / "audioset.ckpt", AUDIOSET, dataset_type="audioset")
+    save_network(tmp_path / "audioset.ckpt", AUDIOSET, dataset_type="audioset")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
