@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from data.clip_store import STRONG, UNLABELLED, UNREADABLE
-from data.frame_targets import Events, rasterize, resample_steps
+from data.frame_targets import Events, Targets, rasterize, resample_steps
 from data.ontology import read_ontology
-from evaluation.mapping import ClassMapping
 from evaluation.metrics import FRAME_METRIC, MAIN_METRIC, Metric, clip_metrics, frame_metric
 from model import Network, Outputs
-from model.frontend import resample
+from model.network import resample
 from settings import FRAME_LOSSES, Config, UserError, section
-from training import augment, augment_features
+from training import augment
 from training.losses import LOSSES, clip_bce, consistency, distillation_bce, frame_bce, weak_strong_bce
 from training.mean_teacher import MeanTeacher, ramp_up
-from training.targets import Targets
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
@@ -75,7 +73,7 @@ class Evaluation(pl.LightningModule):
         self.main_metric = MAIN_METRIC[self.task]
         self.keep_frames = settings.fl_local
         self.shifts = [0] if settings.fl_local else settings.tta_shifts  # localization is not averaged over shifts
-        self.mapping: Optional[ClassMapping] = None  # where a test's data has other classes than the network
+        self.mapping: Any = None  # an evaluation.mapping.ClassMapping, where a test's data has other classes
         self.collected: list[tuple[Tensor, ...]] = []
         self.not_scored = 0  # clips that could not be read, in the last evaluation
         self.test_metrics: list[Metric] = []
@@ -257,14 +255,14 @@ class SEDWrapper(Evaluation):
         settings = self.settings
         if settings.filter_augment:
             decibel = self.sed_model.decibel()
-            features = augment_features.filter_augment(features, settings.filter_augment, decibel)
-        features = augment_features.warp_frequency(features, settings.frequency_warp)
-        features = augment_features.mix_style(features, settings.mix_style)
+            features = augment.filter_augment(features, settings.filter_augment, decibel)
+        features = augment.warp_frequency(features, settings.frequency_warp)
+        features = augment.mix_style(features, settings.mix_style)
         if settings.spec_augment:
-            features, left = augment_features.mask_time(features)
-            features = augment_features.mask_bands(features)
+            features, left = augment.mask_time(features)
+            features = augment.mask_bands(features)
             if self.masks_silence:
-                targets = targets.masked(augment_features.left_of_steps(left, self.sed_model.frames))
+                targets = targets.masked(augment.left_of_steps(left, self.sed_model.frames))
         return features, targets
 
     def loss(self, outputs: Outputs, targets: Targets, features: Tensor) -> Tensor:

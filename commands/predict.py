@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.audio import SUFFIXES
+from data.files import AUDIO_SUFFIXES
 from inference import Tagged, Tagger
 from inference.loading import event_processing, load_tagger
 from inference.outputs import STANDARD_INPUT, Outputs, Source, Wanted, sources_of
@@ -103,7 +103,7 @@ def collect(files: list[str], folder: Path, *, by_place: bool) -> list[Source]:
 
     by_place: whether each writes a file of its own. Raises UserError where two of these files have one name.
     """
-    sources = list(sources_of([name for name in files if name != STANDARD_INPUT], SUFFIXES))
+    sources = list(sources_of([name for name in files if name != STANDARD_INPUT], AUDIO_SUFFIXES))
     if STANDARD_INPUT in files:
         kept = folder / "standard_input"
         with kept.open("wb") as file:

@@ -12,7 +12,6 @@ import soxr
 from settings import UserError
 from utils import INT16_SCALE, float32_to_int16
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
 BLOCK_VALUES = 2**19  # samples of all channels that are read at once (2 MiB), and about the most a block resamples to
 RATES = (100, 4_000_000)  # Hz: other rates are damaged headers; resampled from 1 Hz, a small file would fill a disk
 MOST_CHANNELS = 64  # of an array of samples; with more, time and channels have changed places

@@ -11,6 +11,9 @@ from typing import Optional
 
 from settings import UserError
 
+# Endings of audio files that libsndfile reads.
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
+
 REMEDIES = {
     errno.ENOSPC: "make room on this disk, or write to another",
     errno.EDQUOT: "make room on this disk, or write to another",

@@ -1,12 +1,13 @@
 """Events with times -> what a network learns in each of its steps, and the steps of one grid on another."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
 from torch import Tensor
 
 from settings import UserError
+from utils import do_mixup
 
 TICKS = 1 << 16  # parts of a step: whole numbers add up alike in any order and on any device
 
@@ -110,3 +111,37 @@ def _without_overlap(line: Tensor, onset: Tensor, offset: Tensor, length: int) -
     reached = torch.cummax(end, dim=0).values if len(end) else end
     begin = torch.cat([begin[:1], torch.maximum(begin[1:], reached[:-1])])
     return line, begin - line * length, torch.maximum(begin, end) - line * length
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Targets of B clips, T frames of the network's time axis, K classes.
+
+    clips: (B, K). frames: (B, T, K), where the loss is on frames. labelling: (B,) as data.clip_store has it, where
+    clips differ. teacher: (B, T, K) probabilities of a teacher, and has_teacher (B,).
+    """
+
+    clips: Tensor
+    frames: Optional[Tensor] = None
+    labelling: Optional[Tensor] = None
+    teacher: Optional[Tensor] = None
+    has_teacher: Optional[Tensor] = None
+
+    def mixed(self, weight: Tensor) -> "Targets":
+        """Those of clips that are mixed with the reversed batch. weight: (B,) of each clip itself."""
+        frames, teacher = (None if part is None else do_mixup(part, weight) for part in (self.frames, self.teacher))
+        return replace(self, clips=do_mixup(self.clips, weight), frames=frames, teacher=teacher)
+
+    def masked(self, left: Tensor) -> "Targets":
+        """Those of clips of whose frames (B, T) shares are left: the rest is silent."""
+        frames, teacher = (None if part is None else part * left[:, :, None] for part in (self.frames, self.teacher))
+        return replace(self, frames=frames, teacher=teacher)
+
+    def mixable(self) -> Optional[Tensor]:
+        """(B,) bool: whether a clip and its partner in the reversed batch have the same kind of labels; None: all."""
+        alike = None
+        for kind in (self.labelling, self.has_teacher):
+            if kind is not None:
+                same = kind == kind.flip(0)
+                alike = same if alike is None else alike & same
+        return alike

@@ -18,15 +18,14 @@ from typing import Any, Optional
 import h5py
 import numpy as np
 
-from data.audio import SUFFIXES
-from data.files import whole_file
+from data.files import AUDIO_SUFFIXES, whole_file
 from settings import UserError
 
 PUBLISHED_CLASSES = 447  # of the published logits, and the first and last of them
 PUBLISHED_ENDS = ("Accelerating, revving, vroom", "Zipper (clothing)")
 PUBLISHED_SECONDS = 10.0  # length of a clip where a file does not say it
 NAME_BLOCK = 65536  # names that are read at once
-ENDINGS = tuple(suffix.encode() for suffix in SUFFIXES)
+ENDINGS = tuple(suffix.encode() for suffix in AUDIO_SUFFIXES)
 LARGEST = float(np.finfo(np.float16).max)
 
 

@@ -21,7 +21,6 @@ from data.files import whole_file
 from data.labels import published_labels
 from model import build_model
 from model.foreign import OWN, identify
-from model.known import find_checkpoint
 from model.network import Network
 from model.registry import UNNAMED, encoder_module
 from settings import Config, UserError, requested, resolve, section
@@ -234,7 +233,7 @@ class Opened:
 
 
 def open_network(path: str | Path, given: Optional[Mapping[str, Any]] = None) -> Opened:
-    """The network of a file of weights, or of a name of assets/checkpoints.json, for evaluation.
+    """The network of a file of weights, for evaluation.
 
     given: settings, as from flags; a file without settings of its own takes them from config.py and these. Raises
     UserError where the file is missing or does not fit.
@@ -247,9 +246,7 @@ def open_network(path: str | Path, given: Optional[Mapping[str, Any]] = None) ->
 
 def read_with_settings(path: str | Path, given: Optional[Mapping[str, Any]] = None) -> tuple[Checkpoint, Config]:
     """The first half of open_network: a file, and the settings of its network."""
-    file, known = find_checkpoint(path)
-    given = {**known, **(given or {})}
-    checkpoint = read_checkpoint(file)
+    given, checkpoint = given or {}, read_checkpoint(path)
     return checkpoint, resolve(given, checkpoint=decided_settings(checkpoint, requested("frontend_from", given)))
 
 

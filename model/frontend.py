@@ -286,14 +286,3 @@ def stack(logmel: Tensor, freq_ratio: int, start: int) -> Tensor:
     """(B, F, T) -> (B, 1, freq_ratio * F, T / freq_ratio): one stretch of time from `start`, repeated (repeat mode)."""
     length = logmel.shape[2] // freq_ratio
     return repeat(logmel[:, :, start : start + length], "b f t -> b 1 (c f) t", c=freq_ratio)
-
-
-@lru_cache(maxsize=8)
-def _resampler(rate: int, wanted: int, device: torch.device) -> nn.Module:
-    with torch.inference_mode(False):  # its kernel may be used in training later
-        return torchaudio.transforms.Resample(rate, wanted).to(device)
-
-
-def resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
-    """(B, samples) float at `rate` -> the same sound at `wanted` Hz, on the device, by torchaudio's windowed sinc."""
-    return waveform if rate == wanted else _resampler(rate, wanted, waveform.device)(waveform)

@@ -6,10 +6,11 @@ Shapes: B clips, F bands, T frames, K classes, D channels.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
+import torchaudio
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -177,3 +178,14 @@ def _recomputed(block: nn.Module, *inputs: Any) -> Any:
     """`block`'s forward pass, whose activations are not kept for the backward pass."""
     forward = partial(type(block).forward, block)
     return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+
+
+@lru_cache(maxsize=8)
+def _resampler(rate: int, wanted: int, device: torch.device) -> nn.Module:
+    with torch.inference_mode(False):  # its kernel may be used in training later
+        return torchaudio.transforms.Resample(rate, wanted).to(device)
+
+
+def resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
+    """(B, samples) float at `rate` -> the same sound at `wanted` Hz, on the device, by torchaudio's windowed sinc."""
+    return waveform if rate == wanted else _resampler(rate, wanted, waveform.device)(waveform)

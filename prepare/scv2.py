@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.audio import SUFFIXES
 from data.clip_store import Task, store_path
+from data.files import AUDIO_SUFFIXES
 from data.labels import read_labels
 from prepare.adapters import Flags
 from prepare.report import PrepareReport
@@ -98,7 +98,7 @@ def _labels(words: list[str], label_order: str) -> list[str]:
 
 
 def _audio_names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in AUDIO_SUFFIXES and not p.name.startswith("."))
 
 
 def _absent(split_of: dict[str, str], names: list[str]) -> Iterator[tuple[str, str]]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from data.audio import SUFFIXES, read_int16
+from data.audio import read_int16
 from data.clip_store import Clip
-from data.files import whole_file
+from data.files import AUDIO_SUFFIXES, whole_file
 from data.labels import audioset_classes
 from prepare.report import PrepareReport
 from settings import UserError
@@ -100,7 +100,7 @@ def index_audio(raw: Path) -> dict[str, str]:
         for name in names:
             stem, suffix = os.path.splitext(name)
             path = os.path.join(folder, name)
-            if suffix.lower() in SUFFIXES and (stem not in found or path < found[stem]):
+            if suffix.lower() in AUDIO_SUFFIXES and (stem not in found or path < found[stem]):
                 found[stem] = path
     return found
 
@@ -120,7 +120,7 @@ def no_audio(segments: Sequence[Segment], table: Path, raw: Path, audio: dict[st
     first = segments[0]
     return UserError(
         f"None of the {len(segments)} clips of {table} is in {raw}, which has {len(audio)} audio files "
-        f"({', '.join(SUFFIXES)}). A clip is named <YTID> or Y<YTID>, with or without _<start>: "
+        f"({', '.join(AUDIO_SUFFIXES)}). A clip is named <YTID> or Y<YTID>, with or without _<start>: "
         f"{first.ytid}.wav, Y{first.ytid}_{_seconds(first.start)}.flac."
     )
 

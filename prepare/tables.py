@@ -11,8 +11,9 @@ from typing import Optional
 
 import numpy as np
 
-from data.audio import SUFFIXES, audio_seconds, read_int16
+from data.audio import audio_seconds, read_int16
 from data.clip_store import LARGEST_FOLD, Clip, ClipStoreWriter, Event
+from data.files import AUDIO_SUFFIXES
 from prepare.report import PrepareReport
 from settings import UserError
 
@@ -155,14 +156,14 @@ def read_class_folders(raw: Path, report: PrepareReport) -> list[Entry]:
     if not entries:
         raise UserError(
             f"No audio was found in folders of {raw}: without a table it must hold one folder a class. The endings are "
-            f"{', '.join(SUFFIXES)}."
+            f"{', '.join(AUDIO_SUFFIXES)}."
         )
     return entries
 
 
 def find_audio(folder: Path) -> list[Path]:
     """The audio files below a folder, sorted, without hidden ones."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 

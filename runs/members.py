@@ -13,6 +13,7 @@ from data.labels import published_labels
 from data_generator import check_classes
 from model import Network
 from model.checkpoint import Checkpoint, build_with_weights, read_with_settings
+from model.known import find_checkpoint
 from runs.ledger import file_sha256
 from runs.test_plan import class_mapping
 from settings import Config, UserError, section
@@ -57,7 +58,9 @@ class Member:
     @classmethod
     def read(cls, path: str, given: dict[str, Any]) -> "Member":
         """Raises UserError where the file cannot be used or does not fit what is given."""
-        checkpoint, settings = read_with_settings(path, given)
+        file, known = find_checkpoint(path)
+        given = {**known, **given}
+        checkpoint, settings = read_with_settings(file, given)
         sha256 = file_sha256(checkpoint.path)
         settings, _ = settle(settings, training=False)
         settings = settings.model_copy(update={"heatmap_dir": score_folder(checkpoint, settings, given)})

@@ -55,3 +55,32 @@ def test_no_adapter_is_imported_in_prepare(path: Path) -> None:
 
 def test_every_module_has_a_room() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} <= FLOOR.keys()
+
+
+def test_only_the_registry_imports_encoders() -> None:
+    """By name; elsewhere a network is what its contract says. An encoder never imports another."""
+    for path in FILES:
+        named = {module for pair in imports(path) for module in (pair[0], ".".join(pair))}
+        assert not any(module.startswith("model.encoders.") for module in named), path
+
+
+def reached(module: str) -> set[str]:
+    """The files with code that a module imports, directly and indirectly, anywhere in them."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for pair in imports(ROOT / f"{waiting.pop().replace('.', '/')}.py"):
+            for name in (pair[0], ".".join(pair), pair[0].partition(".")[0] + ".__init__"):
+                path = ROOT / f"{name.replace('.', '/')}.py"
+                if path.is_file() and name not in found and len(ast.parse(path.read_text()).body) > 1:
+                    found.add(name)
+                    waiting.append(name)
+    return found - {module}
+
+
+def test_a_training_imports_little() -> None:
+    """And nothing of testing a run, of event metrics or of inference."""
+    files = reached("commands.train")
+    assert len(files) <= 30, sorted(files)
+    assert {name for name in files if name.startswith("evaluation.")} == {"evaluation.metrics"}
+    assert not {name for name in files if name.startswith("inference.") or "test" in name}

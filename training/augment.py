@@ -1,6 +1,7 @@
-"""Augmentation of waveforms and of their labels, on the device, before the front-end.
+"""Augmentation of waveforms and their labels, and of features (B, F, T): normalized log-mel spectrograms.
 
-Random numbers are drawn on the CPU: a run is reproducible from its seed on any device, and no device has to wait.
+Shapes: B clips, F bands, T frames, K classes. Random numbers are drawn on the CPU: a run is reproducible from its seed
+on any device, and no device has to wait. A strength of 0 changes nothing.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from data.frame_targets import Events
+from data.frame_targets import Events, step_shares
+from settings import UserError
+from utils import get_mix_lambda
+
+NARROWEST_BAND = 6  # of filter_augment, in mel bands: as in the FilterAugment paper's code
+STYLE_FLOOR = 1e-6  # of the variance, before the square root: as in MixStyle
 
 
 def shift_in_time(waveform: Tensor, shift_max: int) -> tuple[Tensor, Tensor]:
@@ -98,3 +104,115 @@ def replace_stretch(waveform: Tensor, targets: Tensor, steps: int, shares: Seque
     steps_inside = ((middle >= start) & (middle < start + length)).to(waveform.device)
     mixed = torch.where(inside, waveform.flip(0), waveform)
     return mixed, torch.where(steps_inside[:, :, None], targets.flip(0)[:, None], targets[:, None])
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def warp_frequency(logmel: Tensor, largest: float) -> Tensor:
+    """Stretch each clip's mel axis about a random band by a random factor from 1 - largest to 1 + largest.
+
+    Linear interpolation; beyond its edges the spectrum goes on with its first and last band. Time, and so the labels,
+    stay. Raises UserError unless 0 <= largest < 1.
+    """
+    if not 0 <= largest < 1:
+        raise UserError(f"frequency_warp = {largest} is not allowed: give a share from 0 (none) to below 1.")
+    if largest == 0:
+        return logmel
+    clips, bands, _ = logmel.shape
+    factor = 1 + largest * (2 * torch.rand(clips, 1) - 1)
+    pivot = torch.rand(clips, 1) * (bands - 1)
+    source = (pivot + (torch.arange(bands) - pivot) / factor).clamp(0, bands - 1)  # (B, F): where a band comes from
+    # As a matrix, of which each row has at most two weights: deterministic on CUDA, which gather's gradient is not.
+    weights = (1 - (source[:, :, None] - torch.arange(bands)).abs()).clamp(min=0)
+    with torch.autocast(logmel.device.type, enabled=False):
+        return weights.to(logmel.device) @ logmel.float()
+
+
+def filter_augment(logmel: Tensor, range_db: float, scale: Tensor, bands: tuple[int, int] = (3, 6)) -> Tensor:
+    """Filter each clip by a random curve over the mel bands, piecewise linear in dB.
+
+    FilterAugment, linear type (Nam, Kim, Park 2022, arXiv 2110.03282): from bands[0] to bands[1] pieces between random
+    edges, at each a gain between -range_db and range_db. scale: (F,) what one decibel is in the features. Labels stay.
+    Raises UserError for fewer mel bands than pieces have edges.
+    """
+    if range_db == 0:
+        return logmel
+    if not 1 <= bands[0] <= bands[1] < logmel.shape[1]:
+        raise UserError(
+            f"filter_augment cuts the mel bands in {bands[0]} to {bands[1]} pieces: {logmel.shape[1]} bands are too "
+            f"few. Give more mel_bins, or filter_augment 0."
+        )
+    curve = _random_curves(logmel.shape[0], logmel.shape[1], bands) * range_db
+    return logmel + (curve.to(logmel.device) * scale)[:, :, None]
+
+
+def _random_curves(clips: int, width: int, bands: tuple[int, int]) -> Tensor:
+    """(clips, width) piecewise linear curves from -1 to 1, of bands[0] to bands[1] pieces each."""
+    fewest, most = bands
+    pieces = torch.randint(fewest, most + 1, (clips, 1))
+    narrowest = min(NARROWEST_BAND, (width - 1) // most)
+    spare = width - 1 - pieces * narrowest  # what the pieces share beyond their least width
+    number = torch.arange(1, most)
+    inner = torch.where(number < pieces, torch.rand(clips, most - 1), 1.0).sort(dim=1).values
+    # Edges that a clip does not need lie at its last band.
+    inner = torch.where(number < pieces, inner * spare + number * narrowest, width - 1.0)
+    edge = torch.cat([torch.zeros(clips, 1), inner, torch.full((clips, 1), width - 1.0)], dim=1)  # (B, most + 1)
+    gain = 2 * torch.rand(clips, most + 1) - 1
+    place = torch.arange(width, dtype=torch.float32).expand(clips, -1).contiguous()
+    after = torch.searchsorted(edge, place).clamp(min=1)  # the first edge at or above a band
+    low, high = edge.gather(1, after - 1), edge.gather(1, after)
+    share = (place - low) / (high - low)
+    return torch.lerp(gain.gather(1, after - 1), gain.gather(1, after), share)
+
+
+def mix_style(logmel: Tensor, probability: float, alpha: float = 0.1) -> Tensor:
+    """Mix the mean and deviation over time of each mel band with those of another clip of the batch.
+
+    MixStyle (Zhou et al. 2021, arXiv 2104.02008) by frequency (Kim et al. 2022, arXiv 2206.12513), each clip with this
+    probability and a weight of its own statistics from Beta(alpha, alpha). No gradient flows through the statistics.
+    Labels stay.
+    """
+    if probability == 0:
+        return logmel
+    clips = len(logmel)
+    partner = torch.randperm(clips).to(logmel.device)
+    chosen = torch.rand(clips) < probability
+    weight = torch.where(chosen, get_mix_lambda(alpha, clips), 1.0).to(logmel.device)[:, None, None]
+    values = logmel.detach()
+    mean = values.mean(dim=2, keepdim=True)
+    deviation = (values.var(dim=2, keepdim=True, unbiased=False) + STYLE_FLOOR).sqrt()
+    mixed_mean = torch.lerp(mean[partner], mean, weight)
+    mixed_deviation = torch.lerp(deviation[partner], deviation, weight)
+    mixed = (logmel - mean) / deviation * mixed_deviation + mixed_mean
+    return torch.where(weight == 1, logmel, mixed)
+
+
+def mask_time(logmel: Tensor, count: int = 2, longest: int = 64) -> tuple[Tensor, Tensor]:
+    """SpecAugment's masks over time (Park et al. 2019): each of `count` sets 0 to longest - 1 frames of a clip to 0.
+
+    Returns the features and (B, T) bool, the frames that are left.
+    """
+    keep = _keep(logmel.shape[0], logmel.shape[2], longest, count).to(logmel.device)
+    return logmel * keep[:, None, :], keep
+
+
+def left_of_steps(keep: Tensor, steps: int) -> Tensor:
+    """(B, T) bool -> (B, steps): what share of each step of another time axis is left."""
+    frames = keep.shape[1]
+    shares = step_shares(torch.zeros(1, device=keep.device), frames / steps, frames=frames, steps=steps)[0]
+    with torch.autocast(keep.device.type, enabled=False):
+        return (1 - (~keep).float() @ shares.T).clamp(min=0)  # 1, and no rounding less, without a mask
+
+
+def mask_bands(logmel: Tensor, count: int = 2, widest: int = 8) -> Tensor:
+    """SpecAugment's masks over frequency: each of `count` sets 0 to widest - 1 mel bands of a clip to 0."""
+    return logmel * _keep(logmel.shape[0], logmel.shape[1], widest, count).to(logmel.device)[:, :, None]
+
+
+def _keep(clips: int, length: int, longest: int, count: int) -> Tensor:
+    """(clips, length) bool: False under any of the masks."""
+    size = torch.randint(0, max(1, min(longest, length)), (clips, count, 1))
+    start = (torch.rand(clips, count, 1) * (length - size)).long()
+    place = torch.arange(length)
+    return ~((place >= start) & (place < start + size)).any(dim=1)

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.frame_targets import Events, rasterize, resample_steps
+from data.frame_targets import Events, Targets, rasterize, resample_steps
 from model.frontend import LogMel, Spectrogram
 from settings import UserError
-from training import augment, augment_features
-from training.targets import Targets
+from training import augment
 from utils import do_mixup
 
 CLIPS, RATE, SECONDS, STEPS, BURST = 6, 8000, 10.0, 32, 0.2
@@ -179,7 +178,7 @@ def test_mixup(seed: int, waveforms: bool) -> None:
 def test_frequency_warp_moves_bands_and_not_time(seed: int) -> None:
     waveform, events = bursts(seed)
     logmel = spectrograms(waveform)
-    warped = augment_features.warp_frequency(logmel, 0.3)
+    warped = augment.warp_frequency(logmel, 0.3)
     before, band_before = loudest(logmel)
     after, band_after = loudest(warped)
     torch.testing.assert_close(after, before, atol=0.06, rtol=0)
@@ -195,7 +194,7 @@ def test_frequency_warp_is_a_stretch_about_one_band() -> None:
     """A spectrogram that says its own band: the result must be a line of slope 1 / factor, through the pivot."""
     torch.manual_seed(0)
     place = torch.arange(64.0)[None, :, None].repeat(50, 1, 3)
-    warped = augment_features.warp_frequency(place, 0.2)
+    warped = augment.warp_frequency(place, 0.2)
     assert torch.equal(warped[:, :, 0], warped[:, :, 2])
     slope = (warped[:, 33, 0] - warped[:, 31, 0]) / 2
     assert 1 / 1.2 - 1e-3 <= slope.min() < 0.9
@@ -204,7 +203,7 @@ def test_frequency_warp_is_a_stretch_about_one_band() -> None:
     bend = (warped[:, 2:] - 2 * warped[:, 1:-1] + warped[:, :-2]).abs()
     assert bend[inside & (warped[:, 2:] < 62.99) & (warped[:, :-2] > 0.01)].max() < 1e-3
     with pytest.raises(UserError, match="frequency_warp"):
-        augment_features.warp_frequency(place, 1.0)
+        augment.warp_frequency(place, 1.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -212,7 +211,7 @@ def test_filters_are_lines_over_the_bands_and_leave_time(seed: int) -> None:
     waveform, events = bursts(seed)
     logmel = torch.cat([spectrograms(waveform)] * 2, dim=1)  # 64 bands
     scale = torch.linspace(0.05, 0.1, 64)
-    filtered = augment_features.filter_augment(logmel, 6.0, scale)
+    filtered = augment.filter_augment(logmel, 6.0, scale)
     curve = (filtered - logmel) / scale[:, None]
     assert torch.allclose(curve, curve[:, :, :1], atol=1e-3)  # one filter all through the clip
     curve = curve[:, :, 0]
@@ -220,13 +219,13 @@ def test_filters_are_lines_over_the_bands_and_leave_time(seed: int) -> None:
     assert (curve.amax(dim=1) - curve.amin(dim=1) > 0.5).all()
     bends = ((curve[:, 2:] - 2 * curve[:, 1:-1] + curve[:, :-2]).abs() > 1e-3).sum(dim=1)
     assert (bends <= 2 * 5).all()  # at most 5 inner edges, each between two bands
-    assert ((curve[:, 1:] - curve[:, :-1]).abs() <= 12 / augment_features.NARROWEST_BAND + 1e-3).all()  # no jumps
+    assert ((curve[:, 1:] - curve[:, :-1]).abs() <= 12 / augment.NARROWEST_BAND + 1e-3).all()  # no jumps
     seconds, band = loudest(logmel)
     same_band = filtered[torch.arange(CLIPS), band]
     assert torch.equal(same_band.argmax(dim=1), logmel[torch.arange(CLIPS), band].argmax(dim=1))
     assert_at(seconds, rasterize(events, **GRID))
     with pytest.raises(UserError, match="filter_augment"):
-        augment_features.filter_augment(logmel[:, :6], 6.0, scale[:6])
+        augment.filter_augment(logmel[:, :6], 6.0, scale[:6])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -234,7 +233,7 @@ def test_style_moves_no_sound(seed: int) -> None:
     """The order of a band's values over time stays: the burst is where it was."""
     waveform, events = bursts(seed)
     logmel = spectrograms(waveform)
-    mixed = augment_features.mix_style(logmel, 1.0)
+    mixed = augment.mix_style(logmel, 1.0)
     _, band = loudest(logmel)
     rows = torch.arange(CLIPS)
     frames = mixed[rows, band].argmax(dim=1)
@@ -246,7 +245,7 @@ def test_style_is_mixed_with_that_of_another_clip() -> None:
     """With a concentration so high that all weights are 1/2, each clip's statistics lie half way to some clip's."""
     torch.manual_seed(0)
     logmel = torch.randn(5, 8, 200) * torch.rand(5, 8, 1) + torch.randn(5, 8, 1)
-    mixed = augment_features.mix_style(logmel, 1.0, alpha=1e8)
+    mixed = augment.mix_style(logmel, 1.0, alpha=1e8)
     mean, deviation = logmel.mean(dim=2), logmel.std(dim=2)
     partners = []
     for clip in range(5):
@@ -257,7 +256,7 @@ def test_style_is_mixed_with_that_of_another_clip() -> None:
         assert torch.allclose(mixed[clip].std(dim=1), half_deviation[partners[-1]], atol=1e-3)
     assert sorted(partners) == list(range(5))
     torch.manual_seed(0)
-    many = augment_features.mix_style(torch.cat([logmel] * 100), 0.3)
+    many = augment.mix_style(torch.cat([logmel] * 100), 0.3)
     changed = (many != torch.cat([logmel] * 100)).flatten(1).any(dim=1).float().mean()
     assert changed.item() == pytest.approx(0.3, abs=0.06)
 
@@ -267,9 +266,9 @@ def test_time_masks_silence_the_target(seed: int) -> None:
     """Masks of up to 2.5 s each, so that some bursts are under one: there, and only there, the target falls."""
     waveform, events = bursts(seed)
     logmel, clean = spectrograms(waveform) + 100, rasterize(events, **GRID)  # no value of its own is 0
-    masked, kept = augment_features.mask_time(logmel, count=2, longest=250)
+    masked, kept = augment.mask_time(logmel, count=2, longest=250)
     assert torch.equal((masked == 0), ~kept[:, None].expand_as(masked))
-    left = augment_features.left_of_steps(kept, STEPS)
+    left = augment.left_of_steps(kept, STEPS)
     found = Targets(torch.eye(CLIPS), clean, teacher=clean).masked(left)
     assert found.frames is not None
     assert found.teacher is not None
@@ -289,11 +288,11 @@ def test_masks_in_numbers() -> None:
     """A mask of one step and a half leaves nothing of the one step, and half of the other."""
     keep = torch.ones(1, 40, dtype=torch.bool)
     keep[:, 10:25] = False
-    torch.testing.assert_close(augment_features.left_of_steps(keep, 4), torch.tensor([[1.0, 0.0, 0.5, 1.0]]))
+    torch.testing.assert_close(augment.left_of_steps(keep, 4), torch.tensor([[1.0, 0.0, 0.5, 1.0]]))
     torch.manual_seed(0)
     time, bands = (
-        augment_features.mask_time(torch.ones(2000, 1, 1001))[0],
-        augment_features.mask_bands(torch.ones(2000, 64, 1)),
+        augment.mask_time(torch.ones(2000, 1, 1001))[0],
+        augment.mask_bands(torch.ones(2000, 64, 1)),
     )
     for masked, longest in ((time[:, 0], 64), (bands[:, :, 0], 8)):
         lengths = (masked == 0).sum(dim=1)
@@ -302,16 +301,16 @@ def test_masks_in_numbers() -> None:
 
 
 def masked_in_time(logmel: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    masked, kept = augment_features.mask_time(logmel, longest=int(50 * strength))
-    return masked, augment_features.left_of_steps(kept, 4)
+    masked, kept = augment.mask_time(logmel, longest=int(50 * strength))
+    return masked, augment.left_of_steps(kept, 4)
 
 
 AUGMENTATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {  # of (B, F, T), by a strength; 0 for none
     "gain": lambda x, strength: augment.random_gain(x.flatten(1), 6 * strength),
-    "warp": lambda x, strength: augment_features.warp_frequency(x, 0.2 * strength),
-    "filter": lambda x, strength: augment_features.filter_augment(x, 6 * strength, torch.ones(x.shape[1])),
-    "style": lambda x, strength: augment_features.mix_style(x, strength),
-    "masked bands": lambda x, strength: augment_features.mask_bands(x, widest=int(16 * strength)),
+    "warp": lambda x, strength: augment.warp_frequency(x, 0.2 * strength),
+    "filter": lambda x, strength: augment.filter_augment(x, 6 * strength, torch.ones(x.shape[1])),
+    "style": lambda x, strength: augment.mix_style(x, strength),
+    "masked bands": lambda x, strength: augment.mask_bands(x, widest=int(16 * strength)),
     "masked time": lambda x, strength: masked_in_time(x, strength)[0],
     "masked targets": lambda x, strength: masked_in_time(x, strength)[1],
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 import main
 from data.clip_dataset import FrameClipDataset
 from data.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
-from data.frame_targets import Events
+from data.frame_targets import Events, Targets
 from data.pseudo_labels import TeacherLogits, TeacherWriter
 from data.samplers import FrameBalancedSampler, LabellingSampler
 from data_generator import event_seconds, load_training_data
@@ -22,7 +22,6 @@ from model.checkpoint import read_checkpoint
 from sed_model import FrameSEDWrapper, SEDWrapper, build_wrapper
 from settings import Config, UserError, resolve
 from tests.helpers import TINY, TINY_FLAGS
-from training.targets import Targets
 
 RATE = 8
 
@@ -234,7 +233,7 @@ def test_a_mask_lies_over_both_sounds_that_were_mixed(demo_workspace: Path, monk
         kept[:2, :501], kept[2:, 500:] = False, False
         return features * kept[:, None], kept
 
-    monkeypatch.setattr("training.augment_features.mask_time", mask_halves)
+    monkeypatch.setattr("training.augment.mask_time", mask_halves)
     settings = tiny(demo_workspace, mixup_alpha=0.5, mixup_waveforms=True, spec_augment=True)
     wrapper, batch = first_batch(settings, clips=4)
     frames = frames_of(wrapper, batch)
