@@ -1,7 +1,8 @@
 """Every setting of HTS-AT. Edit a value here, or give it as a flag: `python main.py train --max_epoch 5`.
 
 Each setting is one annotated assignment and one comment, which is also the flag's help. Settings further down may
-be computed from those above: they follow a flag too (`--dataset_type scv2` moves sample_rate, hop_size, ...).
+be computed from those above: they follow a flag too (`--dataset_type scv2` moves sample_rate, hop_size, ...). Prepared
+data bring classes_num, task and their sample rate (data_rate): what stands here counts where there are none.
 A comment line names the section of the settings below it, which says what they belong to (settings.section): a
 checkpoint brings data set, split, clips, encoder, front-end and network; run, machine and the commands are no part of
 an experiment. A section like `network, htsat` is that of one encoder. After a change of names or types:
@@ -99,9 +100,8 @@ encoder: Literal["htsat", "ast"] = "htsat"  # the network, by its name in model/
 encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `python main.py encoders` lists them
 
 # --- front-end -------------------------------------------------------------------------------------------------------
-sample_rate: PositiveInt = (  # samples per second
-    {"ast": 16000}.get(encoder, 16000 if dataset_type == "scv2" else 32000)
-)
+data_rate = 16000 if dataset_type == "scv2" else 32000  # of the prepared data, which say it themselves (data/facts.py)
+sample_rate: PositiveInt = {"ast": 16000}.get(encoder, data_rate)  # samples per second that the network is given
 
 # --- front-end, htsat ------------------------------------------------------------------------------------------------
 window_size: PositiveInt = 1024  # STFT window in samples

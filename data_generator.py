@@ -59,7 +59,7 @@ def check_classes(table: ClipTable, classes_num: int) -> None:
     if table.targets.shape[1] != classes_num:
         raise UserError(
             f"{table.paths[0]} has {table.targets.shape[1]} classes, the network has classes_num = {classes_num}: "
-            f"test a checkpoint on the data set it was trained for, or set classes_num."
+            f"use a checkpoint on the data set it was trained for."
         )
 
 

@@ -1,6 +1,7 @@
 """config.py + flags -> one frozen, validated Config.
 
-config.py is executed with the given values in place of its own, so whatever it computes from a setting follows.
+config.py is executed with the given values in place of its own, so whatever it computes from a setting follows. Its
+own values count least; then those of the prepared data, of a checkpoint, and of the flags.
 `python settings.py` writes config_fields.pyi, from which type checkers know the fields of Config.
 """
 
@@ -8,7 +9,7 @@ import ast
 import difflib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,7 @@ TRAINED_SECTIONS = (*NETWORK_SECTIONS, "data set", "split", "clips")
 NOT_THE_EXPERIMENT = (
     "run", "machine", "test", "localization", "event detection", "predict", "esm_test", "weight_average",
 )  # fmt: skip
+Facts = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # values of all settings -> those that prepared data determine
 FRAME_LOSSES = ("frame_bce", "weak_strong_bce")  # those that learn from event times
 
 
@@ -92,9 +94,6 @@ class Setting:
         if get_origin(self.type) is dict:
             pairs = [pair.partition("=") for pair in text.strip("{} ").split(",") if pair.strip()]
             return {name.strip(): value.strip() for name, _, value in pairs}
-        if get_origin(self.type) is dict:
-            pairs = [pair.partition("=") for pair in text.strip("{} ").split(",") if pair.strip()]
-            return {name.strip(): value.strip() for name, _, value in pairs}
         if not self.is_list:
             return text
         return [part.strip().strip("'\"") for part in text.strip("[] ").split(",") if part.strip()]
@@ -105,15 +104,16 @@ def _source() -> str:
     return CONFIG_PATH.read_text()
 
 
-def _assignments(tree: ast.Module) -> list[tuple[str, ast.AnnAssign]]:
-    """The settings of config.py: name, and node of its syntax tree."""
-    return [(n.target.id, n) for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+def _assignments(tree: ast.Module) -> dict[str, ast.AnnAssign | ast.Assign]:
+    """What config.py assigns, by name: settings, which are annotated, and what they are computed or made from."""
+    nodes = [node for node in tree.body if isinstance(node, (ast.AnnAssign, ast.Assign))]
+    return {ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]): node for node in nodes}
 
 
 def _execute(given: Mapping[str, Any]) -> dict[str, Any]:
     """Run config.py with the values of `given` in place of its own; returns its namespace."""
     tree = ast.parse(_source())
-    for name, node in _assignments(tree):
+    for name, node in _assignments(tree).items():
         if name in given:
             node.value = ast.Subscript(ast.Name("_given", ast.Load()), ast.Constant(name), ast.Load())
     namespace: dict[str, Any] = {"_given": dict(given), "__name__": "config", "__file__": str(CONFIG_PATH)}
@@ -125,7 +125,8 @@ def _execute(given: Mapping[str, Any]) -> dict[str, Any]:
 def all_settings() -> dict[str, Setting]:
     """Every setting of config.py by name, in order."""
     lines, types, found = _source().splitlines(), _execute({})["__annotations__"], {}
-    for name, node in _assignments(ast.parse(_source())):
+    nodes = _assignments(ast.parse(_source()))
+    for name, node in ((name, nodes[name]) for name in types):
         comment = "\n".join(lines[node.lineno - 1 : node.end_lineno]).rpartition("  # ")[2].splitlines()[0].strip()
         titles = [match[1] for match in map(SECTION_LINE.fullmatch, lines[: node.lineno]) if match]
         found[name] = Setting(name, types[name], comment, titles[-1])
@@ -146,10 +147,13 @@ def section(*titles: str) -> tuple[str, ...]:
 def fields_stub() -> str:
     """The text of config_fields.pyi: config.py's imports and types, and a class with one annotation a setting."""
     tree = ast.parse(_source())
-    kinds = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.ImportFrom, ast.Assign))]
-    fields = [f"    {name}: {ast.unparse(node.annotation)}" for name, node in _assignments(tree)]
-    head = ["# Written by `python settings.py`, from config.py.", "from pydantic import BaseModel", *kinds]
-    return "\n".join([*head, "class ConfigFields(BaseModel):", *fields]) + "\n"
+    nodes = _assignments(tree)
+    lines = ["# Written by `python settings.py`, from config.py.", "from pydantic import BaseModel"]
+    lines += [ast.unparse(node) for node in tree.body if isinstance(node, ast.ImportFrom)]
+    lines += [ast.unparse(node) for name, node in nodes.items() if name[0].isupper()]
+    lines += ["class ConfigFields(BaseModel):"]
+    lines += [f"    {name}: {ast.unparse(n.annotation)}" for name, n in nodes.items() if isinstance(n, ast.AnnAssign)]
+    return "\n".join(lines) + "\n"
 
 
 @cache
@@ -168,7 +172,7 @@ def _edited_in_session(values: Mapping[str, Any]) -> dict[str, Any]:
     if module is None:
         return {}
     known = all_settings()
-    stray = [n for n, v in vars(module).items() if n not in known and not n.startswith("_") and _is_plain(v)]
+    stray = [n for n, v in vars(module).items() if n not in values and not n.startswith("_") and _is_plain(v)]
     if stray:
         raise UserError(unknown_setting(stray[0]))
     return {name: getattr(module, name) for name in known if getattr(module, name) != values[name]}
@@ -195,38 +199,62 @@ def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def requested(name: str, given: Mapping[str, Any]) -> Any:
-    """One setting, given or from config.py, before a checkpoint has had its say about the others."""
+    """One setting, given or from config.py, whatever a checkpoint determines."""
     return getattr(resolve({name: given[name]} if name in given else {}), name)
 
 
-def resolve(given: Optional[Mapping[str, Any]] = None, *, checkpoint: Optional[Mapping[str, Any]] = None) -> Config:
-    """Settings of a run: config.py, then what a checkpoint determines, then what is given.
+def resolve(
+    given: Optional[Mapping[str, Any]] = None,
+    *,
+    checkpoint: Optional[Mapping[str, Any]] = None,
+    facts: Optional[Facts] = None,
+) -> Config:
+    """Settings of a run: config.py, then what the prepared data say, then a checkpoint, then what is given.
 
-    given: {name: value}, as from flags. checkpoint: the settings saved in one; those of TRAINED_SECTIONS count,
-    and exp_name, so that what is made of a checkpoint goes into the folder of its run. Raises UserError for unknown
-    names, wrong values and values that do not fit together.
+    given: {name: value}, as from flags. checkpoint: the settings saved in one; those of TRAINED_SECTIONS count, and
+    exp_name, so that what is made of a checkpoint goes into the folder of its run. facts: what the data say, by all
+    values without them (data/facts.py). Raises UserError for unknown names, wrong values, values that do not fit
+    together, and flags that contradict the checkpoint or the data.
     """
     known = all_settings()
     given = check_values(given or {})
     session = _edited_in_session(_execute({}))
     session = {name: known[name].check(value) for name, value in session.items()}
-    travelling = {*section(*TRAINED_SECTIONS), "exp_name"}
-    trained = {name: known[name].check(value) for name, value in (checkpoint or {}).items() if name in travelling}
-    if trained.get("dataset_type") != given.get("dataset_type", trained.get("dataset_type")):
-        trained = {name: value for name, value in trained.items() if name not in section("split")}  # of other clips
-    for name in section(*NETWORK_SECTIONS, "split"):
-        if name in trained and name in given and given[name] != trained[name]:
-            raise UserError(
-                f"{name} = {given[name]!r} contradicts the checkpoint, which was trained with {name} = "
-                f"{trained[name]!r}. Leave --{name} out: the checkpoint brings its own."
-            )
+    trained = _trained(checkpoint or {}, given)
     values = _execute({**session, **trained, **given})
+    if facts is not None:
+        of_data = facts(values)
+        _check_given({**session, **given}, of_data, f"the prepared data in {values['dataset_path']}, which have")
+        values = _execute({**session, **of_data, **trained, **given})
     config = _config_class()(**{name: known[name].check(values[name]) for name in known})
     _check_encoder({**session, **given}, config.encoder)
     _check_together(config)
-    if "loss_type" not in trained:  # else it is a checkpoint that is used: what config.py says of training is idle
+    if "loss_type" not in trained:  # else a checkpoint is evaluated, where settings of training have no effect
         _check_frame_training(config)
     return config
+
+
+def _trained(checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint determines; for another data set than its own, not its split.
+
+    Raises UserError where `given` contradicts its network or its split.
+    """
+    names = {*section(*TRAINED_SECTIONS), "exp_name"}
+    trained = {name: all_settings()[name].check(value) for name, value in checkpoint.items() if name in names}
+    if trained.get("dataset_type") != given.get("dataset_type", trained.get("dataset_type")):
+        trained = {name: value for name, value in trained.items() if name not in section("split")}
+    fixed = {name: trained[name] for name in section(*NETWORK_SECTIONS, "split") if name in trained}
+    _check_given(given, fixed, "the checkpoint, which was trained with")
+    return trained
+
+
+def _check_given(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where a given value is not the known one."""
+    for name, value in known.items():
+        if name in given and given[name] != value:
+            raise UserError(
+                f"{name} = {given[name]!r} contradicts {where} {name} = {value!r}. Leave {name} out: it is known."
+            )
 
 
 def _check_encoder(chosen: Mapping[str, Any], encoder: str) -> None:
@@ -241,18 +269,18 @@ def _check_encoder(chosen: Mapping[str, Any], encoder: str) -> None:
 
 
 def _check_together(config: Config) -> None:
-    """What no single setting shows. Raises UserError."""
+    """Raise UserError for settings that do not fit together."""
     if sorted(config.lr_scheduler_epoch) != config.lr_scheduler_epoch:
         raise UserError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
     if config.dataset_type == "audioset" and config.protocol == "held_out":
-        raise UserError("AudioSet has no validation clips to choose on: protocol must be paper.")
+        raise UserError("AudioSet has no validation set: protocol must be paper.")
     if config.enable_label_enhance and config.class_map_path is None:
         raise UserError("enable_label_enhance needs class_map_path, AudioSet's ontology.json.")
     if sorted(config.token_label_range) != config.token_label_range:
         raise UserError(f"token_label_range = {config.token_label_range} must rise, as in [0.2, 0.6].")
     if config.freeze_backbone and not (config.resume_checkpoint or config.swin_pretrain_path):
         raise UserError(
-            "freeze_backbone and linear_probe train a classifier on a network that has learned already: give "
+            "freeze_backbone and linear_probe train a classifier on a pretrained network: give "
             "--resume_checkpoint or --swin_pretrain_path."
         )
     if config.loss_type == "clip_ce" and config.task == "multilabel":
@@ -263,7 +291,7 @@ def _check_together(config: Config) -> None:
 
 
 def _check_frame_training(config: Config) -> None:
-    """Settings that only a training on event times has a use for. Raises UserError where they cannot be."""
+    """Raise UserError for settings of a training on event times that have no effect, or do not fit together."""
     frames = config.loss_type in FRAME_LOSSES
     asked = [name for name in section("semi-supervised") if getattr(config, name)]
     asked += ["balanced_by = frames"] if config.balanced_by == "frames" else []

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from data.facts import store_facts
 from data.files import whole_file
 from data_generator import SEDDataModule, load_training_data
 from runs.measure import (
@@ -73,7 +74,7 @@ def run(
     """
     if steps < 1:
         raise UserError(f"--steps {steps} is not allowed: it must be 1 or more.")
-    settings = resolve(given)
+    settings = resolve(given, facts=store_facts)
     wanted_precisions = chosen("precisions", precisions, PRECISIONS)
     modes = chosen("compile_modes", compile_modes, COMPILE_MODES)
     if "16-mixed" in (wanted_precisions or [settings.precision]) and not on_gpu(settings):

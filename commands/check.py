@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data.clip_store import SPLITS, ClipTable
+from data.facts import store_facts
 from data_generator import load_table
 from prepare.check import CheckReport, SplitReport, check_tables
 from settings import Config, UserError, resolve
@@ -22,7 +23,7 @@ def run(given: dict[str, Any], processes: Optional[int] = None) -> None:
 
     processes: how many read the clips; None for one on each core.
     """
-    settings = resolve(given)
+    settings = resolve(given, facts=store_facts)
     tables, problems = load_tables(settings)
     warnings: list[str] = []
     if tables:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.clip_store import read_store_table, store_path
+from data.facts import store_facts
 from runs.ledger import settings_hash
 from runs.records import write_json
 from settings import Config, UserError, resolve
@@ -55,7 +56,7 @@ def run(given: dict[str, Any], *, protocols: str) -> None:
     for name in ("esc_fold", "protocol", "resume", "exp_name", "watch_test"):
         if name in given:
             raise UserError(f"cross_validate sets {name} itself, for each fold: leave --{name} out.")
-    settings = resolve(given)
+    settings = resolve(given, facts=store_facts)
     folds, experiment = find_folds(settings), experiment_hash(settings)
     outcomes: list[Outcome] = []
     for protocol in chosen:
@@ -89,7 +90,7 @@ def experiment_hash(settings: Config) -> str:
 
 def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str) -> Curve:
     """Train one fold, or resume it, and return the metrics of its epochs. experiment: see experiment_hash."""
-    settings = resolve({**given, "esc_fold": fold, "protocol": protocol})
+    settings = resolve({**given, "esc_fold": fold, "protocol": protocol}, facts=store_facts)
     name = f"cv_{settings.dataset_type}_{protocol}_fold{fold}_{experiment}"
     watch_test = protocol == "held_out"  # otherwise the test clips are the validation clips
     more = {"esc_fold": fold, "protocol": protocol, "exp_name": name, "resume": "auto", "watch_test": watch_test}

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data.facts import store_facts
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from runs.measure import (
@@ -65,7 +66,7 @@ def run(given: dict[str, Any], measure_steps: int = 20) -> None:
     """
     if measure_steps < 0:
         raise UserError(f"--measure_steps {measure_steps} is not allowed: it must be 0 or more.")
-    settings = resolve(given)
+    settings = resolve(given, facts=store_facts)
     plan = Plan()
     print_plan(settings, plan, make_plan(settings, plan, measure_steps))
     if plan.problems:

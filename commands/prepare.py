@@ -44,17 +44,13 @@ def too_long(settings: Config, store: Path, *, can_cut: bool) -> str:
 
 
 def next_step(settings: Config, table: ClipTable) -> str:
-    """The commands that train on a store, with the flags for its classes and its annotation."""
-    flags = [f"--dataset_type {settings.dataset_type}"]
-    if len(table.labels) != settings.classes_num:
-        flags.append(f"--classes_num {len(table.labels)}")
-    command = f"python main.py train {' '.join(flags)}"
+    """The commands that train on a store, with the flags for its annotation."""
+    command = f"python main.py train --dataset_type {settings.dataset_type}"
     training = ~np.isin(table.split, [b"validation", b"test"])
     known = set() if table.labelling is None else set(table.labelling[training].tolist())
     steps = [f"{len(table.labels)} classes."]
     if UNLABELLED not in known:  # clip_bce would take a clip without annotation for one without any class
-        single = settings.task == "multilabel" and (table.targets.sum(axis=1) == 1).all()
-        steps[0] += f" Train: {command}{' --task single_label' if single else ''}"
+        steps[0] += f" Train: {command}"
     if STRONG in known and any(len(events.onset) for events in table.events):
         steps.append(
             f"Train on the times: {command} --loss_type {'frame_bce' if known == {STRONG} else 'weak_strong_bce'}"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from data.clip_store import class_index
+from data.facts import store_facts
 from data.files import whole_file
 from data_generator import load_table
 from settings import resolve
@@ -16,7 +17,7 @@ def run(given: dict[str, Any]) -> None:
 
     Class k has the clips clips[starts[k]:starts[k + 1]] (numbers of the training table), counts[k] of them.
     """
-    settings = resolve(given)
+    settings = resolve(given, facts=store_facts)
     table = load_table(settings, "train")
     clips, starts, counts = class_index(table.targets)
     path = Path(settings.dataset_path) / f"{settings.dataset_type}_classes.npz"

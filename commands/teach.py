@@ -52,12 +52,10 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
         module.mapping = mapping
         for part, data in parts:
             build_trainer(part, steps_per_epoch=None).test(module, data, verbose=False)
-    usual = resolve({"dataset_type": settings.dataset_type}).classes_num
-    classes = "" if len(labels) == usual else f" --classes_num {len(labels)}"
     print(
         f"{path}: {writer.clips} clips ({teach_split}), {len(labels)} classes x {steps} steps of "
         f"{seconds / steps:.4g} s, {path.stat().st_size / 2**20:.1f} MiB\n"
-        f"Learn from it: python main.py train --dataset_type {settings.dataset_type}{classes} --loss_type frame_bce "
+        f"Learn from it: python main.py train --dataset_type {settings.dataset_type} --loss_type frame_bce "
         f"--teacher_path {path}"
     )
     if module.unread:

@@ -4,6 +4,7 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 
+from data.facts import store_facts
 from data.labels import published_labels
 from data_generator import Split, load_training_data
 from model import build_model
@@ -72,7 +73,7 @@ def resolve_with_frontend(given: dict[str, Any]) -> Config:
 
     Raises UserError where there are two files of weights to start from.
     """
-    settings = resolve(given)
+    settings = resolve(given, facts=store_facts)
     if settings.swin_pretrain_path and settings.resume_checkpoint:
         raise UserError(
             f"swin_pretrain_path = {settings.swin_pretrain_path} and resume_checkpoint = {settings.resume_checkpoint}: "
@@ -82,7 +83,8 @@ def resolve_with_frontend(given: dict[str, Any]) -> Config:
     if path is None:
         return settings
     start = read_checkpoint(path)
-    return resolve(given, checkpoint=decided_settings(start, settings.frontend_from, fine_tuning=True))
+    decided = decided_settings(start, settings.frontend_from, fine_tuning=True)
+    return resolve(given, checkpoint=decided, facts=store_facts)
 
 
 def starting_weights(settings: Config) -> Optional[Checkpoint]:

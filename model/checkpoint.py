@@ -23,7 +23,7 @@ from model import build_model
 from model.foreign import OWN, identify
 from model.network import Network
 from model.registry import UNNAMED, encoder_module
-from settings import Config, UserError, requested, resolve, section
+from settings import Config, Facts, UserError, requested, resolve, section
 
 COUNTERS = ("num_batches_tracked",)  # endings of buffers that a file may leave out
 LEAST_MATCHED = 0.99  # share of the backbone's parameters below which a file is refused
@@ -208,12 +208,18 @@ def decided_settings(
 ) -> dict[str, Any]:
     """What a checkpoint decides of the settings, for settings.resolve: all it says; for fine-tuning, the encoder.
 
+    The number of classes is that of its classifier, where the file does not say it.
+
     frontend_from: `settings` leaves the front-end to config.py and the flags, `checkpoint` takes it from the file in
     fine-tuning as well.
     """
     known = dict(checkpoint.settings or {})
     if checkpoint.encoder is not None:
         known["encoder"] = checkpoint.encoder
+        classifier = network_class(checkpoint.encoder).classifier
+        biases = [key for key in checkpoint.state_dict if key.startswith(classifier) and key.endswith("bias")]
+        if biases and not checkpoint.images:
+            known.setdefault("classes_num", len(checkpoint.state_dict[max(biases)]))  # of its last layer
     frontend = (*section("front-end"), "clip_samples")  # its samples are counted at the front-end's rate
     if fine_tuning:
         names = (*section("encoder"), *(frontend if frontend_from == "checkpoint" else ()))
@@ -244,10 +250,13 @@ def open_network(path: str | Path, given: Optional[Mapping[str, Any]] = None) ->
     return Opened(network, settings, labels, checkpoint, report)
 
 
-def read_with_settings(path: str | Path, given: Optional[Mapping[str, Any]] = None) -> tuple[Checkpoint, Config]:
-    """The first half of open_network: a file, and the settings of its network."""
+def read_with_settings(
+    path: str | Path, given: Optional[Mapping[str, Any]] = None, facts: Optional[Facts] = None
+) -> tuple[Checkpoint, Config]:
+    """The first half of open_network: a file, and the settings of its network. facts: as for settings.resolve."""
     given, checkpoint = given or {}, read_checkpoint(path)
-    return checkpoint, resolve(given, checkpoint=decided_settings(checkpoint, requested("frontend_from", given)))
+    decided = decided_settings(checkpoint, requested("frontend_from", given))
+    return checkpoint, resolve(given, checkpoint=decided, facts=facts)
 
 
 def build_with_weights(checkpoint: Checkpoint, settings: Config) -> tuple[Network, LoadReport]:

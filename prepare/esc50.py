@@ -25,12 +25,15 @@ COLUMNS = ("filename", "fold", "target", "category")
 def prepare(settings: Config, raw: Path) -> PrepareReport:
     """Write the store of a folder with meta/esc50.csv and audio/, as ESC-50 comes (or ESC-10, or other folds of it).
 
-    Clips over 5 s are cut; shorter ones keep their length and are filled when they are read. Files that cannot be
-    read are skipped and reported. Raises UserError where the table is missing or wrong.
+    The classes are those of the table, in ESC-50's order: ten of ESC-10. Clips over 5 s are cut; shorter ones keep
+    their length and are filled when they are read. Files that cannot be read are skipped and reported. Raises UserError
+    where the table is missing or wrong.
     """
     report = PrepareReport(store_path(settings.dataset_path, NAME))
+    entries = read_meta(raw)
+    labels = [label for label in LABELS if any(label in entry.labels for entry in entries)]
     write_entries(
-        read_meta(raw), LABELS, settings.sample_rate, report, clip_seconds=CLIP_SECONDS,
+        entries, labels, settings.sample_rate, report, clip_seconds=CLIP_SECONDS,
         dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
     )  # fmt: skip
     return report

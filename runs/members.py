@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data.clip_store import ClipTable
+from data.facts import store_task
 from data.labels import published_labels
 from data_generator import check_classes
 from model import Network
@@ -60,7 +61,7 @@ class Member:
         """Raises UserError where the file cannot be used or does not fit what is given."""
         file, known = find_checkpoint(path)
         given = {**known, **given}
-        checkpoint, settings = read_with_settings(file, given)
+        checkpoint, settings = read_with_settings(file, given, store_task)
         sha256 = file_sha256(checkpoint.path)
         settings, _ = settle(settings, training=False)
         settings = settings.model_copy(update={"heatmap_dir": score_folder(checkpoint, settings, given)})

@@ -121,6 +121,9 @@ def test_notebook_edit_counts(notebook_config: ModuleType) -> None:
     found = resolve()
     assert (found.max_epoch, found.sample_rate) == (3, 16000)
     assert resolve({"max_epoch": 4}).max_epoch == 4
+    vars(notebook_config).update(classes_num=12)
+    with pytest.raises(UserError, match=r"classes_num = 12 .*classes_num = 10"):
+        resolve(facts=lambda values: {"classes_num": 10})
     vars(notebook_config).update(max_epochs=3)
     with pytest.raises(UserError, match="Did you mean max_epoch"):
         resolve()

@@ -172,9 +172,9 @@ def test_training_on_esc50(tmp_path: Path) -> None:
     *_, clip = (line for line in text.splitlines() if line.startswith("1-"))  # of the fold that was held out
     assert (tmp_path / "esc50" / "audio" / clip).is_file()
     scores = [line.split() for line in text.rpartition(clip)[2].splitlines() if len(line.split()) == 2]
-    assert len(scores) >= 5
-    assert all(label in ESC50_LABELS for _, label in scores[:5])
-    assert 0 <= float(scores[4][0]) <= float(scores[0][0]) <= 1
+    assert len(scores) >= 2
+    assert all(label in ESC50_LABELS for _, label in scores[:2])
+    assert 0 <= float(scores[1][0]) <= float(scores[0][0]) <= 1
 
 
 def test_evaluating_localization(tmp_path: Path, demo_workspace: Path) -> None:
