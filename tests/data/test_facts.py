@@ -43,6 +43,7 @@ def test_a_training_needs_no_flags(tmp_path: Path) -> None:
     other_rate = of_data({**given, "sample_rate": 32000, "classes_num": 10, "task": "single_label"})
     assert (other_rate.sample_rate, other_rate.hop_size) == (32000, 320)
     assert of_data({**given, "loss_type": "clip_bce"}).loss_type == "clip_bce"
+    assert of_data({**given, "encoder": "ast"}).sample_rate == 16000
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_checkpoint_decides_its_classes_and_rate(tmp_path: Path) -> None:
 def test_the_classifier_of_a_foreign_file_says_its_classes(tmp_path: Path) -> None:
     given = write_store(tmp_path, "folder", [[0], [1]])
     weights = {name: np.zeros(4) for name in ("norm.bias", "tscam_conv.bias", "head.bias")}
-    foreign: Any = Checkpoint(Path("foreign.ckpt"), {**weights, "norm.bias": np.zeros(96)})  # type: ignore[dict-item]
+    foreign: Any = Checkpoint(Path("foreign.ckpt"), {**weights, "norm.bias": np.zeros(96)}, encoder="htsat")  # type: ignore[dict-item]
     found = resolve(given, checkpoint=decided_settings(foreign, "auto"), facts=store_task)
     assert (found.classes_num, found.task, found.sample_rate) == (4, "single_label", 32000)
     assert "classes_num" not in decided_settings(foreign, "auto", fine_tuning=True)
