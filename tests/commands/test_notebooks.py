@@ -122,11 +122,6 @@ def make_scores(store: Path, folder: Path) -> None:
         ).save(folder / f"{name}.h5")  # fmt: skip
 
 
-def store_columns(path: Path, *names: str) -> list[list[object]]:
-    with h5py.File(path) as file:
-        return [file[name][:].tolist() for name in names]
-
-
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_are_stored_without_outputs(name: str) -> None:
     notebook = nbformat.read(ROOT / name, as_version=4)
@@ -136,28 +131,28 @@ def test_notebooks_are_stored_without_outputs(name: str) -> None:
         assert cell.get("execution_count") is None
 
 
-def test_preparing_esc50(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_preparing(tmp_path: Path) -> None:
     make_esc50(tmp_path / "esc50")
-    text, pictures = execute("esc-50/prep_esc50.ipynb")
-    assert "16 clips" in text
-    assert pictures == 1
-    (counts,) = (line for line in text.splitlines() if line.startswith("dog"))
-    assert counts.split() == ["dog", "2", "2", "2", "2", "8"]
-    (folds,) = store_columns(tmp_path / "workspace" / "data" / "esc-50" / "esc-50.h5", "fold")
-    assert sorted(folds, key=str) == [fold for fold in FOLDS for _ in range(4)]
-
-
-def test_preparing_scv2(tmp_path: Path) -> None:
     make_scv2(tmp_path / "scv2")
-    text, pictures = execute("scv2/prep_scv2.ipynb")
-    assert "15 clips" in text
-    assert pictures == 1
-    (counts,) = (line for line in text.splitlines() if line.startswith("three"))
-    assert counts.split() == ["three", "1", "3", "1", "5"]  # test, train, validation
-    (splits,) = store_columns(tmp_path / "workspace" / "data" / "scv2" / "scv2.h5", "split")
+    counts = {  # of clips: fold 1 to 4; test, train, validation; and all
+        "esc-50/prep_esc50.ipynb": (16, ["dog", "2", "2", "2", "2", "8"]),
+        "scv2/prep_scv2.ipynb": (15, ["three", "1", "3", "1", "5"]),
+    }
+    for name, (clips, row) in counts.items():
+        text, pictures = execute(name)
+        assert f"{clips} clips" in text
+        assert pictures == 1
+        (line,) = (line for line in text.splitlines() if line.startswith(row[0]))
+        assert line.split() == row
+    with h5py.File(tmp_path / "workspace" / "data" / "esc-50" / "esc-50.h5") as file:
+        assert sorted(file["fold"][:].tolist()) == sorted(4 * FOLDS)
+    with h5py.File(tmp_path / "workspace" / "data" / "scv2" / "scv2.h5") as file:
+        splits = file["split"][:].tolist()
     assert [splits.count(split) for split in (b"train", b"validation", b"test")] == [9, 3, 3]
 
 
+@pytest.mark.slow
 def test_training_on_esc50(tmp_path: Path) -> None:
     make_esc50(tmp_path / "esc50")
     text, pictures = execute("htsat_esc_training.ipynb")
@@ -177,6 +172,7 @@ def test_training_on_esc50(tmp_path: Path) -> None:
     assert 0 <= float(scores[1][0]) <= float(scores[0][0]) <= 1
 
 
+@pytest.mark.slow
 def test_evaluating_localization(tmp_path: Path, demo_workspace: Path) -> None:
     store = demo_workspace / "workspace" / "data" / "demo" / "demo.h5"
     make_scores(store, tmp_path / "workspace" / "runs" / "demo" / "scores")

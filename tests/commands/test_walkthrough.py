@@ -51,6 +51,7 @@ def write_recordings(folder: Path, count: int, rng: np.random.Generator) -> list
     return lines
 
 
+@pytest.mark.slow
 def test_from_a_table_of_events_to_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(5)
