@@ -28,6 +28,7 @@ from training.mean_teacher import MeanTeacher, ramp_up
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
+ScoreMapping = Callable[[np.ndarray], np.ndarray]  # scores (..., K) of a network's classes -> of the data's
 CHECK_LOSS_EVERY = 50  # steps; a loss that is not finite stays so
 
 
@@ -73,7 +74,7 @@ class Evaluation(pl.LightningModule):
         self.main_metric = MAIN_METRIC[self.task]
         self.keep_frames = settings.fl_local
         self.shifts = [0] if settings.fl_local else settings.tta_shifts  # localization is not averaged over shifts
-        self.mapping: Any = None  # an evaluation.mapping.ClassMapping, where a test's data has other classes
+        self.mapping: Optional[ScoreMapping] = None  # where a test's data has other classes than the network
         self.collected: list[tuple[Tensor, ...]] = []
         self.not_scored = 0  # clips that could not be read, in the last evaluation
         self.test_metrics: list[Metric] = []
@@ -118,7 +119,7 @@ class Evaluation(pl.LightningModule):
         index, clipwise, targets, *frames = self._gather(self.collected)
         self.collected = []
         if self.mapping is not None:
-            clipwise, frames = self.mapping.apply(clipwise), [self.mapping.apply(scores) for scores in frames]
+            clipwise, frames = self.mapping(clipwise), [self.mapping(scores) for scores in frames]
         self.test_index, self.test_clipwise, self.test_targets = index, clipwise, targets > 0.5
         self.test_framewise: Optional[np.ndarray] = frames[0] if frames else None
         self.test_metrics = clip_metrics(self.task, clipwise, self.test_targets)

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 from data_generator import load_test_data
 from model import Network
-from runs.members import Member, check_alike, check_labels, fit_together
+from runs.members import Member, check_alike, fit_together
 from runs.records import print_first_page
 from runs.testing import run_test
 from sed_model import Ensemble_SEDWrapper
@@ -31,7 +31,7 @@ def run(given: dict[str, Any]) -> None:
     data = load_test_data(settings)
     table = data.tables[settings.test_split]
     for member in members:
-        check_labels(member.checkpoint, member.settings, table)
+        member.check_labels(table)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     networks = [member.network() for member in members]
     check_steps(networks, members)

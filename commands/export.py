@@ -12,16 +12,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchaudio.functional import resample
 
-from data.files import whole_file, write_text
+from data.files import whole_file
 from data_generator import SEDDataModule, Split, load_table
 from inference.onnx_runtime import load_onnx
 from model import Network
-from model.checkpoint import open_network, save_safetensors
+from model.checkpoint import save_safetensors
 from model.export import build_onnx, join, quantize, save_onnx
+from model.network import resample
+from model.opening import open_network
 from runs.card import write_card
-from runs.members import Member, checkpoint_labels
+from runs.members import Member
 from runs.records import git_revision, write_json
 from settings import TRAINED_SECTIONS, Config, UserError, requested, section
 from utils import int16_to_float32
@@ -110,7 +111,7 @@ def describe(member: Member) -> dict[str, Any]:
         trained["protocol"] = member.protocol
     about: dict[str, Any] = {
         "settings": {**{name: value for name, value in known.items() if not _has_path(value)}, **trained},
-        "labels": checkpoint_labels(member.checkpoint, member.settings),
+        "labels": member.known_labels,
         "frontend": {name: getattr(member.settings, name) for name in section("front-end")},
     }
     processing = member.checkpoint.postprocessing
@@ -250,14 +251,13 @@ def write_report(
     write_json(folder / "export.json", content)
     kept = {export.format for export in exports if export.kept}
     loaded = FILES["safetensors"] if "safetensors" in kept else checkpoint
-    card = write_card(folder / "README.md", {**vars(member.checkpoint), **about}, file=Path(loaded))
     columns, rows = table_rows([export for export in exports if export.kept])
     lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
-    section = (
+    files = (
         f"## Files\n\nWritten from `{checkpoint}` and compared with it on {reference.said}; differences "
         f"are the largest of any probability. The ONNX files take any number of clips of "
         f"{about['settings']['clip_samples']} samples (`model-mel.onnx` their log-mel spectrograms in dB) and hold "
-        f"settings, labels and front-end, as JSON, in their metadata.\n\n" + "\n".join(lines) + "\n"
+        f"settings, labels and front-end, as JSON, in their metadata.\n\n" + "\n".join(lines)
     )
-    write_text(card, f"{card.read_text(encoding='utf-8')}\n{section}")
+    card = write_card(folder / "README.md", {**vars(member.checkpoint), **about}, file=Path(loaded), more=files)
     print(f"Report: {folder / 'export.json'}\nModel card: {card}")

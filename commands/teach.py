@@ -14,7 +14,7 @@ from data_generator import SEDDataModule, load_test_data
 from evaluation.mapping import ClassMapping
 from model import Network
 from runs.ledger import make_folder
-from runs.members import Member, check_alike, check_labels, checkpoint_labels, fit_together
+from runs.members import Member, check_alike, fit_together
 from runs.records import device_name
 from runs.test_plan import class_mapping
 from sed_model import Batch, Ensemble_SEDWrapper, at_rate_of
@@ -49,7 +49,7 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
     with TeacherWriter(path, labels=labels, steps=steps, clip_seconds=seconds, source=source) as writer:
         together = fit_together(networks, settings) if settings.esm_together is None else settings.esm_together
         module = Teacher(networks, settings, labels, writer, steps=steps, together=together or len(networks) == 1)
-        module.mapping = mapping
+        module.mapping = None if mapping is None else mapping.apply
         for part, data in parts:
             build_trainer(part, steps_per_epoch=None).test(module, data, verbose=False)
     print(
@@ -99,7 +99,7 @@ def open_part(split: str, settings: Config, members: Sequence[Member]) -> Part:
     part = settings.model_copy(update={"test_split": split})
     data = load_test_data(part)
     for member in members:
-        check_labels(member.checkpoint, member.settings, data.tables[part.test_split])
+        member.check_labels(data.tables[part.test_split])
     return part, data
 
 
@@ -107,7 +107,7 @@ def taught_classes(member: Member, part: Part) -> tuple[list[str], Optional[Clas
     """The classes that are written: the network's own, or those of the data with the mapping that leads to them."""
     settings, data = part
     table = data.tables[settings.test_split]
-    mapping = class_mapping(checkpoint_labels(member.checkpoint, member.settings), settings, table)
+    mapping = class_mapping(member.known_labels, settings, table)
     return (member.labels(table), None) if mapping is None else (list(mapping.labels), mapping)
 
 
@@ -160,7 +160,7 @@ class Teacher(Ensemble_SEDWrapper):
         waveform = int16_to_float32(batch["waveform"])
         logits = self.frame_logits(waveform, self.sample_rate_of(batch)).cpu().numpy()
         if self.mapping is not None:  # it takes the largest of some scores, and so of their logits
-            logits = self.mapping.apply(logits.transpose(0, 2, 1)).transpose(0, 2, 1)
+            logits = self.mapping(logits.transpose(0, 2, 1)).transpose(0, 2, 1)
         read = (batch["index"] != UNREADABLE).cpu().numpy()
         self.unread += int((~read).sum())
         names = [name for name, was_read in zip(batch["audio_name"], read, strict=True) if was_read]

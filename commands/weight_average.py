@@ -13,9 +13,10 @@ from torch.optim.swa_utils import update_bn
 
 from data_generator import SEDDataModule, load_training_data
 from evaluation.metrics import Metric
-from model.checkpoint import Checkpoint, network_class, open_network, read_checkpoint, write_checkpoint
+from model.checkpoint import Checkpoint, network_class, read_checkpoint, write_checkpoint
 from model.foreign import PREFIX
 from model.network import Network
+from model.opening import open_network
 from runs.card import recorded_data, write_card
 from runs.ledger import file_sha256
 from runs.members import Member, differing

@@ -16,8 +16,9 @@ from data.audio import mono_waveform, stream_audio
 from inference.onnx_runtime import load_onnx
 from inference.windows import OverlapAverage, Window, cut_windows, into_bins
 from model import Network
-from model.checkpoint import LoadReport, open_network
+from model.checkpoint import LoadReport
 from model.known import find_checkpoint
+from model.opening import open_network
 from settings import Config, UserError
 
 if TYPE_CHECKING:

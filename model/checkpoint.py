@@ -18,12 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import whole_file
-from data.labels import published_labels
-from model import build_model
 from model.foreign import OWN, identify
 from model.network import Network
 from model.registry import UNNAMED, encoder_module
-from settings import Config, Facts, UserError, requested, resolve, section
+from settings import UserError, section
 
 COUNTERS = ("num_batches_tracked",)  # endings of buffers that a file may leave out
 LEAST_MATCHED = 0.99  # share of the backbone's parameters below which a file is refused
@@ -225,44 +223,6 @@ def decided_settings(
         names = (*section("encoder"), *(frontend if frontend_from == "checkpoint" else ()))
         return {name: known[name] for name in names if name in known}
     return {name: value for name, value in known.items() if name not in frontend or frontend_from != "settings"}
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A network with the weights of a file. labels: names of its classes, numbered where nothing tells them."""
-
-    network: Network
-    settings: Config
-    labels: list[str]
-    checkpoint: Checkpoint
-    report: LoadReport
-
-
-def open_network(path: str | Path, given: Optional[Mapping[str, Any]] = None) -> Opened:
-    """The network of a file of weights, for evaluation.
-
-    given: settings, as from flags; a file without settings of its own takes them from config.py and these. Raises
-    UserError where the file is missing or does not fit.
-    """
-    checkpoint, settings = read_with_settings(path, given)
-    network, report = build_with_weights(checkpoint, settings)
-    labels = checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
-    return Opened(network, settings, labels, checkpoint, report)
-
-
-def read_with_settings(
-    path: str | Path, given: Optional[Mapping[str, Any]] = None, facts: Optional[Facts] = None
-) -> tuple[Checkpoint, Config]:
-    """The first half of open_network: a file, and the settings of its network. facts: as for settings.resolve."""
-    given, checkpoint = given or {}, read_checkpoint(path)
-    decided = decided_settings(checkpoint, requested("frontend_from", given))
-    return checkpoint, resolve(given, checkpoint=decided, facts=facts)
-
-
-def build_with_weights(checkpoint: Checkpoint, settings: Config) -> tuple[Network, LoadReport]:
-    """The second half of open_network: the network with the weights of the file, all of which it needs."""
-    network, configured = build_model(settings), settings.model_dump()
-    return network, load_network(network, checkpoint, frontend_from=settings.frontend_from, configured=configured)
 
 
 def network_class(encoder: Optional[str]) -> type[Network]:

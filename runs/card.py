@@ -1,17 +1,18 @@
-"""The model card beside a checkpoint: Markdown with the metadata header of Hugging Face's hub."""
+"""The model card beside a checkpoint: Markdown with the metadata header of Hugging Face's hub (card.md.j2)."""
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import pytorch_lightning as pl
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from data.clip_store import STRONG, ClipTable
 from data.files import write_text
 from data_generator import SEDDataModule, Split, labelling, load_table
 from evaluation.metrics import Metric
+from model import build_model
 from model.checkpoint import COUNTERS, network_class, read_checkpoint
 from model.foreign import PREFIX
 from model.registry import ENCODERS, UNNAMED
@@ -19,8 +20,8 @@ from runs.records import git_revision
 from settings import FRAME_LOSSES, NOT_THE_EXPERIMENT, Config, UserError, all_settings, resolve, section
 from training.callbacks import checkpoint_folder, chosen_by
 
-LIBRARY = "hts-at"
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm: measured, not learned
+TAGS = ("audio", "hts-at", "audio-tagging", "sound-event-detection")
 UNITS = {"sample_rate": "Hz", "window_size": "samples", "hop_size": "samples", "fmin": "Hz", "fmax": "Hz"}
 # How a store's licence begins -> the identifier that the hub knows.
 LICENCE_IDENTIFIERS = {
@@ -29,13 +30,10 @@ LICENCE_IDENTIFIERS = {
     "Creative Commons Attribution 4.0": "cc-by-4.0",
     "Creative Commons Attribution-NonCommercial 3.0": "cc-by-nc-3.0",
 }
-NO_LICENCE = "The store of the data that the weights were trained on names no licence. "
-UNKNOWN_LICENCE = "Under which licence the data is that the weights were trained on is not known here. "
-STATE_YOUR_OWN = "Weights: state your own, here and in the header as `license`, before you publish them."
 
 
 def describe_data(tables: Mapping[Split, ClipTable]) -> dict[str, Any]:
-    """What a card says about data: clips and fingerprint of each split, source and licence of the store."""
+    """Clips and fingerprint of each split, source and licence of the store."""
     attributes = next(iter(tables.values())).attributes
     return {
         "splits": {split: {"clips": len(t), "fingerprint": t.fingerprint()} for split, t in tables.items()},
@@ -45,12 +43,11 @@ def describe_data(tables: Mapping[Split, ClipTable]) -> dict[str, Any]:
 
 
 def recorded_data(checkpoints: Sequence[Path], settings: Optional[Mapping[str, Any]]) -> dict[str, Any]:
-    """What describe_data says, of the data that the runs of checkpoints recorded; {} where they tell none or several.
+    """describe_data of the data that the runs of checkpoints recorded; {} where they recorded none, or several.
 
-    settings: those of the checkpoints. Source and licence come from the store that they name, where it is still there
-    and holds the clips that were recorded.
+    settings: those of the checkpoints. Source and licence come from their store, if it still holds the recorded clips.
     """
-    recorded = [_recorded_splits(path) for path in checkpoints]
+    recorded = [recorded_splits(path) for path in checkpoints]
     if not settings or not recorded[0] or any(each != recorded[0] for each in recorded):
         return {}
     facts = {"splits": recorded[0], "source": None, "licence": None}
@@ -62,7 +59,7 @@ def recorded_data(checkpoints: Sequence[Path], settings: Optional[Mapping[str, A
     return found if found["splits"] == recorded[0] else facts
 
 
-def _recorded_splits(checkpoint: Path) -> dict[Split, Any]:
+def recorded_splits(checkpoint: Path) -> dict[Split, Any]:
     """Clips and fingerprint of each split, from the provenance.json of a checkpoint's run; {} where there is none."""
     path = checkpoint.parent.parent / "provenance.json"
     try:
@@ -100,39 +97,89 @@ def write_run_card(settings: Config, data: SEDDataModule, trainer: pl.Trainer) -
 
 def write_card(
     path: Path,
-    checkpoint_content: Mapping[str, Any],
+    content: Mapping[str, Any],
     *,
     file: Path,
     metrics: Sequence[Metric] = (),
     measured: str = "",
     data: Optional[Mapping[str, Any]] = None,
+    more: str = "",
 ) -> Path:
     """Write the model card of a checkpoint; returns its path.
 
-    checkpoint_content: state_dict, settings, labels and frontend as in the file, and of an average its sources.
-    file: the checkpoint, as a path from the card's folder. metrics: with measured, a sentence on which clips they come
-    from. data: as describe_data gives it.
+    content: state_dict, settings, labels, frontend and encoder as in the file, and of an average its sources. file: the
+    checkpoint, as a path from the card's folder. metrics: with measured, a sentence on which clips they come from.
+    data: as describe_data gives it. more: a section for the end.
     """
-    settings = checkpoint_content.get("settings") or {}
-    known = bool(data)
-    frontend = checkpoint_content.get("frontend") or settings
+    settings = content.get("settings") or {}
+    frontend = content.get("frontend") or settings
     if "random_seed" not in settings:  # a foreign file, of which only the network is known
         settings = {}
-    data = data or {}
-    sections = [
-        _header(settings, data.get("licence")),
-        _introduction(checkpoint_content, settings),
-        _metrics(metrics, measured, settings),
-        _data(data, settings),
-        _training(checkpoint_content, settings),
-        _frontend(frontend),
-        _labels(checkpoint_content.get("labels") or []),
-        _use(settings),
-        f"## Licence\n\n{_licence(data.get('licence'), known=known)}",
-        _loading(file),
-    ]
-    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
+    encoder = content.get("encoder") or UNNAMED
+    known = {"splits": {}, "source": None, "licence": None, **(data or {})}
+    text = card_template().render(
+        encoder=ENCODERS[encoder],
+        parameters=count_parameters(content["state_dict"], encoder),
+        settings=settings,
+        epoch=content.get("epoch"),
+        sources=[source_name(source) for source in content.get("sources") or []],
+        identifier=licence_identifier(known["licence"]),
+        tags=[
+            "audio",
+            "hts-at",
+            "audio-tagging",
+            "sound-event-detection",
+            *filter(None, [settings.get("dataset_type")]),
+        ],
+        metrics=metrics,
+        measured=measured,
+        data=known,
+        data_known=bool(data),
+        revision=git_revision(),
+        experiment=experiment(settings, encoder),
+        frontend={
+            name: f"{frontend[name]} {UNITS.get(name, '')}".strip()
+            for name in section("front-end")
+            if name in frontend and all_settings()[name].encoder in ("", encoder)
+        },
+        labels=content.get("labels") or [],
+        frame_seconds=frame_seconds(settings) if settings else None,
+        file=file.as_posix(),
+        more=more,
+    )
+    write_text(path, text)
     return path
+
+
+def card_template() -> Template:
+    """card.md.j2, with the filter `cell` for values in a table."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    return environment.get_template("card.md.j2")
+
+
+def experiment(settings: Mapping[str, Any], encoder: str) -> dict[str, Any]:
+    """The settings that make the experiment; of a path only the file's name."""
+    shown = {name for name, setting in all_settings().items() if setting.encoder in ("", encoder)}
+    shown -= {*section("front-end", *NOT_THE_EXPERIMENT)}
+    if settings.get("dataset_type") != "esc-50":
+        shown -= {"esc_fold"}
+    return {
+        name: Path(value).name if isinstance(value, str) and "/" in value else value
+        for name, value in settings.items()
+        if name in shown
+    }
+
+
+def frame_seconds(settings: Mapping[str, Any]) -> float:
+    """Of the network that the settings of a checkpoint describe; 0.0 where it has no time axis."""
+    return build_model(resolve({}, checkpoint=settings)).frame_seconds
 
 
 def count_parameters(state_dict: Mapping[str, Any], encoder: Optional[str] = None) -> int:
@@ -156,34 +203,8 @@ def licence_identifier(licence: Optional[str]) -> Optional[str]:
     return next((LICENCE_IDENTIFIERS[name] for name in names if licence.startswith(name)), "other")
 
 
-def _header(settings: Mapping[str, Any], licence: Optional[str]) -> str:
-    """YAML; its values are written as JSON, which YAML contains."""
-    values: dict[str, Any] = {"pipeline_tag": "audio-classification", "library_name": LIBRARY}
-    identifier = licence_identifier(licence)
-    if identifier:
-        values["license"] = identifier
-    if identifier == "other":
-        values["license_name"] = "as-the-training-data"
-    tags = ["audio", "hts-at", "audio-tagging", "sound-event-detection"]
-    values["tags"] = [*tags, *([settings["dataset_type"]] if settings else [])]
-    return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in values.items()), "---"])
-
-
-def _introduction(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    row = ENCODERS[content.get("encoder") or UNNAMED]
-    title = f"# {row.title}: {settings['exp_name']}" if settings else f"# {row.title}"
-    learned = count_parameters(content["state_dict"], content.get("encoder"))
-    text = f"{row.title} ({row.paper}) of {learned:,} parameters, for sound classification and detection."
-    if content.get("epoch") is not None:
-        text += f" Weights after epoch {content['epoch'] + 1}."
-    if content.get("sources"):
-        names = ", ".join(_source_name(source) for source in content["sources"])
-        text += f" The weights are the mean of {len(content['sources'])} checkpoints: {names}."
-    return f"{title}\n\n{text}"
-
-
-def _source_name(source: str) -> str:
-    """Of a source of an average, `path sha256:...`: run, file and the start of the hash, without the machine's folders.
+def source_name(source: str) -> str:
+    """Run, file and start of the hash of an average's source, `path sha256:...`, without the machine's folders.
 
     Averages of earlier versions have the file's name alone.
     """
@@ -192,106 +213,3 @@ def _source_name(source: str) -> str:
         return source
     parts = [part for part in Path(path).parts[-3:] if part != "checkpoints"]
     return f"{'/'.join(parts[-2:])} ({digest[:8]})"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [[str(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in (columns, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
-
-
-def _metrics(metrics: Sequence[Metric], measured: str, settings: Mapping[str, Any]) -> str:
-    if not metrics:
-        return "## Metrics\n\nNone recorded with these weights: `python main.py test` measures them."
-    protocol = settings.get("protocol", "")
-    rows = [
-        (m.name, f"{m.value:.4f}", m.interval or "", m.criterion, m.clips, f"{m.classes} of {m.all_classes}", protocol)
-        for m in metrics
-    ]
-    columns = ("metric", "value", "95 % interval", "criterion", "clips", "classes", "protocol")
-    return f"## Metrics\n\n{_table(columns, rows)}" + (f"\n\n{measured}" if measured else "")
-
-
-def _data(data: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    rows = [["data set", settings["dataset_type"]]] if settings else []
-    for split, facts in data.get("splits", {}).items():
-        rows.append([split, f"{facts['clips']} clips, fingerprint {facts['fingerprint']}"])
-    rows += [["source", data.get("source") or "not recorded"], ["licence", data.get("licence") or "not recorded"]]
-    return f"## Data\n\n{_table(('', ''), rows)}"
-
-
-def _training(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """The settings that make the experiment; of a path only the file's name."""
-    if not settings:
-        return "## Training\n\nThe file says nothing about how it was trained."
-    left_out = section("front-end", *NOT_THE_EXPERIMENT)
-    rows = [
-        [f"`{name}`", Path(value).name if isinstance(value, str) and "/" in value else value]
-        for name, value in settings.items()
-        if name not in left_out and (name != "esc_fold" or settings["dataset_type"] == "esc-50")
-    ]
-    return f"## Training\n\nCode revision {git_revision()}. Settings:\n\n{_table(('setting', 'value'), rows)}"
-
-
-def _frontend(frontend: Mapping[str, Any]) -> str:
-    if not frontend:
-        return ""
-    rows = [[f"`{name}`", f"{frontend[name]} {UNITS.get(name, '')}".strip()] for name in section("front-end")]
-    return (
-        f"## Front-end\n\nLog-mel spectrogram: periodic Hann window, centred frames, Slaney mel scale, "
-        f"10 log10 of the power.\n\n{_table(('setting', 'value'), rows)}"
-    )
-
-
-def _labels(labels: Sequence[str]) -> str:
-    if not labels:
-        return "## Labels\n\nThe file names no classes."
-    listed = "\n".join(f"{number}. {html.escape(label)}" for number, label in enumerate(labels))
-    return f"## Labels\n\n<details><summary>{len(labels)} classes</summary>\n\n{listed}\n\n</details>"
-
-
-def _use(settings: Mapping[str, Any]) -> str:
-    text = "## Intended use and limits\n\nTagging sounds, and saying when they happen."
-    if not settings:
-        return text
-    seconds = settings["clip_samples"] / settings["sample_rate"]
-    last_size = settings["htsat_spec_size"] // settings["htsat_stride"] // 2 ** (len(settings["htsat_depth"]) - 1)
-    steps = last_size * (settings["htsat_spec_size"] // settings["mel_bins"])
-    one = settings["task"] == "single_label"
-    return (
-        f"{text} The network hears {seconds:g} s at a time, as mono sound of {settings['sample_rate']} Hz, and gives a "
-        f"score for each class and step of {1000 * seconds / steps:g} ms: events that are shorter, or closer to one "
-        f"another, are not told apart. Longer recordings are cut into windows, shorter ones are filled up "
-        f"({settings['short_clips']}).\n\nIt knows the classes below Labels and no others, and the kind of recordings "
-        f"that it was trained on ({settings['dataset_type']}); on others its scores can be lower, or wrong with high "
-        f"scores. "
-        + ("It names one class for each clip, also where there is none of them. " if one else "")
-        + "The scores are no calibrated probabilities: choose thresholds on recordings of your own. It is not meant "
-        "for decisions about people or for safety without a test on the recordings of that use."
-    )
-
-
-def _licence(licence: Optional[str], *, known: bool) -> str:
-    """known: whether the data is."""
-    if not licence:
-        return (NO_LICENCE if known else UNKNOWN_LICENCE) + STATE_YOUR_OWN
-    return f"The weights come from data with this licence: {licence}. The code is under the MIT licence."
-
-
-def _loading(file: Path) -> str:
-    return f"""## How to load
-
-With the code of this project, in the folder of this card:
-
-    python main.py predict --resume_checkpoint {file.as_posix()} sound.wav
-    python main.py test --resume_checkpoint {file.as_posix()}
-
-```python
-from inference import Tagger
-
-tagger = Tagger.from_checkpoint("{file.as_posix()}")
-tagged = tagger.tag_file("sound.wav")
-print(tagged.top(5, tagger.labels))
-```
-
-The checkpoint holds tensors and plain values only: `torch.load(..., weights_only=True)` reads it."""

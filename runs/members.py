@@ -13,8 +13,8 @@ from data.facts import store_task
 from data.labels import published_labels
 from data_generator import check_classes
 from model import Network
-from model.checkpoint import Checkpoint, build_with_weights, read_with_settings
-from model.known import find_checkpoint
+from model.checkpoint import Checkpoint
+from model.opening import build_with_weights, read_with_settings
 from runs.ledger import file_sha256
 from runs.test_plan import class_mapping
 from settings import Config, UserError, section
@@ -22,26 +22,6 @@ from training.devices import is_first_process, on_gpu
 from training.performance import settle
 
 DEFAULT_TEST_FILE = "test"  # of config.py
-
-
-def checkpoint_labels(checkpoint: Checkpoint, settings: Config) -> list[str]:
-    """The classes of a checkpoint: its own, or those of the published one where it carries none."""
-    return checkpoint.labels or published_labels(settings.dataset_type, settings.classes_num)
-
-
-def check_labels(checkpoint: Checkpoint, settings: Config, table: ClipTable) -> None:
-    """Raise UserError where a checkpoint and the data name their classes differently."""
-    known = checkpoint_labels(checkpoint, settings)
-    if class_mapping(known, settings, table) is not None:
-        return
-    check_classes(table, settings.classes_num)
-    if table.labels and known != table.labels and known[0] != "class 0":
-        differing = [pair for pair in zip(known, table.labels, strict=False) if pair[0] != pair[1]]
-        raise UserError(
-            f"{checkpoint.path} knows other classes than {table.paths[0]} has: {len(known)} against "
-            f"{len(table.labels)}, first difference {differing[:1]}. Set --dataset_type or --dataset_path, or prepare "
-            f"the data with the checkpoint's order of labels."
-        )
 
 
 @dataclass(frozen=True)
@@ -59,9 +39,7 @@ class Member:
     @classmethod
     def read(cls, path: str, given: dict[str, Any]) -> "Member":
         """Raises UserError where the file cannot be used or does not fit what is given."""
-        file, known = find_checkpoint(path)
-        given = {**known, **given}
-        checkpoint, settings = read_with_settings(file, given, store_task)
+        checkpoint, settings = read_with_settings(path, given, store_task)
         sha256 = file_sha256(checkpoint.path)
         settings, _ = settle(settings, training=False)
         settings = settings.model_copy(update={"heatmap_dir": score_folder(checkpoint, settings, given)})
@@ -74,10 +52,28 @@ class Member:
             print(report)
         return network
 
+    @property
+    def known_labels(self) -> list[str]:
+        """The classes: the checkpoint's own, or those of the published one where it carries none, or numbers."""
+        return self.checkpoint.labels or published_labels(self.settings.dataset_type, self.settings.classes_num)
+
     def labels(self, table: ClipTable) -> list[str]:
-        """The names of the classes: the checkpoint's, those of the published one, the data's, or numbers."""
-        known = checkpoint_labels(self.checkpoint, self.settings)
+        """The classes: known_labels, or the names of the data in place of numbers."""
+        known = self.known_labels
         return table.labels or known if known[0] == "class 0" else known
+
+    def check_labels(self, table: ClipTable) -> None:
+        """Raise UserError where the checkpoint and the data have other classes, and no class mapping."""
+        known = self.known_labels
+        if class_mapping(known, self.settings, table) is not None:
+            return
+        check_classes(table, self.settings.classes_num)
+        if table.labels and known != table.labels and known[0] != "class 0":
+            different = next((pair for pair in zip(known, table.labels, strict=False) if pair[0] != pair[1]), None)
+            raise UserError(
+                f"{self.checkpoint.path} has other classes than {table.paths[0]}: the first difference is {different}. "
+                f"Set --dataset_type or --dataset_path, or prepare the data with the checkpoint's order of labels."
+            )
 
     def reported(self) -> Config:
         """The settings with the protocol as it is known, to be printed."""
@@ -132,7 +128,7 @@ def check_alike(member: Member, first: Member) -> None:
             f"be averaged, or one of them may know clips that the other is tested on. Give members that agree; of a "
             f"file that does not say what it was trained on, give it with --protocol, --esc_fold, ..."
         )
-    known, other = (checkpoint_labels(each.checkpoint, each.settings) for each in (first, member))
+    known, other = first.known_labels, member.known_labels
     if known != other and "class 0" not in (known[0], other[0]):
         raise UserError(
             f"{member.checkpoint.path} and {first.checkpoint.path} have different labels: their scores cannot be "

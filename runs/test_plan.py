@@ -30,6 +30,7 @@ class TestPlan:
     name: str
     split_clips: int
     share: np.ndarray
+    mapping: Optional[ClassMapping]
     attributes: dict[str, str | int | float]
 
     @property
@@ -55,9 +56,9 @@ def plan_test(
     known: the classes of the checkpoints. Raises UserError where test_shard is none.
     """
     table = data.tables[settings.test_split] = annotated_clips(settings, data.tables[settings.test_split])
-    module.mapping = class_mapping(known, settings, table)
-    if module.mapping is not None:
-        module.labels = list(module.mapping.labels)
+    mapping = class_mapping(known, settings, table)
+    if mapping is not None:
+        module.mapping, module.labels = mapping.apply, list(mapping.labels)
     number, count = _shard(settings.test_shard, len(table))
     share = np.arange(number - 1, len(table), count)
     name = settings.test_file if count == 1 else shard_path(Path(f"{settings.test_file}.h5"), number, count).stem
@@ -71,12 +72,12 @@ def plan_test(
     }
     members = [read_checkpoint(path) for path in checkpoints]
     attributes["weights"] = weights_id(members)
-    post = stored_postprocessing(members, module)
+    post = stored_postprocessing(members, module.labels, mapping)
     if post is not None:
         attributes["postprocessing"] = json.dumps(post.as_dict())
     if count > 1:
         data.tables[settings.test_split] = table.select(share)
-    return TestPlan(name, len(table), share, attributes)
+    return TestPlan(name, len(table), share, mapping, attributes)
 
 
 def annotated_clips(settings: Config, table: ClipTable) -> ClipTable:
@@ -134,7 +135,9 @@ def weights_id(checkpoints: Sequence[Checkpoint]) -> str:
     return digest.hexdigest()[:16]
 
 
-def stored_postprocessing(checkpoints: Sequence[Checkpoint], module: Evaluation) -> Optional[PostProcessing]:
+def stored_postprocessing(
+    checkpoints: Sequence[Checkpoint], labels: Sequence[str], mapping: Optional[ClassMapping]
+) -> Optional[PostProcessing]:
     """The calibrated post-processing of a checkpoint, else the thresholds of the mapping, else None.
 
     One that was calibrated for other classes does not count, and neither does that of one member of an ensemble.
@@ -142,9 +145,9 @@ def stored_postprocessing(checkpoints: Sequence[Checkpoint], module: Evaluation)
     calibrated = checkpoints[0].postprocessing if len(checkpoints) == 1 else None
     if calibrated is not None:
         post = PostProcessing.from_dict(calibrated)
-        if set(module.labels) <= set(post.labels):
-            return post.for_labels(module.labels)
-    if module.mapping is None or module.mapping.thresholds is None:
+        if set(labels) <= set(post.labels):
+            return post.for_labels(labels)
+    if mapping is None or mapping.thresholds is None:
         return None
-    source = f"thresholds of the mapping {module.mapping.name}"
-    return PostProcessing(module.mapping.labels, module.mapping.thresholds, source=source)
+    source = f"thresholds of the mapping {mapping.name}"
+    return PostProcessing(mapping.labels, mapping.thresholds, source=source)

@@ -25,7 +25,7 @@ from runs.ledger import (
     joint_settings_hash,
     make_folder,
 )
-from runs.members import Member, check_labels, checkpoint_labels
+from runs.members import Member
 from runs.records import device_name, git_revision, print_first_page, print_metrics, write_json
 from runs.test_plan import TestPlan, plan_test, reported_split
 from sed_model import Evaluation, SEDWrapper
@@ -44,7 +44,7 @@ def test_member(member: Member) -> list[Metric]:
     settings = member.settings
     data = load_test_data(settings)
     table = data.tables[settings.test_split]
-    check_labels(member.checkpoint, settings, table)
+    member.check_labels(table)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = member.network()
     print_first_page(f"HTS-AT: test of {member.checkpoint.path}", member.reported(), data, network)
@@ -64,7 +64,7 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
             f"fl_local = True needs frame scores, and encoder = {settings.encoder} has no time axis: test without it."
         )
     paths = [str(member.checkpoint.path) for member in members]
-    plan = plan_test(module, settings, data, paths, checkpoint_labels(members[0].checkpoint, settings))
+    plan = plan_test(module, settings, data, paths, members[0].known_labels)
     whole = plan.complete and not settings.debug
     folder, ledger = Path(settings.heatmap_dir), Path(settings.results_path)
     if is_first_process():
@@ -78,7 +78,7 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
         return []
     table = data.tables[settings.test_split]
     metrics = with_interval(module.test_metrics, module.test_clipwise, module.test_targets, seed=settings.random_seed)
-    summary = summarize(module, reported, table, metrics, paths)
+    summary = summarize(module, reported, table, metrics, paths, plan.mapping)
     write_json(folder / f"{plan.name}.json", summary)
     collect_scores(module, settings, table, plan).save(folder / f"{plan.name}.h5")
     print_metrics(f"HTS-AT: {settings.test_split} clips, {', '.join(paths)}", metrics, reported)
@@ -92,7 +92,12 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
 
 
 def summarize(
-    module: Evaluation, reported: Config, table: ClipTable, metrics: Sequence[Metric], paths: Sequence[str]
+    module: Evaluation,
+    reported: Config,
+    table: ClipTable,
+    metrics: Sequence[Metric],
+    paths: Sequence[str],
+    mapping: Optional[ClassMapping],
 ) -> dict[str, Any]:
     """The content of <test_file>.json: metrics, the clips and how they were scored."""
     configured = {name: getattr(reported, name) for name in section("front-end")}
@@ -103,7 +108,7 @@ def summarize(
         "protocol": reported.protocol,
         "checkpoints": list(paths),
         "tta_shifts": module.shifts,
-        "class_mapping": mapping_name(module.mapping),
+        "class_mapping": mapping_name(mapping),
         "precision": reported.precision,
         "frontend": configured if reported.frontend_from == "settings" else {},
         "data_fingerprint": table.fingerprint(),

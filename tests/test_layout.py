@@ -53,6 +53,31 @@ def test_no_adapter_is_imported_in_prepare(path: Path) -> None:
     assert not named & {f"prepare.{adapter}" for adapter in ADAPTERS.values()}
 
 
+def imported_files(path: Path) -> set[Path]:
+    """The project's files that a file imports, directly and indirectly, in functions too; files of __init__ with them.
+
+    An encoder is imported by the name in its settings, and does not count.
+    """
+    found: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        for module, name in imports(waiting.pop()):
+            for place in (ROOT.joinpath(*module.split(".")), ROOT.joinpath(*module.split("."), name)):
+                files = {place.with_suffix(".py"), *(folder / "__init__.py" for folder in (place, *place.parents))}
+                new = {file for file in files if file.is_file() and file.is_relative_to(ROOT)} - found
+                found |= new
+                waiting += new
+    with_code = (file for file in found if len(ast.parse(file.read_text()).body) > 1)  # more than a docstring
+    return {file.relative_to(ROOT) for file in with_code}
+
+
+def test_training_imports_neither_tests_nor_event_metrics() -> None:
+    found = imported_files(ROOT / "commands" / "train.py")
+    assert len(found) <= 30, sorted(map(str, found))
+    assert {path for path in found if path.parts[0] == "evaluation"} <= {Path("evaluation/metrics.py")}
+    assert not {path for path in found if path.parts[0] == "inference" or path.stem in ("testing", "test_plan")}
+
+
 def test_every_module_has_a_room() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} <= FLOOR.keys()
 
@@ -62,25 +87,3 @@ def test_only_the_registry_imports_encoders() -> None:
     for path in FILES:
         named = {module for pair in imports(path) for module in (pair[0], ".".join(pair))}
         assert not any(module.startswith("model.encoders.") for module in named), path
-
-
-def reached(module: str) -> set[str]:
-    """The files with code that a module imports, directly and indirectly, anywhere in them."""
-    found: set[str] = set()
-    waiting = [module]
-    while waiting:
-        for pair in imports(ROOT / f"{waiting.pop().replace('.', '/')}.py"):
-            for name in (pair[0], ".".join(pair), pair[0].partition(".")[0] + ".__init__"):
-                path = ROOT / f"{name.replace('.', '/')}.py"
-                if path.is_file() and name not in found and len(ast.parse(path.read_text()).body) > 1:
-                    found.add(name)
-                    waiting.append(name)
-    return found - {module}
-
-
-def test_a_training_imports_little() -> None:
-    """And nothing of testing a run, of event metrics or of inference."""
-    files = reached("commands.train")
-    assert len(files) <= 30, sorted(files)
-    assert {name for name in files if name.startswith("evaluation.")} == {"evaluation.metrics"}
-    assert not {name for name in files if name.startswith("inference.") or "test" in name}

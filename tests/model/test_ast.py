@@ -19,9 +19,10 @@ from torchaudio.compliance import kaldi
 import main
 from inference import Tagger
 from model import build_model
-from model.checkpoint import decided_settings, load_network, open_network, read_checkpoint
+from model.checkpoint import decided_settings, load_network, read_checkpoint
 from model.encoders.ast import AST, ESC50, Spectrum, patch_grid, published_layout, rename, resize_positions, source_grid
 from model.frontend import KaldiFbank, SlaneyDecibels
+from model.opening import open_network
 from settings import UserError, resolve
 from tests.helpers import SIZES
 from tests.model.test_golden import FOLDER, golden

@@ -14,8 +14,9 @@ import main
 from commands.train import resolve_with_frontend
 from commands.weight_average import average_checkpoints
 from inference import Tagger
-from model.checkpoint import FrontendFrom, decided_settings, load_network, open_network, read_checkpoint
+from model.checkpoint import FrontendFrom, decided_settings, load_network, read_checkpoint
 from model.foreign import OWN
+from model.opening import open_network
 from prepare.demo import LABELS
 from settings import UserError, resolve, section
 from tests.helpers import TINY, TINY_FLAGS

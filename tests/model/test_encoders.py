@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from inference import Tagger
 from inference.onnx_runtime import OnnxNetwork, open_session
 from model import Network, build_model
-from model.checkpoint import load_network, open_network, read_checkpoint
+from model.checkpoint import load_network, read_checkpoint
 from model.export import Probabilities, build_onnx, join, save_onnx
+from model.opening import open_network
 from model.registry import ENCODERS, encoder_module, read_options
 from sed_model import at_rate_of, build_wrapper
 from settings import UserError, all_settings, resolve

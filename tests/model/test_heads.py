@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from inference.onnx_runtime import OnnxNetwork, open_session
-from model.checkpoint import load_network, open_network, read_checkpoint, save_safetensors
+from model.checkpoint import load_network, read_checkpoint, save_safetensors
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.export import Probabilities, build_onnx, join, save_onnx
 from model.heads import AttentionBlock, SequenceHead, rotary_angles, rotate
+from model.opening import open_network
 from settings import UserError, resolve
 from tests.networks import SMALL, awake, htsat, noise, save_network
 

@@ -1,4 +1,4 @@
-"""The model card: what a tiny run writes, its YAML header, licences, and what is said where little is known."""
+"""The model card: of a run, of an average, of a foreign file; its YAML header and licences."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
-import main
 from data_generator import load_training_data
 from evaluation.metrics import Interval, Metric
 from model import build_model
@@ -22,14 +21,14 @@ from runs.card import (
     write_card,
     write_run_card,
 )
-from settings import resolve, section
-from tests.helpers import TINY
+from settings import section
+from tests.helpers import tiny
 
 LABELS = ["dog | cat", "<rain>", "wind"]
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    settings = resolve({**TINY, "classes_num": 3, "random_seed": 5, **changes})
+    settings = tiny(**{"classes_num": 3, "random_seed": 5, **changes})
     return {
         "state_dict": build_model(settings).state_dict(),
         "settings": settings.model_dump(),
@@ -44,19 +43,16 @@ def header_of(text: str) -> dict[str, Any]:
     return yaml.safe_load(header)
 
 
-def test_card_says_everything(tmp_path: Path) -> None:
+def written(folder: Path, described: dict[str, Any], **more: Any) -> str:
+    return write_card(folder / "README.md", described, file=Path("a.ckpt"), **more).read_text()
+
+
+def test_a_card_with_everything(tmp_path: Path) -> None:
     metric = Metric("mAP", 0.51234, "macro average precision", 60, 3, 3, Interval(0.4, 0.6, 0.95, 1000))
-    facts = {
-        "splits": {"train": {"clips": 40, "fingerprint": "0123456789abcdef"}},
-        "source": "us",
-        "licence": "CC0 1.0",
-    }
+    splits = {"train": {"clips": 40, "fingerprint": "0123456789abcdef"}}
+    facts = {"splits": splits, "source": "us", "licence": "CC0 1.0"}
     average = {**content(), "sources": [f"/home/me/runs/mine/checkpoints/e_1.ckpt sha256:{'ab' * 32}", "e_2.ckpt"]}
-    path = write_card(
-        tmp_path / "new" / "README.md", average, file=Path("average.ckpt"), metrics=[metric], measured="On test clips.",
-        data=facts,
-    )  # fmt: skip
-    text = path.read_text()
+    text = written(tmp_path / "new", average, metrics=[metric], measured="On test clips.", data=facts, more="## More")
     assert header_of(text) == {
         "pipeline_tag": "audio-classification",
         "library_name": "hts-at",
@@ -65,64 +61,52 @@ def test_card_says_everything(tmp_path: Path) -> None:
     }
     for said in (
         "| mAP | 0.5123 | 0.4000 to 0.6000 | macro average precision | 60 | 3 of 3 | held_out |\n\nOn test clips.",
-        "| train | 40 clips, fingerprint 0123456789abcdef |",
-        "| source | us |",
-        "the mean of 2 checkpoints: mine/e_1.ckpt (abababab), e_2.ckpt",
+        "| train | 40 clips, fingerprint 0123456789abcdef |\n| source | us |\n| licence | CC0 1.0 |\n\n",
+        "mean of 2 checkpoints: mine/e_1.ckpt (abababab), e_2.ckpt.\n\n## Metrics",
+        "| setting | value |\n|---|---|\n",
         "| `random_seed` | 5 |",
         "| `htsat_depth` | [1, 1, 1, 1] |",
         "| `sample_rate` | 32000 Hz |",
         "| `hop_size` | 320 samples |",
         "| `mel_bins` | 64 |",
         "| `fmax` | 14000.0 Hz |",
-        "3 classes",
-        "0. dog | cat\n1. &lt;rain&gt;\n2. wind",
-        "10 s at a time",
+        "<details><summary>3 classes</summary>\n\n0. dog | cat\n1. &lt;rain&gt;\n2. wind\n\n</details>",
+        "10 s of mono sound of 32000 Hz",
         "312.5 ms",
-        "data with this licence: CC0 1.0",
-        "predict --resume_checkpoint average.ckpt",
-        'Tagger.from_checkpoint("average.ckpt")',
+        "licence: CC0 1.0",
+        "predict --resume_checkpoint a.ckpt",
+        'Tagger.from_checkpoint("a.ckpt")',
     ):
         assert said in text, said
-    assert list(path.parent.iterdir()) == [path]
+    assert text.endswith("\n\n## More\n")
+    assert "\n\n\n" not in text
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["README.md"]
 
 
 def test_paths_of_the_machine_stay_out(tmp_path: Path) -> None:
-    described = content(
-        workspace=str(tmp_path / "secret"), resume_checkpoint="/home/someone/runs/best.ckpt", exp_name="mine"
-    )
-    text = write_card(tmp_path / "README.md", described, file=Path("a.ckpt")).read_text()
+    places = {"workspace": str(tmp_path / "secret"), "resume_checkpoint": "/home/someone/runs/best.ckpt"}
+    text = written(tmp_path, content(**places, exp_name="mine"))
     assert "secret" not in text
     assert "someone" not in text
     assert "| `resume_checkpoint` | best.ckpt |" in text
     assert "# HTS-AT: mine" in text
 
 
-def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+def test_a_foreign_file(tmp_path: Path) -> None:
     known = content()
     foreign = {"state_dict": known["state_dict"], "settings": {"classes_num": 3}, "frontend": known["frontend"]}
-    text = write_card(tmp_path / "README.md", foreign, file=Path("a.ckpt")).read_text()
+    text = written(tmp_path, foreign)
     assert "license" not in header_of(text)
-    assert "names no licence" not in text  # nothing is known of the data, least of all that it has no licence
-    for said in (
-        "is not known here",
-        "state your own",
-        "nothing about how it was trained",
-        "names no classes",
-        "None recorded",
-        "50.0 Hz",
-    ):
+    assert "names no licence" not in text  # the data are unknown, and so is their licence
+    for said in ("not known here", "state your own", "None recorded", "names no classes", "50.0 Hz"):
         assert said in text, said
-
-
-def test_data_without_a_licence(tmp_path: Path) -> None:
-    facts = {"splits": {}, "source": "mine", "licence": ""}
-    text = write_card(tmp_path / "README.md", content(), file=Path("a.ckpt"), data=facts).read_text()
-    assert "names no licence. Weights: state your own" in text
+    without = written(tmp_path, content(), data={"splits": {}, "source": "mine", "licence": ""})
+    assert "names no licence. Weights: state your own" in without
 
 
 def test_data_of_a_run_that_has_ended(tmp_path: Path, demo_workspace: Path) -> None:
     """Splits as they were recorded; source and licence where the store still holds these clips."""
-    settings = resolve({**TINY, "dataset_path": str(demo_workspace / "workspace/data/demo")})
+    settings = tiny(demo_workspace)
     paths = [tmp_path / run / "checkpoints" / "best.ckpt" for run in ("a", "b")]
     described = describe_data(load_training_data(settings, ("train", "validation")).tables)
     for path in paths:
@@ -141,14 +125,11 @@ def test_data_of_a_run_that_has_ended(tmp_path: Path, demo_workspace: Path) -> N
     assert found == {"splits": other, "source": None, "licence": None}  # the store has changed since
 
 
-def test_step_of_other_networks(tmp_path: Path) -> None:
-    def said(**changes: Any) -> str:
-        return write_card(tmp_path / "README.md", content(**changes), file=Path("a.ckpt")).read_text()
-
-    network = build_model(resolve({**TINY, "mel_bins": 128, "hop_size": 640}))
-    assert f"{10000 / network.frames:g} ms" in said(mel_bins=128, hop_size=640)
-    assert "also where there is none" not in said()
-    assert "also where there is none" in said(task="single_label", loss_type="clip_ce")
+def test_frames_and_task(tmp_path: Path) -> None:
+    other: dict[str, Any] = {"mel_bins": 128, "hop_size": 640}
+    assert f"{1000 * build_model(tiny(**other)).frame_seconds:g} ms" in written(tmp_path, content(**other))
+    assert "one class for each clip" not in written(tmp_path, content())
+    assert "one class for each clip" in written(tmp_path, content(task="single_label", loss_type="clip_ce"))
 
 
 @pytest.mark.parametrize(
@@ -167,14 +148,14 @@ def test_licences(licence: str | None, identifier: str | None) -> None:
 
 
 def test_other_licence_has_a_name(tmp_path: Path) -> None:
-    text = write_card(tmp_path / "R.md", content(), file=Path("a"), data={"licence": 'Ask us: "no" #1'}).read_text()
+    text = written(tmp_path, content(), data={"licence": 'Ask us: "no" #1'})
     assert header_of(text)["license"] == "other"
     assert header_of(text)["license_name"] == "as-the-training-data"
     assert 'Ask us: "no" #1' in text
 
 
 def test_parameters_are_what_is_learned() -> None:
-    network = build_model(resolve(TINY))
+    network = build_model(tiny())
     learned = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     assert count_parameters(network.state_dict()) == learned
     assert count_parameters({f"sed_model.{key}": value for key, value in network.state_dict().items()}) == learned
@@ -182,8 +163,7 @@ def test_parameters_are_what_is_learned() -> None:
 
 def test_card_of_a_run(tmp_path: Path, demo_workspace: Path) -> None:
     """What train calls at its end: best.ckpt of the run, its metric, and the data of its two splits."""
-    where = {"workspace": str(tmp_path), "dataset_path": str(demo_workspace / "workspace/data/demo")}
-    settings = resolve({**TINY, **where})
+    settings = tiny(tmp_path, dataset_path=str(demo_workspace / "workspace/data/demo"))
     data = load_training_data(settings, ("train", "validation"))
     folder = settings.run_folder / "checkpoints"
     folder.mkdir(parents=True)
@@ -203,15 +183,3 @@ def test_card_of_a_run(tmp_path: Path, demo_workspace: Path) -> None:
         assert label in text
     for name in section("front-end"):
         assert f"`{name}`" in text
-
-
-def test_train_writes_a_card(
-    tmp_path: Path, demo_workspace: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    values = {**TINY, "max_epoch": "1", "dataset_path": str(demo_workspace / "workspace/data/demo")}
-    assert main.main(["train", *(word for name, value in values.items() for word in (f"--{name}", value))]) == 0
-    card = Path("workspace/runs/htsat_demo/README.md")
-    assert f"Model card: {card}" in capsys.readouterr().out
-    assert header_of(card.read_text())["pipeline_tag"] == "audio-classification"
-    assert "| `max_epoch` | 1 |" in card.read_text()

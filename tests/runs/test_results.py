@@ -334,8 +334,8 @@ def test_the_hash_is_that_of_the_weights_that_were_loaded(tested: tuple[Path, li
     before = file_sha256(path)
     (tmp_path / "later.ckpt").touch()
     (tmp_path / "later.ckpt").replace(path)  # as a training that goes on replaces last.ckpt
-    module: Any = SimpleNamespace(not_scored=0, shifts=[0], mapping=None)
-    summary = summarize(module, member.reported(), TABLE, [METRIC], [str(path)])
+    module: Any = SimpleNamespace(not_scored=0, shifts=[0])
+    summary = summarize(module, member.reported(), TABLE, [METRIC], [str(path)], None)
     line = testing.test_result(summary, [METRIC], member.settings, [member])
     assert line.checkpoints[0].sha256 == before != file_sha256(path)
     assert line.random_seed == 1
@@ -345,12 +345,12 @@ def test_a_test_records_which_clips_it_scored(tested: tuple[Path, list[str]]) ->
     """Under the protocol paper the validation clips are the test clips; and a configured front-end is in the line."""
     given = {"accelerator": "cpu", "test_split": "validation", "frontend_from": "settings"}
     member = Member.read(str(tested[0] / "a.ckpt"), given)
-    module: Any = SimpleNamespace(not_scored=0, shifts=[0], mapping=ClassMapping("published", (), ()))
-    found = summarize(module, member.reported(), TABLE, [METRIC], [])
+    module: Any = SimpleNamespace(not_scored=0, shifts=[0])
+    found = summarize(module, member.reported(), TABLE, [METRIC], [], ClassMapping("published", (), ()))
     assert (found["split"], found["class_mapping"], found["precision"]) == ("validation", "published", "32")
     assert found["frontend"]["fmax"] == 14000
     paper = member.settings.model_copy(update={"protocol": "paper", "frontend_from": "auto"})
-    found = summarize(module, paper, TABLE, [METRIC], [])
+    found = summarize(module, paper, TABLE, [METRIC], [], None)
     assert (found["split"], found["frontend"]) == ("test", {})
 
 
