@@ -138,7 +138,15 @@ class KaldiFbank(nn.Module):
         """The same for clips of so many samples, in operators of the ONNX standard."""
         window, bands = self.get_buffer("window"), self.get_buffer("bands")
         return TracedLogMel(
-            window, bands, self.hop, samples, pad=0, scale=math.log(10), floor=self.floor, before=self.emphasized
+            window,
+            bands,
+            self.hop,
+            samples,
+            pad=0,
+            size=self.fft,
+            scale=math.log(10),
+            floor=self.floor,
+            before=self.emphasized,
         )
 
     def emphasized(self, frames: Tensor) -> Tensor:
@@ -197,18 +205,19 @@ class TracedLogMel(nn.Module):
         samples: int,
         *,
         pad: int,
+        size: Optional[int] = None,
         pad_mode: str = "reflect",
         scale: float = 10.0,
         floor: float = POWER_FLOOR,
         before: Optional[Callable[[Tensor], Tensor]] = None,
     ) -> None:
-        """window: (length,), at most N = 2 (len(bands) - 1); bands: (N / 2 + 1, F); samples: of a clip.
+        """window: (length,); size: N, None: length; bands: (N // 2 + 1, F); samples: of a clip.
 
         pad: samples beyond each end. before: what is done to the frames (B, T, length) before the window.
         """
         super().__init__()
         window, bands = window.detach().cpu(), bands.detach().cpu()
-        length, size = len(window), 2 * (len(bands) - 1)
+        length, size = len(window), size or len(window)
         second = size // max(k for k in range(1, math.isqrt(size) + 1) if size % k == 0)
         first = size // second
         self.pad, self.pad_mode, self.scale, self.floor, self.before = pad, pad_mode, scale, floor, before

@@ -223,7 +223,7 @@ def test_average_of_one_and_of_two(tmp_path: Path) -> None:
     for key, first in networks[0].state_dict().items():
         second = networks[1].state_dict()[key]
         assert torch.equal(one["sed_model." + key], first)
-        expected = ((first.double() + second.double()) / 2).float() if first.is_floating_point() else second
+        expected = ((first.double() + second.double()) / 2).float() if first.is_floating_point() else first
         assert torch.equal(two["sed_model." + key], expected)
     other = save_network(tmp_path / "other.ckpt", networks[0], labels=["b"] * 5)
     with pytest.raises(UserError, match="labels"):

@@ -51,6 +51,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, demo_workspace: Path) -> 
     return folder / "export"
 
 
+@pytest.mark.slow
 def test_every_format_is_kept_with_report_and_card(exported: Path) -> None:
     names = {"model.safetensors", "model.onnx", "model-mel.onnx", "model-int8.onnx", "export.json", "README.md"}
     assert {path.name for path in exported.iterdir()} == names
@@ -70,6 +71,7 @@ def test_every_format_is_kept_with_report_and_card(exported: Path) -> None:
         assert f"| {entry['file']} |" in card
 
 
+@pytest.mark.slow
 def test_files_say_what_they_are(exported: Path) -> None:
     for name in ("model.onnx", "model-mel.onnx", "model-int8.onnx"):
         loaded = load_onnx(exported / name)
@@ -84,6 +86,7 @@ def test_files_say_what_they_are(exported: Path) -> None:
     assert checkpoint.settings["random_seed"] == 970131
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_gets_out(exported: Path) -> None:
     secrets = [str(exported.parent), str(Path(export.__file__).parents[1])]
     for path in exported.iterdir():
@@ -91,6 +94,7 @@ def test_no_path_of_this_machine_gets_out(exported: Path) -> None:
         assert not [secret for secret in secrets if secret.encode() in content], path.name
 
 
+@pytest.mark.slow
 def test_onnx_of_the_standard_alone_and_quantized_blocks(exported: Path) -> None:
     model = onnx.load(exported / "model.onnx")
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
@@ -100,6 +104,7 @@ def test_onnx_of_the_standard_alone_and_quantized_blocks(exported: Path) -> None
     assert quantized.count("MatMulInteger") == 4 * 4 + 3  # qkv, proj, fc1, fc2 of four blocks; three mergings
 
 
+@pytest.mark.slow
 def test_tagger_listens_with_an_exported_network(exported: Path) -> None:
     """A recording longer than a window, cut and joined the same way."""
     loaded = load_onnx(exported / "model.onnx")
@@ -111,6 +116,7 @@ def test_tagger_listens_with_an_exported_network(exported: Path) -> None:
     np.testing.assert_allclose(found.embedding, wanted.embedding, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_predict_finds_the_same_events_with_every_file(exported: Path, tmp_path: Path) -> None:
     """What was calibrated goes with the weights."""
     soundfile.write(tmp_path / "a.wav", noise(1, 13 * 32000)[0].numpy(), 32000)
@@ -243,6 +249,7 @@ def test_mistakes_are_told(words: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_missing_packages_are_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install onnxruntime"):
@@ -252,6 +259,7 @@ def test_missing_packages_are_named(exported: Path, monkeypatch: pytest.MonkeyPa
         export.build_onnx(tiny_network(), 320000)
 
 
+@pytest.mark.slow
 def test_files_that_are_no_export(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no file"):
         load_onnx(tmp_path / "nowhere.onnx")
