@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model import Network, build_model
+from model import build_model
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from settings import resolve
-from tests.helpers import SIZES, TINY
+from tests.helpers import TINY
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 SMALL: dict[str, Any] = {  # at 8 kHz; a folded image of 64 x 64 from 32 bands and 128 frames: 8 steps of 16 frames
@@ -23,12 +23,6 @@ SMALL: dict[str, Any] = {  # at 8 kHz; a folded image of 64 x 64 from 32 bands a
 def noise(clips: int = 2, samples: int = 10080, seed: int = 1) -> Tensor:
     """(clips, samples) float32."""
     return 0.1 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(seed))
-
-
-def encoder(name: str, **changes: Any) -> Network:
-    """A network of SIZES in eval mode, each part of which changes its output."""
-    torch.manual_seed(0)
-    return awake(build_model(resolve({**SIZES[name], **changes})).eval())
 
 
 def htsat(sizes: Mapping[str, Any] = SMALL, /, **changes: Any) -> HTSAT_Swin_Transformer:

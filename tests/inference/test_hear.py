@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from inference import Tagger, hear
+from model import build_model
 from settings import UserError, resolve
 from tests.helpers import SIZES, TINY
-from tests.networks import encoder, htsat, save_network
+from tests.networks import htsat, save_network
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_an_exported_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_encoder_without_a_time_axis_gives_scenes_alone() -> None:
     settings = resolve(SIZES["ast"])
-    model = hear.HearModel(Tagger(encoder("ast"), settings, []))
+    model = hear.HearModel(Tagger(build_model(settings), settings, []))
     sounds = 0.1 * torch.randn(2, settings.clip_samples)
     assert hear.get_scene_embeddings(sounds, model).shape == (2, model.scene_embedding_size)
     with pytest.raises(UserError, match="time axis"):

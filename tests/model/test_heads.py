@@ -1,4 +1,4 @@
-"""Layers over the sequence of steps: how they begin, what they learn from, fine-tuning into them, and their exports."""
+"""Layers over the sequence of steps: how they begin, what they know, fine-tuning into them."""
 
 from pathlib import Path
 from typing import Any
@@ -7,17 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from inference.onnx_runtime import OnnxNetwork, open_session
-from model.checkpoint import load_network, read_checkpoint, save_safetensors
+from model.checkpoint import load_network, read_checkpoint
 from model.encoders.htsat import HTSAT_Swin_Transformer
-from model.export import Probabilities, build_onnx, join, save_onnx
 from model.heads import AttentionBlock, SequenceHead, rotary_angles, rotate
-from model.opening import open_network
-from settings import UserError, resolve
-from tests.networks import SMALL, awake, htsat, noise, save_network
+from settings import UserError
+from tests.networks import awake, htsat, noise, save_network
 
 HEADS = ["gru", "attention", "transformer"]
-FINE = {"htsat_readout_stage": 1, "htsat_time_stride": 2}
 NEW = ("readout.", "sequence_head.")
 
 
@@ -39,24 +35,6 @@ def test_a_head_begins_with_nothing_and_then_matters(kind: str, tscam: bool) -> 
         changed = headed(noise())
     assert (changed.frame_logits - wanted.frame_logits).abs().max() > 0.01
     assert torch.equal(changed.embedding, wanted.embedding)
-
-
-@pytest.mark.parametrize("readout", [{}, FINE], ids=["published", "fine"])
-@pytest.mark.parametrize("kind", HEADS)
-def test_every_new_parameter_learns(kind: str, readout: dict[str, Any]) -> None:
-    """In the second step: in the first, what stands before the zeros has no gradient yet."""
-    network = small(kind, **readout).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    targets = torch.rand(2, network.frames, 5, generator=torch.Generator().manual_seed(2))
-    for _ in range(2):
-        optimizer.zero_grad()
-        nn.functional.binary_cross_entropy_with_logits(network(noise()).frame_logits, targets).backward()
-        optimizer.step()
-    for name, parameter in network.named_parameters():
-        if name.startswith(NEW):
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
-            assert parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -124,33 +102,6 @@ def test_layers_dropout_and_the_state_dict() -> None:
     finer.load_state_dict(two.state_dict(), strict=False)  # the same head at any number of steps
 
 
-def test_new_parts_belong_to_the_classifier() -> None:
-    network = small("gru", htsat_readout_stage=2)
-    numbers = {id(parameter): number for number, parameter in network.parameters_by_layer()}
-    found = {name: numbers[id(parameter)] for name, parameter in network.named_parameters()}
-    new = {name for name in found if name.startswith(NEW)}
-    assert {found[name] for name in new} == {found["tscam_conv.weight"]} == {max(numbers.values())}
-    network.train().freeze_backbone()
-    learns = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    assert learns == new | {"tscam_conv.weight", "tscam_conv.bias", "head.weight", "head.bias"}
-    assert network.sequence_head is not None
-    assert network.sequence_head.training
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_half_precision_and_the_graph_to_export(kind: str) -> None:
-    network = awake(small(kind, **FINE))
-    log_mel = network.log_mel(noise())
-    with torch.no_grad():
-        wanted, found = network.probabilities(noise()), Probabilities(network, log_mel)(log_mel)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixed = network(noise())
-    assert mixed.frame_logits.dtype == torch.float32
-    assert (wanted[0] - mixed.clip_logits.sigmoid()).abs().max() < 0.05
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
 def test_fine_tuning_a_published_network_with_new_parts(tmp_path: Path) -> None:
     published, network = small(), small("transformer", htsat_readout_stage=2)
     with torch.no_grad():
@@ -179,29 +130,3 @@ def test_fine_tuning_a_network_that_has_the_parts(tmp_path: Path) -> None:
     assert {key.split(".")[0] for key in report.fresh} == {"sequence_head"}
     assert not other.sequence_head.out.weight.any()  # type: ignore[union-attr]
     assert report.reshaped == []
-
-
-def test_safetensors_keep_the_new_parts(tmp_path: Path) -> None:
-    network = awake(small("attention", **FINE))
-    saved = resolve({**SMALL, "sequence_head": "attention", "sequence_dim": 32, **FINE}).model_dump()
-    frontend = {"sample_rate": 8000}
-    save_safetensors(tmp_path / "a", network.state_dict(), settings=saved, labels=list("abcde"), frontend=frontend)
-    again = open_network(tmp_path / "a").network.eval()
-    with torch.inference_mode():
-        for found, wanted in zip(again.probabilities(noise()), network.probabilities(noise()), strict=True):
-            assert torch.equal(found, wanted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "changes", "steps"), [("gru", {}, 8), ("transformer", FINE, 64)])
-def test_onnx(kind: str, changes: dict[str, Any], steps: int, tmp_path: Path) -> None:
-    network = awake(small(kind, sequence_layers=1, **changes))
-    save_onnx(join(*build_onnx(network, 10080)), tmp_path / "model.onnx", {})
-    exported = OnnxNetwork(open_session(tmp_path / "model.onnx"), resolve(SMALL))
-    assert exported.frames == steps
-    for clips in (1, 3):  # any number of them
-        with torch.inference_mode():
-            wanted = network.probabilities(noise(clips))
-        for ours, theirs in zip(exported.probabilities(noise(clips)), wanted, strict=True):
-            assert ours.shape == theirs.shape
-            assert (ours - theirs).abs().max() < 1e-4

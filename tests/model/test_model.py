@@ -6,6 +6,7 @@ import torchlibrosa
 from torch.nn import functional as F
 
 from model.encoders.htsat import HTSAT_Swin_Transformer, scale_probabilities
+from model.export import Probabilities
 from model.frontend import BandNorm, LogMel, Spectrogram, bicubic_matrix, fold, stack, stretch
 from model.layers.swin import (
     MASK_SCALE,
@@ -220,6 +221,8 @@ def test_repeat_mode() -> None:
             single.images = lambda _, image=image: [image]  # type: ignore[method-assign,misc]
             each.append(single(waveform).clip_logits.sigmoid())
         torch.testing.assert_close(found, torch.stack(each).mean(dim=0), atol=1e-6, rtol=1e-5)
+        log_mel = network.log_mel(waveform)
+        torch.testing.assert_close(Probabilities(network, log_mel)(log_mel)[0], found, atol=1e-5, rtol=1e-4)
         network.train()
         (image,) = network.images(features)
     assert torch.equal(image[:, :, :64], image[:, :, 192:])
