@@ -1,4 +1,4 @@
-"""The README's way from a table of events to a calibrated detector, line by line, on tiny data."""
+"""docs/training.md, "Train on event times": from a table of events to a calibrated detector, on tiny data."""
 
 import shlex
 from pathlib import Path
@@ -28,9 +28,9 @@ SMALLER = {  # for each command, what makes it tiny
 
 
 def commands() -> list[list[str]]:
-    """The lines of the README's block, in words."""
-    section = (ROOT / "README.md").read_text().partition("### Train on event times")[2].partition("\n## ")[0]
-    return [shlex.split(line, comments=True) for line in section.splitlines() if line.startswith("    python ")]
+    """The lines of the section's first block, in words."""
+    block = (ROOT / "docs/training.md").read_text().partition("## Train on event times")[2].split("```")[1]
+    return [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
 
 
 def write_recordings(folder: Path, count: int, rng: np.random.Generator) -> list[tuple[str, object, object, str]]:
