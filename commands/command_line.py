@@ -14,6 +14,7 @@ Arguments = list[tuple[str, dict[str, Any]]]
 # command: (help, its own arguments beside the settings)
 COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
     "prepare": ("make the clip store of a data set", all_flags),
+    "encoders": ("list the encoders and their options", []),
     "train": ("train a network, or resume a run (--resume auto)", []),
     "test": ("evaluate a checkpoint (--resume_checkpoint PATH)", []),
     "cross_validate": (
