@@ -67,6 +67,4 @@ def test_files_exist(page: Path) -> None:
 
 def test_table_of_encoders() -> None:
     shown = (ROOT / "README.md").read_text().partition("<!-- encoders -->\n")[2].partition("\n<!-- /encoders -->")[0]
-    assert shown == encoder_table(), (
-        "README.md lacks the table that `python main.py encoders` prints"
-    )
+    assert shown == encoder_table(), "README.md lacks the table that `python main.py encoders` prints"
