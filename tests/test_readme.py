@@ -11,6 +11,7 @@ import pytest
 import fl_evaluate
 from commands.command_line import COMMANDS, build_parser
 from commands.encoders import encoder_table
+from prepare.adapters import check_flags, load_adapter
 from settings import check_values
 from tests.helpers import ROOT
 
@@ -46,6 +47,9 @@ def test_command_lines_are_accepted(page: Path) -> None:
         values = parse(script, words)
         given = {k.removeprefix("setting_"): v for k, v in values.items() if k.startswith("setting_") and v is not None}
         check_values({name: value for name, value in given.items() if not value.isupper()})  # SEED is no value
+        if words[0] == "prepare":
+            flags = [name for name in values if not name.startswith("setting_") and name != "command"]
+            check_flags(load_adapter(given.get("dataset_type", "demo")), flags)
 
 
 def test_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
