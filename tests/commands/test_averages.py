@@ -153,7 +153,7 @@ def test_what_may_not_be_averaged(name: str, value: Any, capsys: pytest.CaptureF
     if name != "fmax":  # networks with other front-ends can be an ensemble
         members = f"{first_epoch()},{other}"
         said = refused(capsys, "esm_test", "--esm_model_pathes", members, "--accelerator", "cpu")
-        assert f"{name} {value} against" in said
+        assert name in said
 
 
 def test_front_ends_without_settings_are_compared() -> None:
