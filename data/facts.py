@@ -27,7 +27,7 @@ def store_facts(values: Mapping[str, Any]) -> dict[str, Any]:
                 "data_rate": None if rate is None else int(rate),
             }
             return {name: value for name, value in facts.items() if value is not None}
-    except (UserError, OSError):
+    except (UserError, OSError, LookupError):
         return {}
 
 
