@@ -21,7 +21,7 @@ from evaluation.scores import EventList
 
 TRUE_COLOUR, FOUND_COLOUR, SCORE_COLOUR = "#3aa883", "#d1495b", "#2b3a55"
 MOST_SHOWN = 8  # classes of a clip, each with a strip of its own
-MOST_CURVES = 12  # classes whose curves can be told apart
+MOST_CURVES = 12  # classes whose curves stay distinguishable
 MOST_COLUMNS = 1000  # of a waveform of any length
 BINS = 32  # of a histogram
 MEL_TICKS = np.array([100, 500, 1000, 3000, 10000])  # Hz
