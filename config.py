@@ -21,6 +21,9 @@ ThreeFloats = Annotated[list[float], Field(min_length=3, max_length=3)]
 Range = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Shifts = Annotated[list[int], Field(min_length=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[
+    str, Field(pattern=r"^[^/\\\x00-\x1f\x7f]*[^./\\\x00-\x1f\x7f ][^/\\\x00-\x1f\x7f]*$")
+]  # of one file or folder
 
 # --- data set --------------------------------------------------------------------------------------------------------
 dataset_type: Literal[  # which data set
@@ -37,7 +40,7 @@ protocol: Literal["held_out", "paper"] = (  # choose the best checkpoint on vali
 esc_fold: PositiveInt = 1  # ESC-50: the fold held out for testing, numbered as in esc50.csv (1 to 5)
 
 # --- run -------------------------------------------------------------------------------------------------------------
-exp_name: str = (  # name of the run: its folder is <workspace>/runs/<exp_name>
+exp_name: Name = (  # name of the run: its folder is <workspace>/runs/<exp_name>
     f"htsat_{dataset_type}_fold{esc_fold}" if dataset_type == "esc-50" else f"htsat_{dataset_type}"
 )
 workspace: str = "workspace"  # folder of prepared data and runs
@@ -81,7 +84,7 @@ accumulate_batches: PositiveInt = 1  # parts that batch_size is cut into, one af
 
 # --- training clips --------------------------------------------------------------------------------------------------
 random_seed: NonNegativeInt = 970131  # seed of everything that is random
-index_type: str = "full_train"  # AudioSet: index to train on, hdf5s/indexes/<index_type>.h5
+index_type: Name = "full_train"  # AudioSet: index to train on, hdf5s/indexes/<index_type>.h5
 class_filter: list[str] = []  # training: only clips with one of these classes (numbers or names); empty: all
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
 
@@ -185,7 +188,7 @@ test_split: Literal["test", "validation", "train"] = "test"  # test: the clips t
 tta_shifts: Shifts = (  # test: average the scores over circular shifts by so many samples
     [0, 100, 300, 600, 1000, 1500, 2100, 2800, 3600, 4500] if dataset_type == "audioset" else [0]
 )
-test_file: str = "test"  # name of the score file, without its ending .h5
+test_file: Name = test_split  # name of the score file, without its ending .h5
 test_shard: list[int] = []  # test: 2,4 scores the second of four shares of the clips; fl_evaluate joins all; empty: all
 heatmap_dir: str = f"{workspace}/runs/{exp_name}/scores"  # folder of the score files that test writes
 fl_local: bool = False  # test: also write frame scores, for localization

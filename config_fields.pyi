@@ -9,12 +9,13 @@ ThreeFloats = Annotated[list[float], Field(min_length=3, max_length=3)]
 Range = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Shifts = Annotated[list[int], Field(min_length=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern='^[^/\\\\\\x00-\\x1f\\x7f]*[^./\\\\\\x00-\\x1f\\x7f ][^/\\\\\\x00-\\x1f\\x7f]*$')]
 class ConfigFields(BaseModel):
     dataset_type: Literal['demo', 'audioset', 'audioset-strong', 'esc-50', 'scv2', 'desed', 'folder', 'soundscapes']
     task: Literal['multilabel', 'single_label']
     protocol: Literal['held_out', 'paper']
     esc_fold: PositiveInt
-    exp_name: str
+    exp_name: Name
     workspace: str
     dataset_path: str
     results_path: str
@@ -40,7 +41,7 @@ class ConfigFields(BaseModel):
     precision: Literal['auto', '32', 'bf16-mixed', '16-mixed']
     accumulate_batches: PositiveInt
     random_seed: NonNegativeInt
-    index_type: str
+    index_type: Name
     class_filter: list[str]
     balanced_data: bool
     resume_checkpoint: Optional[str]
@@ -105,7 +106,7 @@ class ConfigFields(BaseModel):
     mean_teacher: NonNegativeFloat
     test_split: Literal['test', 'validation', 'train']
     tta_shifts: Shifts
-    test_file: str
+    test_file: Name
     test_shard: list[int]
     heatmap_dir: str
     fl_local: bool

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -281,6 +282,12 @@ class SEDDataModule(pl.LightningDataModule):
         super().__init__()
         self.settings, self.tables = settings, dict(tables)
         self.frames, self.teacher, self.replace_unreadable = frames, teacher, replace_unreadable
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a run records of its data: the first store, and of each split clips and digest (ClipTable.digest)."""
+        splits = {split: {"clips": len(t), "digest": t.digest()} for split, t in self.tables.items()}
+        return {"store": str(next(iter(self.tables.values())).paths[0]), "splits": splits}
 
     def dataset(self, split: Split) -> ClipDataset:
         settings, table = self.settings, self.tables[split]

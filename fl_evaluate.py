@@ -7,7 +7,6 @@ HTML file with everything in it. Every setting of config.py is a flag. Threshold
 fl_threshold, fl_median_filter, ... replace them.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from commands.command_line import Parser, add_settings
-from data.files import write_text
+from data.files import check_writable, read_json, write_text
 from evaluation.bootstrap import RESAMPLES
 from evaluation.clips import draw_clips, read_sounds
 from evaluation.detection import measure, with_intervals
@@ -53,6 +52,9 @@ def run(settings: Config, options: Options) -> None:
     folder, name = Path(settings.heatmap_dir), settings.test_file
     file = folder / f"{name}.h5"
     scores = load_scores(file)
+    check_writable(f"heatmap_dir = {folder}", folder / f"{name}_detection.json")
+    if options.report:
+        check_writable(f"--report {options.report}", options.report)
     if options.import_scores is not None:
         scores, name = import_tables(Path(options.import_scores), scores), f"{name}_imported"
     if settings.fl_class_num:
@@ -86,7 +88,7 @@ def run(settings: Config, options: Options) -> None:
 def describe_system(file: Path, scores: Scores, post: PostProcessing, settings: Config) -> list[tuple[str, str]]:
     """The report's section on the system: the origin of the scores, and the way from scores to events."""
     summary = file.with_suffix(".json")
-    test: dict[str, Any] = json.loads(summary.read_text()) if summary.is_file() else {}
+    test: dict[str, Any] = read_json(summary, dict) if summary.is_file() else {}
     kept = scores.attributes
     lines = [
         ("score file", str(file)),

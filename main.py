@@ -3,8 +3,11 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from commands.command_line import build_parser
+from data.files import FULL, explained
+from data.workers import end_with_parent, works_for_another
 from settings import UserError, check_values
 
 # Commands that do not start anew after Ctrl-C.
@@ -25,13 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), None)
+    if works_for_another():
+        end_with_parent()
     try:
         parser = build_parser(chosen)
         values = vars(parser.parse_args(words))
         command = values.pop("command")
         given = {k.removeprefix("setting_"): values.pop(k) for k in list(values) if k.startswith("setting_")}
         check_values(given)  # before anything heavy is imported
-        return importlib.import_module(f"commands.{command}").run(given, **values) or 0
+        with explained(Path("An output"), FULL):  # of those that name none, as what is printed
+            return importlib.import_module(f"commands.{command}").run(given, **values) or 0
     except UserError as error:
         # torch puts a traceback in front of the message of a DataLoader's worker.
         print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)

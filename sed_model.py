@@ -18,6 +18,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from data.clip_store import STRONG, UNLABELLED, UNREADABLE
 from data.frame_targets import Events, Targets, rasterize, resample_steps
 from data.ontology import read_ontology
+from data_generator import SEDDataModule
 from evaluation.metrics import FRAME_METRIC, MAIN_METRIC, Metric, clip_metrics, frame_metric
 from model import Network, Outputs
 from model.network import resample
@@ -29,7 +30,7 @@ from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
 ScoreMapping = Callable[[np.ndarray], np.ndarray]  # scores (..., K) of a network's classes -> of the data's
-CHECK_LOSS_EVERY = 50  # steps; a loss that is not finite stays so
+CHECK_LOSS_EVERY = 50  # steps: it makes the CPU wait for a GPU, and a loss that is not finite stays so
 
 
 def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: Sequence[float]) -> float:
@@ -163,6 +164,8 @@ class SEDWrapper(Evaluation):
         self.watched: list[tuple[Tensor, ...]] = []  # of the test clips, with watch_test
         self.unreadable = 0  # clips of this epoch, in this process
         self.batch_in_epoch = 0
+        # Step since which the loss has not been finite, -1 while it is: on the device, where each step updates it.
+        self.register_buffer("diverged_at", torch.tensor(-1), persistent=False)
         ontology = settings.class_map_path if settings.enable_label_enhance else None
         self.ontology = read_ontology(Path(ontology)) if ontology else None
         if settings.freeze_backbone:
@@ -191,14 +194,36 @@ class SEDWrapper(Evaluation):
         self.batch_in_epoch = batch_idx
         loss = self.training_loss(batch)
         self.unreadable += batch["unreadable"]
-        if self.global_step % CHECK_LOSS_EVERY == 0 and not torch.isfinite(loss):  # it makes the CPU wait for a GPU
-            raise UserError(
-                f"The loss is {loss.item()} in epoch {self.current_epoch}, step {self.global_step}, with the clips "
-                f"{', '.join(batch['audio_name'][:4])}, ...: lower learning_rate, or use precision 32."
-            )
+        since = torch.where(self.diverged_at < 0, self.global_step, self.diverged_at)
+        self.diverged_at = torch.where(loss.detach().isfinite(), -1, since)
+        if self.global_step % CHECK_LOSS_EVERY == 0 or (self._trainer and self._trainer.is_last_batch):
+            self.check_loss()
         size = len(batch["waveform"])
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
+
+    def check_loss(self) -> None:
+        """Raise UserError where the loss is not finite, with the step since when."""
+        step = self.diverged_at
+        if self._world_size() > 1:  # so that all processes end
+            reduced = self.trainer.strategy.reduce(step.clone(), reduce_op="max")
+            assert isinstance(reduced, Tensor)
+            step = reduced
+        if step >= 0:
+            raise self._diverged(f"the loss is no finite number since step {int(step)}")
+
+    def _diverged(self, why: str) -> BaseException:
+        """What to raise, in all processes: the first one says why."""
+        if self.global_rank:
+            return SystemExit(2)
+        return UserError(
+            f"The training diverged in epoch {self.current_epoch + 1}: {why}. Try a lower learning_rate (it is "
+            f"{self.settings.learning_rate:g}), smaller scales of the first epochs (lr_rate), gradient_clip = 1, or "
+            f"precision = 32."
+        )
+
+    def _world_size(self) -> int:
+        return self._trainer.world_size if self._trainer else 1
 
     def training_loss(self, batch: Batch) -> Tensor:
         """The loss of a batch of the training data, on the device, with the augmentations of the settings."""
@@ -290,8 +315,14 @@ class SEDWrapper(Evaluation):
         collected = self.watched if dataloader_idx else self.collected
         collected.append((batch["index"], logits, batch["target"]))
 
+    def check_scores(self, logits: np.ndarray) -> None:
+        """Raise UserError where the scores of validation clips are not finite."""
+        if not np.isfinite(logits).all():
+            raise self._diverged("the scores of the validation clips are not finite")
+
     def on_validation_epoch_end(self) -> None:
         _, logits, targets = self._gather(self.collected)
+        self.check_scores(logits)
         loss = self.loss_func(torch.from_numpy(logits), torch.from_numpy(targets))
         self.log("val_loss", loss.to(self.device), prog_bar=True, sync_dist=True)
         for metric in clip_metrics(self.task, logits, targets > 0.5):
@@ -325,13 +356,34 @@ class SEDWrapper(Evaluation):
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed optimizer keeps its moments; learning rates, decay and arithmetic are those of the settings."""
+        fresh = self.configure_optimizers()
+        groups, schedule = fresh["optimizer"].state_dict()["param_groups"], fresh["lr_scheduler"]
+        states = zip(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []), strict=True)
+        for optimizer, scheduler in states:
+            scales = [scale(scheduler["last_epoch"]) for scale in schedule.lr_lambdas]
+            rates = [base * scale for base, scale in zip(schedule.base_lrs, scales, strict=True)]
+            scheduler.update(base_lrs=schedule.base_lrs, _last_lr=rates)
+            for group, new, rate in zip(optimizer["param_groups"], groups, rates, strict=True):
+                group.update({**new, "params": group["params"], "lr": rate})
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says itself what it is: plain values only, so that reading it cannot run code."""
+        """A checkpoint says itself what it is: plain values only, so that reading it cannot run code.
+
+        Raises UserError, and nothing is written, where the weights are not finite.
+        """
+        broken = [name for name, p in self.sed_model.named_parameters() if not p.isfinite().all()]
+        if broken:
+            raise self._diverged(f"{broken[0]} is not finite")
         values = self.settings.model_dump()
         checkpoint["settings"], checkpoint["labels"] = values, self.labels
         # `epoch` is Lightning's number of the epoch at work, which a checkpoint in its middle leaves incomplete.
         checkpoint["complete_epochs"] = self.current_epoch + int(self.trainer.is_last_batch)
         checkpoint["frontend"] = {name: values[name] for name in section("front-end")}
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SEDDataModule):
+            checkpoint["data"] = {**data.identity, "processes": self.trainer.world_size}
 
 
 class FrameSEDWrapper(SEDWrapper):
@@ -395,9 +447,6 @@ class FrameSEDWrapper(SEDWrapper):
         loss = weak_strong_bce(logits, targets.frames, *clip, targets.labelling, self.settings.weak_weight)
         return self._in_all_processes(targets.labelling != UNLABELLED)[1] * loss
 
-    def _world_size(self) -> int:
-        return self._trainer.world_size if self._trainer else 1
-
     def _in_all_processes(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """How many clips are chosen in the batches of all processes, and what a mean over those of (B,) counts here.
 
@@ -436,6 +485,7 @@ class FrameSEDWrapper(SEDWrapper):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checkpoints of earlier versions call the mean teacher's copy teacher.network."""
+        super().on_load_checkpoint(checkpoint)
         weights: dict[str, Tensor] = checkpoint["state_dict"]
         for key in [key for key in weights if key.startswith("teacher.network.")]:
             weights[key.replace("teacher.network.", "teacher.module.")] = weights.pop(key)
@@ -455,6 +505,8 @@ class FrameSEDWrapper(SEDWrapper):
             if not collected:
                 continue
             _, clips, targets, frames, frame_targets, labelling = self._gather(collected)
+            self.check_scores(clips)
+            self.check_scores(frames)
             strong, labelled = labelling == STRONG, labelling != UNLABELLED
             frames, frame_targets = frames[strong], frame_targets[strong]
             clips, targets = clips[labelled], targets[labelled]

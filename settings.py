@@ -7,7 +7,9 @@ own values count least; then those of the prepared data, of a checkpoint, and of
 
 import ast
 import difflib
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,10 +31,12 @@ SECTION_LINE = re.compile(r"# --- (.+?) -+")
 # Sections of config.py. A checkpoint's weights determine the first ones; the others say what they were trained on.
 NETWORK_SECTIONS = ("encoder", "front-end", "network")
 TRAINED_SECTIONS = (*NETWORK_SECTIONS, "data set", "split", "clips")
+# Of other commands than train.
+OTHER_SECTIONS = ("test", "localization", "event detection", "predict", "esm_test", "weight_average")
 # No part of an experiment: where a run is, how it is watched and how it is tested. What a run starts from is a part.
-NOT_THE_EXPERIMENT = (
-    "run", "machine", "test", "localization", "event detection", "predict", "esm_test", "weight_average",
-)  # fmt: skip
+NOT_THE_EXPERIMENT = ("run", "machine", *OTHER_SECTIONS)
+# Errors of pydantic in words.
+REASONS = {"string_pattern_mismatch": "it is the name of one file or folder, without / and \\, and not . or .."}
 Facts = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # values of all settings -> those that prepared data determine
 FRAME_LOSSES = ("frame_bce", "weak_strong_bce")  # those that learn from event times
 
@@ -84,7 +88,7 @@ class Setting:
         try:
             return TypeAdapter(self.type).validate_python(value)
         except ValidationError as error:
-            reasons = "; ".join(e["msg"] for e in error.errors())
+            reasons = "; ".join(REASONS.get(e["type"], e["msg"]) for e in error.errors())
             raise UserError(f"{self.name} = {value!r} is not allowed: {reasons}. ({self.comment})") from None
 
     def _parse(self, text: str) -> Any:
@@ -198,6 +202,28 @@ def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: known[name].check(value) for name, value in given.items()}
 
 
+def fewest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fewest of these values from which config.py computes the others: the flags that would give them."""
+    kept: dict[str, Any] = {}
+    while True:
+        computed = _execute(kept)
+        others = (name for name in all_settings() if name in values and name not in kept)
+        name = next((name for name in others if computed[name] != values[name]), None)
+        if name is None:
+            return kept
+        kept[name] = values[name]
+
+
+def place_flags(settings: Config, *more: str) -> str:
+    """For a command that is printed: the flags, each after a space, that say where its data and runs are.
+
+    more: further settings. Empty where config.py says all of them.
+    """
+    values = fewest(settings.model_dump())
+    names = [name for name in ("workspace", "dataset_path", *more) if name in values]
+    return "".join(f" --{name} {shlex.quote(str(values[name]))}" for name in names)
+
+
 def requested(name: str, given: Mapping[str, Any]) -> Any:
     """One setting, given or from config.py, whatever a checkpoint determines."""
     return getattr(resolve({name: given[name]} if name in given else {}), name)
@@ -220,7 +246,7 @@ def resolve(
     given = check_values(given or {})
     session = _edited_in_session(_execute({}))
     session = {name: known[name].check(value) for name, value in session.items()}
-    trained = _trained(checkpoint or {}, given)
+    trained = _trained(checkpoint or {}, given, {**session, **given})
     values = _execute({**session, **trained, **given})
     if facts is not None:
         of_data = facts(values)
@@ -234,13 +260,19 @@ def resolve(
     return config
 
 
-def _trained(checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _trained(checkpoint: Mapping[str, Any], given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a checkpoint determines; for another data set than its own, not its split.
 
-    Raises UserError where `given` contradicts its network or its split.
+    chosen: what is given or edited: where it says nothing of the place of the data, they are where the training found
+    them, if they still are. Raises UserError where `given` contradicts its network or its split.
     """
     names = {*section(*TRAINED_SECTIONS), "exp_name"}
-    trained = {name: all_settings()[name].check(value) for name, value in checkpoint.items() if name in names}
+    if not chosen.keys() & {"workspace", "dataset_path", "dataset_type"}:
+        names |= {"dataset_path"} if os.path.isdir(str(checkpoint.get("dataset_path", ""))) else set()
+    try:
+        trained = {name: all_settings()[name].check(value) for name, value in checkpoint.items() if name in names}
+    except UserError as error:
+        raise UserError(f"The checkpoint has settings that are not allowed: {error}") from None
     if trained.get("dataset_type") != given.get("dataset_type", trained.get("dataset_type")):
         trained = {name: value for name, value in trained.items() if name not in section("split")}
     fixed = {name: trained[name] for name in section(*NETWORK_SECTIONS, "split") if name in trained}

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.facts import store_facts
-from data.files import whole_file
+from data.files import check_writable, whole_file, write_json
 from data_generator import SEDDataModule, load_training_data
 from runs.measure import (
     WARM_UP,
@@ -31,12 +31,13 @@ from runs.measure import (
     time_inference,
     time_training,
 )
-from runs.records import device_name, git_revision, write_json
+from runs.records import device_name, git_revision
 from settings import Config, UserError, resolve
 from training.devices import on_gpu
 from training.performance import settle
 
 PROFILED_STEPS = 3
+TRACE = "training.json"  # file in the folder of --profile
 HEAVIEST = 10  # operations of a profile that are printed
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
@@ -79,6 +80,10 @@ def run(
     modes = chosen("compile_modes", compile_modes, COMPILE_MODES)
     if "16-mixed" in (wanted_precisions or [settings.precision]) and not on_gpu(settings):
         raise UserError("Precision 16-mixed needs a GPU: on a CPU use 32 or bf16-mixed.")
+    if json_file:
+        check_writable(f"--json {json_file}", json_file)
+    if profile:
+        check_writable(f"--profile {profile}", Path(profile) / TRACE)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     data = prepared_data(settings)
     rows: list[Row] = []
@@ -211,7 +216,7 @@ def print_heaviest(settings: Config, folder: Path) -> None:
     profiler = torch.profiler.profile(activities=activities, acc_events=True)
     batch = synthetic_batch(settings, settings.batch_size)
     fit(settings, Repeated(batch, WARM_UP + PROFILED_STEPS), ProfiledSteps(profiler))
-    path = folder / "training.json"
+    path = folder / TRACE
     with whole_file(path) as partial:
         profiler.export_chrome_trace(str(partial))
 

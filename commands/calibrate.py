@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data.files import sole_writer
 from data.labels import AUDIOSET_CLASSES
 from evaluation.calibration import Calibrated, Objective, calibrate
 from evaluation.postprocess import PostProcessing
@@ -35,11 +36,12 @@ def run(given: dict[str, Any], calibrate_for: Objective, scores: Optional[str] =
     file = Path(scores) if scores else _score_validation(path, given)
     if not is_first_process():
         return
-    found = load_scores(file)
-    _check_split(found, file)
-    _check_network(found, file, checkpoint)
-    fitted = calibrate(found, calibrate_for, _start(found, given, calibrated=checkpoint.postprocessing is not None))
-    store_in_checkpoint(path, "postprocessing", fitted.post.as_dict())
+    with sole_writer(checkpoint.path):
+        found = load_scores(file)
+        _check_split(found, file)
+        _check_network(found, file, checkpoint)
+        fitted = calibrate(found, calibrate_for, _start(found, given, calibrated=checkpoint.postprocessing is not None))
+        store_in_checkpoint(path, "postprocessing", fitted.post.as_dict())
     print_calibrated(fitted, calibrate_for, len(found.names))
     print(f"Stored in {path}: test puts it into its score file, and fl_evaluate.py uses it.")
 

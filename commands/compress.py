@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data.clip_store import store_path
+from data.files import sole_writer
 from prepare.compress import compress_store
 from settings import UserError, resolve
 
@@ -20,5 +21,6 @@ def run(given: dict[str, Any]) -> None:
     for path in paths:
         if not path.is_file():
             raise UserError(f"There is no file {path}: prepare the data set first, or set --dataset_path.")
-        before, after = compress_store(path)
+        with sole_writer(path):
+            before, after = compress_store(path)
         print(f"{path}: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB")

@@ -1,6 +1,7 @@
 """python main.py cross_validate: train and test each fold of a data set, under both protocols, and compare them."""
 
 import csv
+import os
 import statistics
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from rich.table import Table
 
 from data.clip_store import read_store_table, store_path
 from data.facts import store_facts
+from data.files import check_writable, write_json
+from data.workers import CHILD
 from runs.ledger import settings_hash
-from runs.records import write_json
 from settings import Config, UserError, resolve
 from training.callbacks import chosen_by
 
@@ -58,12 +60,13 @@ def run(given: dict[str, Any], *, protocols: str) -> None:
             raise UserError(f"cross_validate sets {name} itself, for each fold: leave --{name} out.")
     settings = resolve(given, facts=store_facts)
     folds, experiment = find_folds(settings), experiment_hash(settings)
+    path = Path(settings.workspace) / "runs" / f"cross_validation_{settings.dataset_type}_{experiment}.json"
+    check_writable(f"workspace = {settings.workspace}", path)
     outcomes: list[Outcome] = []
     for protocol in chosen:
         curves = [train_fold(given, protocol, fold, experiment) for fold in folds]
         outcomes += judge(protocol, curves)
     print_outcomes(outcomes, settings, folds)
-    path = Path(settings.workspace) / "runs" / f"cross_validation_{settings.dataset_type}_{experiment}.json"
     summary = [{**asdict(o), "mean": o.mean, "deviation": o.deviation} for o in outcomes]
     write_json(path, {"folds": folds, "metric": chosen_by(settings), "outcomes": summary})
     print(f"Written: {path}")
@@ -96,7 +99,7 @@ def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str)
     more = {"esc_fold": fold, "protocol": protocol, "exp_name": name, "resume": "auto", "watch_test": watch_test}
     words = [word for key, value in {**given, **more}.items() for word in (f"--{key}", str(value))]
     sys.stdout.flush()  # so that what the run prints comes after what is printed here
-    done = subprocess.run([sys.executable, str(MAIN), "train", *words])
+    done = subprocess.run([sys.executable, str(MAIN), "train", *words], env={**os.environ, CHILD: "1"})
     if done.returncode:
         raise UserError(f"Training {name} ended with exit status {done.returncode}: see its error above.")
     metric = chosen_by(settings)

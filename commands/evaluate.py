@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Optional
 
+from data.files import check_writable
 from evaluation.bootstrap import RESAMPLES
 from evaluation.detection import compare, measure, with_intervals
 from evaluation.systems import Task, task_of_scores, task_of_tables
@@ -33,6 +34,8 @@ def run(
         raise UserError(
             f"resamples = {resamples} is not allowed: give {FEWEST_RESAMPLES} or more, such as {RESAMPLES}."
         )
+    if output is not None:
+        check_writable(f"--output {output}", f"{output}_metrics.json", f"{output}_metrics.tsv")
     tables = {"--detections": detections, "--ground_truth": ground_truth, "--durations": durations}
     missing = [flag for flag, value in tables.items() if value is None]
     if scores is not None and len(missing) < len(tables):

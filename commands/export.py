@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from data.files import whole_file
+from data.files import check_writable, sole_writer, whole_file, write_each, write_json
 from data_generator import SEDDataModule, Split, load_table
 from inference.onnx_runtime import load_onnx
 from model import Network
@@ -23,7 +23,7 @@ from model.network import resample
 from model.opening import open_network
 from runs.card import write_card
 from runs.members import Member
-from runs.records import git_revision, write_json
+from runs.records import git_revision
 from settings import TRAINED_SECTIONS, Config, UserError, requested, section
 from utils import int16_to_float32
 
@@ -78,14 +78,23 @@ def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[
     member = Member.read(path, given)
     network = member.network().eval()
     folder = Path(output) if output else member.checkpoint.path.parent / "export"
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(f"--output {folder}", *(folder / FILES[name] for name in wanted))
     waveforms, said = clips_to_check(member.settings, clips)
     reference = Reference(waveforms, said, in_batches(network.probabilities, waveforms))
     about = describe(member)
     writers = prepare_writers(wanted, network, member.settings.clip_samples, about)
-    exports = [write_checked(name, folder, write, reference) for name, write in writers]
-    print_report(exports, reference, folder)
-    write_report(exports, reference, member, about, folder)
+    exports: list[Export] = []
+    refused: list[str] = []
+    with sole_writer(folder):
+        for name, write in writers:
+            try:
+                exports.append(write_checked(name, folder / FILES[name], write, reference))
+            except UserError as error:  # a full disk: what is smaller may fit
+                refused.append(str(error))
+        print_report(exports, reference, folder)
+        write_report(exports, reference, member, about, folder)
+    if refused:
+        raise UserError(" ".join(refused))
     return 0 if all(export.kept for export in exports) else 1
 
 
@@ -185,9 +194,9 @@ class TooDifferentError(Exception):
     """An exported file does not give the outputs of the checkpoint."""
 
 
-def write_checked(name: str, folder: Path, write: Callable[[Path], None], reference: Reference) -> Export:
+def write_checked(name: str, path: Path, write: Callable[[Path], None], reference: Reference) -> Export:
     """Write a file and run it on the clips; it is kept if its outputs are close enough."""
-    with suppress(TooDifferentError), whole_file(folder / FILES[name]) as partial:
+    with suppress(TooDifferentError), whole_file(path) as partial:
         write(partial)
         probabilities = load_safetensors(partial) if name == "safetensors" else load_onnx(partial).network.probabilities
         outputs = in_batches(probabilities, reference.waveforms)
@@ -248,7 +257,6 @@ def write_report(
         "git_revision": git_revision(),
         "exports": [asdict(export) for export in exports],
     }
-    write_json(folder / "export.json", content)
     kept = {export.format for export in exports if export.kept}
     loaded = FILES["safetensors"] if "safetensors" in kept else checkpoint
     columns, rows = table_rows([export for export in exports if export.kept])
@@ -259,5 +267,11 @@ def write_report(
         f"{about['settings']['clip_samples']} samples (`model-mel.onnx` their log-mel spectrograms in dB) and hold "
         f"settings, labels and front-end, as JSON, in their metadata.\n\n" + "\n".join(lines)
     )
-    card = write_card(folder / "README.md", {**vars(member.checkpoint), **about}, file=Path(loaded), more=files)
-    print(f"Report: {folder / 'export.json'}\nModel card: {card}")
+    described = {**vars(member.checkpoint), **about}
+    report, card = write_each(
+        {
+            folder / "export.json": lambda path: write_json(path, content),
+            folder / "README.md": lambda path: write_card(path, described, file=Path(loaded), more=files),
+        }
+    )
+    print(f"Report: {report}\nModel card: {card}")

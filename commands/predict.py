@@ -47,6 +47,7 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
                 if done:
                     print(f"{len(done)} files were done before the interruption.", file=sys.stderr)
                 failed = tag_sources(tagger, [source for source in sources if source.key not in done], outputs)
+                lacking = outputs.lacking
         except BrokenPipeError:  # the reader of standard output, as head, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at the end
             return ENDED_BY_READER
@@ -54,7 +55,9 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
         print(f"Written: {', '.join(chosen.paths().values())}", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(sources)} files could not be read.", file=sys.stderr)
-    return 1 if failed else 0
+    if lacking:
+        print(f"Labels or pictures of {len(lacking)} files could not be written: {lacking[0]}, ...", file=sys.stderr)
+    return 1 if failed or lacking else 0
 
 
 def check_runtime(runtime: str, path: str) -> None:

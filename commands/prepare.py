@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from data.clip_store import STRONG, UNLABELLED, ClipTable, open_store, read_store_table, store_path
+from data.files import check_writable, sole_writer
 from prepare.adapters import check_flags, load_adapter
-from settings import Config, resolve
+from settings import Config, place_flags, resolve
 
 
 def run(given: dict[str, Any], **flags: Any) -> None:
@@ -18,8 +19,10 @@ def run(given: dict[str, Any], **flags: Any) -> None:
     settings = resolve(given)
     adapter = load_adapter(settings.dataset_type)
     check_flags(adapter, flags)
-    print(adapter.prepare(settings, **flags))
     store = store_path(settings.dataset_path, settings.dataset_type)
+    check_writable(f"dataset_path = {settings.dataset_path}", store)
+    with sole_writer(store):
+        print(adapter.prepare(settings, **flags))
     if store.is_file():  # AudioSet is many files, for create_index
         print(next_step(settings, read_store_table(store)))
         print(end=too_long(settings, store, can_cut="segment_seconds" in adapter.FLAGS))
@@ -45,7 +48,7 @@ def too_long(settings: Config, store: Path, *, can_cut: bool) -> str:
 
 def next_step(settings: Config, table: ClipTable) -> str:
     """The commands that train on a store, with the flags for its annotation."""
-    command = f"python main.py train --dataset_type {settings.dataset_type}"
+    command = f"python main.py train --dataset_type {settings.dataset_type}{place_flags(settings)}"
     training = ~np.isin(table.split, [b"validation", b"test"])
     known = set() if table.labelling is None else set(table.labelling[training].tolist())
     steps = [f"{len(table.labels)} classes."]

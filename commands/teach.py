@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from data.clip_store import SPLITS, UNREADABLE
+from data.files import check_writable, sole_writer
 from data.pseudo_labels import TeacherWriter
 from data_generator import SEDDataModule, load_test_data
 from evaluation.mapping import ClassMapping
 from model import Network
-from runs.ledger import make_folder
 from runs.members import Member, check_alike, fit_together
 from runs.records import device_name
 from runs.test_plan import class_mapping
 from sed_model import Batch, Ensemble_SEDWrapper, at_rate_of
-from settings import Config, UserError, requested, resolve
+from settings import Config, UserError, place_flags, requested, resolve
 from training.trainer import build_trainer
 from utils import int16_to_float32
 
@@ -37,7 +37,7 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
     members = read_members(given)
     settings = members[0].settings.model_copy(update={"devices": 1})
     path = Path(output or Path(settings.workspace) / "teachers" / f"{settings.exp_name}.h5")
-    check_output(path)
+    check_writable(f"--output {path}", path)
     parts = [open_part(split, settings, members) for split in chosen_splits(teach_split, settings)]
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     networks = [member.network() for member in members]
@@ -46,7 +46,8 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
     print(f"Teaching with {len(networks)} network(s), {steps} steps a clip, on {device_name(settings)}")
     source = ", ".join(f"{member.checkpoint.path.name} sha256:{member.sha256}" for member in members)
     seconds = settings.clip_samples / settings.sample_rate
-    with TeacherWriter(path, labels=labels, steps=steps, clip_seconds=seconds, source=source) as writer:
+    teacher = TeacherWriter(path, labels=labels, steps=steps, clip_seconds=seconds, source=source)
+    with sole_writer(path), teacher as writer:
         together = fit_together(networks, settings) if settings.esm_together is None else settings.esm_together
         module = Teacher(networks, settings, labels, writer, steps=steps, together=together or len(networks) == 1)
         module.mapping = None if mapping is None else mapping.apply
@@ -55,8 +56,8 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
     print(
         f"{path}: {writer.clips} clips ({teach_split}), {len(labels)} classes x {steps} steps of "
         f"{seconds / steps:.4g} s, {path.stat().st_size / 2**20:.1f} MiB\n"
-        f"Learn from it: python main.py train --dataset_type {settings.dataset_type} --loss_type frame_bce "
-        f"--teacher_path {path}"
+        f"Learn from it: python main.py train --dataset_type {settings.dataset_type}{place_flags(settings)} "
+        f"--loss_type frame_bce --teacher_path {path}"
     )
     if module.unread:
         print(f"{module.unread} clips could not be read and are left out: `python main.py check` names them.")
@@ -75,13 +76,6 @@ def read_members(given: dict[str, Any]) -> list[Member]:
     for member in members[1:]:
         check_alike(member, members[0])
     return members
-
-
-def check_output(path: Path) -> None:
-    """Raise UserError, before anything is scored, where the file could not be written."""
-    make_folder(path.parent, "--output", path)
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder: give the name of a file in it.")
 
 
 def chosen_splits(teach_split: str, settings: Config) -> list[str]:

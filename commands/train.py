@@ -1,41 +1,61 @@
 """python main.py train: train a network, or resume an interrupted run."""
 
+import shlex
 from typing import Any, Optional
 
 import pytorch_lightning as pl
+from torch import nn
 
 from data.facts import store_facts
+from data.files import FULL, check_writable, explained, sole_writer
 from data.labels import published_labels
-from data_generator import Split, load_training_data
+from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
-from runs.card import write_run_card
+from runs.card import CARD, write_run_card
 from runs.records import print_first_page, save_provenance
-from runs.resume import find_resumed
+from runs.resume import find_resumed, resumes, say_changes, with_recorded
 from sed_model import build_wrapper
-from settings import Config, UserError, resolve
-from training.callbacks import checkpoint_folder
+from settings import Config, UserError, place_flags, resolve
+from training.callbacks import checkpoint_folder, restore_best
 from training.devices import is_first_process, process_count
-from training.performance import compile_network, settle
+from training.performance import Performance, compile_network, settle
 from training.trainer import build_trainer, interruptible
 
 
 def run(given: dict[str, Any]) -> None:
     """Train as the settings say, into <workspace>/runs/<exp_name>."""
-    settings = resolve_with_frontend(given)
+    settings = resolve_with_frontend(with_recorded(given))
     process_count(settings)
     settings, performance = settle(settings, training=True)
+    if not is_first_process():
+        train(settings, performance)
+        return
+    said = f"workspace = {settings.workspace}, exp_name = {settings.exp_name}"
+    check_writable(said, settings.run_folder / "config.json", checkpoint_folder(settings) / "last.ckpt")
+    with sole_writer(settings.run_folder):
+        train(settings, performance)
+
+
+def train(settings: Config, performance: Performance) -> None:
+    """Train a new run, or the rest of one."""
     resumed = find_resumed(settings)
     done = (resumed.complete_epochs or 0) if resumed else 0
-    if done >= settings.max_epoch:
-        print(f"{settings.run_folder} is complete: epoch {done} of {settings.max_epoch}. Nothing to do.")
-        return
-    start = None if resumed else starting_weights(settings)
     splits: tuple[Split, ...] = ("train", "validation", "test") if settings.watch_test else ("train", "validation")
     data = load_training_data(settings, splits)
+    more = say_changes(resumed, settings, data.identity, process_count(settings)) if resumed else {}
+    best = resumed.best if resumed else None
+    if best and is_first_process():
+        restore_best(checkpoint_folder(settings), best[0])
+    if done >= settings.max_epoch:
+        if is_first_process():
+            print(f"{settings.run_folder} is complete: epoch {done} of {settings.max_epoch}. Nothing to do.")
+            if not (settings.run_folder / CARD).is_file():  # it was killed at its end
+                finish(settings, data, best[1] if best else None)
+        return
+    start = None if resumed else starting_weights(settings)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = build_model(settings)
-    more = {}
     published = published_labels(settings.dataset_type, settings.classes_num)
     labels = data.tables["train"].labels or published
     if start:
@@ -52,20 +72,48 @@ def run(given: dict[str, Any]) -> None:
     if resumed:
         middle = " and a part of the next" if resumed.epoch == done else ""
         more["resumed_from"] = f"{resumed.path}, after epoch {done}{middle}"
+    if is_first_process():
+        said = f"workspace = {settings.workspace}"
+        check_writable(said, checkpoint_folder(settings) / "last.ckpt", size=checkpoint_bytes(network))
     compile_network(network, performance.compile_mode)
     more["performance"] = str(performance)
     wrapper = build_wrapper(network, settings, labels)
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
     trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(process_count(settings)))
-    with interruptible(trainer):
-        trainer.fit(wrapper, data, ckpt_path=str(resumed.path) if resumed else None, weights_only=True)
+    try:
+        with explained(settings.run_folder, FULL), interruptible(trainer):
+            trainer.fit(wrapper, data, ckpt_path=str(resumed.path) if resumed else None, weights_only=True)
+    except UserError as error:
+        raise UserError(f"{error} {saved(settings)}") from error
     if is_first_process():
-        best = checkpoint_folder(settings) / "best.ckpt"
         value = trainer.callback_metrics.get(wrapper.main_metric)
         print(f"Trained {trainer.global_step} steps; {wrapper.main_metric} of the last epoch {value:.4f}.")
-        print(f"Model card: {write_run_card(settings, data, trainer)}")
-        print(f"Best checkpoint: {best}\nTest it: python main.py test --resume_checkpoint {best}")
+        score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+        finish(settings, data, None if score is None else float(score))
+
+
+def finish(settings: Config, data: SEDDataModule, score: Optional[float]) -> None:
+    """Write the card of the best checkpoint, with its metric `score`, and print what to do with it."""
+    best = checkpoint_folder(settings) / "best.ckpt"
+    print(f"Model card: {write_run_card(settings, data, score)}")
+    test = f"python main.py test --resume_checkpoint {shlex.quote(str(best))}{place_flags(settings)}"
+    print(f"Best checkpoint: {best}\nTest it: {test}")
+
+
+def saved(settings: Config) -> str:
+    """What a training that ended with an error has left."""
+    last = checkpoint_folder(settings) / "last.ckpt"
+    if not last.is_file():
+        return "No checkpoint was saved."
+    epochs = read_checkpoint(last).complete_epochs
+    flags = f"--exp_name {shlex.quote(settings.exp_name)}{place_flags(settings)}"
+    return f"Saved: {last}, after epoch {epochs}. To resume: python main.py train --resume auto {flags}"
+
+
+def checkpoint_bytes(network: nn.Module) -> int:
+    """About what a checkpoint takes: float32 weights, and AdamW's two moments of those that are trained."""
+    return sum(4 * p.numel() * (3 if p.requires_grad else 1) for p in network.parameters())
 
 
 def resolve_with_frontend(given: dict[str, Any]) -> Config:
@@ -80,7 +128,7 @@ def resolve_with_frontend(given: dict[str, Any]) -> Config:
             f"a training starts from one of them. Leave one out."
         )
     path = settings.resume_checkpoint or settings.swin_pretrain_path
-    if path is None:
+    if path is None or resumes(settings):  # its settings are recorded, and this file may be gone
         return settings
     start = read_checkpoint(path)
     decided = decided_settings(start, settings.frontend_from, fine_tuning=True)

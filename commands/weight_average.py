@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from data.files import check_writable, sole_writer
 from data_generator import SEDDataModule, load_training_data
 from evaluation.metrics import Metric
 from model.checkpoint import Checkpoint, network_class, read_checkpoint, write_checkpoint
@@ -23,7 +24,7 @@ from runs.members import Member, differing
 from runs.test_plan import reported_split
 from runs.testing import test_member
 from sed_model import at_rate_of
-from settings import TRAINED_SECTIONS, UserError, resolve, section
+from settings import TRAINED_SECTIONS, Config, UserError, resolve, section
 from training.devices import is_first_process
 from utils import int16_to_float32
 
@@ -37,11 +38,13 @@ def run(given: dict[str, Any]) -> None:
     files of the test have the name of the average, unless test_file is given.
     """
     settings = resolve(given)
-    target = Path(settings.wa_model_path)
+    target = average_path(settings)
     if is_first_process():
-        paths = find_checkpoints(settings.wa_folder or str(settings.run_folder), settings.wa_top_k, target=target)
-        write_average(paths, target, given, reestimate=settings.wa_reestimate_bn)
-        card = write_average_card(target, paths)
+        check_writable(f"wa_model_path = {target}", target, target.with_suffix(".md"))
+        with sole_writer(target):
+            paths = find_checkpoints(settings.wa_folder or str(settings.run_folder), settings.wa_top_k, target=target)
+            write_average(paths, target, given, reestimate=settings.wa_reestimate_bn)
+            card = write_average_card(target, paths)
     if settings.wa_test:
         member = Member.read(str(target), given).named(target.stem, given)
         metrics = test_member(member)
@@ -49,6 +52,15 @@ def run(given: dict[str, Any]) -> None:
             card = write_average_card(target, paths, metrics, measured_on(member))
     if is_first_process():
         print(f"Model card: {card}")
+
+
+def average_path(settings: Config) -> Path:
+    """The file that an average goes into: wa_model_path, or where it is not set, one in the folder of the run."""
+    chosen, name = Path(settings.wa_model_path), "weight_average.ckpt"
+    folder = Path(settings.wa_folder or settings.run_folder)
+    if chosen != settings.run_folder / name or not folder.is_dir():
+        return chosen
+    return (folder.parent if folder.name == "checkpoints" else folder) / name
 
 
 def write_average(paths: Sequence[Path], target: Path, given: dict[str, Any], *, reestimate: bool) -> None:
@@ -93,7 +105,7 @@ def find_checkpoints(where: str, top_k: int = 0, *, target: Optional[Path] = Non
     twice. target: a file that is left out, as an earlier average in its place. top_k: only so many, those with the
     highest metric in their names; 0: all. Raises UserError where there are none, or too few.
     """
-    if glob.has_magic(where):
+    if glob.has_magic(where) and not Path(where).exists():
         found = sorted(Path(name) for name in glob.glob(where))
     else:
         folder = Path(where)
@@ -137,8 +149,10 @@ def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
     first = read_checkpoint(paths[0])
     sources = [f"{paths[0]} sha256:{file_sha256(paths[0])}"]
     total = {key: value.double() if value.is_floating_point() else value for key, value in first.state_dict.items()}
+    data = first.data
     for path in paths[1:]:
         other = read_checkpoint(path)
+        data = data if other.data == data else None
         sources.append(f"{path} sha256:{file_sha256(path)}")
         check_alike(other, first)
         for key, value in other.state_dict.items():
@@ -155,6 +169,7 @@ def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
         "labels": first.labels,
         "frontend": first.frontend,
         "sources": sources,
+        **({"data": data} if data else {}),
     }
 
 

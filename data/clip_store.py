@@ -11,6 +11,7 @@ older stores have none). A file of PANNs has none of these additions and is a va
 
 import hashlib
 import io
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ import h5py
 import numpy as np
 import soundfile
 
-from data.files import whole_file
+from data.files import whole_hdf5
 from settings import UserError
 
 BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, which a processor's cache holds
@@ -74,7 +75,7 @@ class ClipStoreWriter:
 
     def __enter__(self) -> "ClipStoreWriter":
         with ExitStack() as stack:
-            self.file = stack.enter_context(h5py.File(stack.enter_context(whole_file(self.path)), "w"))
+            self.file, self.check = stack.enter_context(whole_hdf5(self.path))
             stack.push(self._finish)
             samples = self.clip_samples
             self.waveforms = self.file.create_dataset(
@@ -93,6 +94,7 @@ class ClipStoreWriter:
         row = len(self.rows)
         self.waveforms.resize(row + 1, axis=0)
         self.waveforms[row, : len(waveform)] = waveform
+        self.check()
         target = np.zeros(len(self.labels), dtype=bool)
         target[list(clip.labels)] = True
         self.targets.append(target)
@@ -178,6 +180,17 @@ class ClipTable:
         """16 hexadecimal digits that change with the clips' names, places, classes and rate, not with the sound."""
         digest = hashlib.sha256(f"{self.sample_rate} {self.labels}".encode())
         for array in (self.names, self.targets, self.row):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that change as `fingerprint`, and with the annotation: which clips have which events.
+
+        Of several files, the events of all count, also of clips of other splits.
+        """
+        digest = hashlib.sha256(f"{self.fingerprint()} {self.task}".encode())
+        columns = [(e.starts, e.label, e.onset, e.offset) for e in self.events]
+        for array in (labelling(self), *itertools.chain(*columns)):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 

@@ -1,15 +1,31 @@
-"""A file is written whole or not at all: under another name first, which it changes for its own at the end."""
+"""A file is written whole or not at all, and by one process at a time.
+
+It has another name first, which it changes for its own at the end.
+"""
 
 import errno
+import fcntl
+import hashlib
+import io
+import json
 import os
+import platform
 import re
 import secrets
-from collections.abc import Collection, Iterator
+import shlex
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional, TextIO
 
 from settings import UserError
+
+if TYPE_CHECKING:
+    import h5py
 
 # Endings of audio files that libsndfile reads.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
@@ -29,6 +45,8 @@ REMEDIES = {
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no error of reading has these numbers
 KEPT_CHARACTERS = 40  # of the name, in the temporary one: the longest name that is allowed stays so
+PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.partial")  # as whole_file names it
+LONGEST_NAME = 255  # bytes, where the file system does not say it
 
 
 @contextmanager
@@ -49,9 +67,12 @@ def whole_file(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
             partial.open("wb").close()
+            mode = stat.S_IMODE(partial.stat().st_mode)
         with explained(path, FULL):
             yield partial
         with explained(path):
+            if stat.S_IMODE(partial.stat().st_mode) != mode:  # safetensors makes a file of its own, for its owner alone
+                partial.chmod(mode)
             _sync(partial)
             os.replace(partial, path)
             with suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
@@ -63,10 +84,179 @@ def whole_file(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def whole_hdf5(path: str | Path) -> "Iterator[tuple[h5py.File, Callable[[], None]]]":
+    """An empty HDF5 file, which replaces `path` when the `with` block ends, as `whole_file`, and a function.
+
+    The function raises the error of a write that the disk has refused: as HDF5 ends the process with a segmentation
+    fault where it cannot write what is left, it never meets one. Without that call the end of the block raises it.
+    """
+    import h5py  # here: most of what writes files writes no HDF5
+
+    with whole_file(path) as partial, _Sink(partial, "r+") as sink:
+        with h5py.File(sink, "w") as file:
+            try:
+                yield file, sink.check
+            except Exception:
+                sink.check()  # which it may come from: what was not written cannot be read back
+                raise
+        sink.check()
+
+
+class _Sink(io.FileIO):
+    """A file whose writes all seem to succeed; the first error is kept, and nothing is written after it."""
+
+    error: Optional[OSError] = None
+
+    def write(self, content: Any) -> int:
+        view, done = memoryview(content), 0
+        try:
+            while self.error is None and done < len(view):
+                done += super().write(view[done:])
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def truncate(self, size: Optional[int] = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file, whole or not at all, as UTF-8. Raises UserError as `whole_file`."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+class _TrialError(Exception):
+    """Ends the writing of a file that was only tried."""
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, whole or not at all. Raises UserError as `whole_file`, and ValueError for numbers that are none."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def check_writable(said: str, *paths: str | Path, size: int = 0) -> None:
+    """Make the folders of files that are to be written, and write something beside each, which is removed.
+
+    size: bytes of each file, as far as they are known. Raises UserError that begins with `said`, the setting or flag
+    with its value, where one could not be written.
+    """
+    for path in paths:
+        try:
+            with suppress(_TrialError), whole_file(path) as partial:
+                partial.write_bytes(bytes(4096))
+                _sync(partial)
+                free = shutil.disk_usage(partial.parent).free
+                if free < size:
+                    raise UserError(
+                        f"{path} needs {size / 2**20:.0f} MiB, and its disk has {free / 2**20:.0f}: make room."
+                    )
+                raise _TrialError
+        except UserError as error:
+            raise UserError(f"{said}: {error}") from None
+
+
+def write_each(writes: dict[Path, Callable[[Path], object]]) -> list[Path]:
+    """Call write(path) for each path. Where one cannot be written, the others are; returns the paths.
+
+    Raises UserError, with what is lacking and what was written, after all of them.
+    """
+    refused: dict[Path, str] = {}
+    for path, write in writes.items():
+        try:
+            write(path)
+        except UserError as error:
+            refused[path] = str(error)
+    if refused:
+        written = ", ".join(str(path) for path in writes if path not in refused)
+        raise UserError(" ".join(refused.values()) + (f" Written: {written}." if written else ""))
+    return list(writes)
+
+
+def read_json(path: str | Path, kind: type) -> Any:
+    """The content of a JSON file, a list or dict as `kind` says. Raises UserError for anything else."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON, or it is cut off: {error}. Restore or remove it.") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not a {kind.__name__}.")
+    return content
+
+
+def fitting_name(folder: Path, name: str) -> str:
+    """`name`, or where it is too long for a file in `folder`: its beginning, 8 hexadecimal digits of it, its ending."""
+    try:
+        longest = os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        longest = LONGEST_NAME
+    if len(os.fsencode(name)) <= longest:
+        return name
+    ending = f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{Path(name).suffix[:16]}"
+    return os.fsencode(name)[: longest - len(os.fsencode(ending))].decode(errors="ignore") + ending
+
+
+@contextmanager
+def sole_writer(path: Path, *others: Path) -> Iterator[None]:
+    """While the block runs, no other process is in such a block for `path`, a file or folder.
+
+    PATH.lock says who writes; the operating system ends its lock with the process, however that ends. What a killed
+    process has left of these files and folders under temporary names is removed. Raises UserError, with what the other
+    process says of itself, where one writes, and where the file cannot be made.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(fitting_name(path.parent, f"{path.name}.lock"))
+        file = _locked(lock, path)
+    with file:
+        for each in (path, *others):
+            _remove_partials(each)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
+def _locked(lock: Path, path: Path) -> TextIO:
+    """The open lock file. Record locks, not flock's: processes that are forked do not inherit them."""
+    while True:
+        file = lock.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            writer = file.read().strip() or "another process"
+            file.close()
+            raise UserError(f"{path} is being written by {writer}. Wait until it ends, or end it.") from None
+        except OSError:
+            pass  # a file system without locks
+        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            break
+        file.close()  # the other process has ended and removed it meanwhile
+    file.truncate(0)
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    file.write(f"process {os.getpid()} on {platform.node()} since {started} ({shlex.join(sys.argv[:2])})\n")
+    file.flush()
+    return file
+
+
+def _remove_partials(path: Path) -> None:
+    """Remove files under temporary names: those of a file, or all in a folder."""
+    inside = path.is_dir()
+    for left in list(path.rglob("*.partial") if inside else path.parent.glob("*.partial")):
+        match = PARTIAL.fullmatch(left.name)
+        if match and (inside or match[1] == path.name) and len(match[1]) < KEPT_CHARACTERS:
+            left.unlink(missing_ok=True)
 
 
 @contextmanager

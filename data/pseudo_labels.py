@@ -18,7 +18,7 @@ from typing import Any, Optional
 import h5py
 import numpy as np
 
-from data.files import AUDIO_SUFFIXES, whole_file
+from data.files import AUDIO_SUFFIXES, whole_hdf5
 from settings import UserError
 
 PUBLISHED_CLASSES = 447  # of the published logits, and the first and last of them
@@ -48,7 +48,7 @@ class TeacherWriter:
 
     def __enter__(self) -> "TeacherWriter":
         with ExitStack() as stack:
-            self.file = stack.enter_context(h5py.File(stack.enter_context(whole_file(self.path)), "w"))
+            self.file, self.check = stack.enter_context(whole_hdf5(self.path))
             self.file.attrs.update(self.attributes)
             text = h5py.string_dtype()
             self.names = self.file.create_dataset("filenames", (0,), text, maxshape=(None,), chunks=(1024,))
@@ -72,6 +72,7 @@ class TeacherWriter:
         self.logits.resize(self.clips, axis=0)
         self.names[start:] = np.array(names, dtype=object)
         self.logits[start:] = logits.clip(-LARGEST, LARGEST).astype(np.float16)
+        self.check()
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]

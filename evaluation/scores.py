@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from data.files import whole_file
+from data.files import whole_hdf5
 from evaluation.postprocess import PostProcessing
 from settings import UserError
 
@@ -131,7 +131,7 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write the store, whole or not at all."""
-        with whole_file(path) as partial, h5py.File(partial, "w") as file:
+        with whole_hdf5(path) as (file, _):
             file["audio_name"] = np.array([name.encode() for name in self.names], dtype="S")
             file["clipwise"] = self.clipwise.astype(np.float32)
             file["target"] = self.targets.astype(bool)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data.files import write_text
+from data.files import write_each, write_json, write_text
 from evaluation.detection import MACRO, MICRO, DetectionMetric, MetricComparison
 from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
 
@@ -107,10 +106,12 @@ def write_results(
         "metrics": [metric.as_dict() for metric in metrics],
         "comparison": [each.as_dict() for each in compared],
     }
-    paths = [Path(f"{prefix}_metrics.json"), Path(f"{prefix}_metrics.tsv")]
-    write_text(paths[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_text(paths[1], tsv_text(metrics))
-    return paths
+    return write_each(
+        {
+            Path(f"{prefix}_metrics.json"): lambda path: write_json(path, content),
+            Path(f"{prefix}_metrics.tsv"): lambda path: write_text(path, tsv_text(metrics)),
+        }
+    )
 
 
 def write_detections(
@@ -122,11 +123,14 @@ def write_detections(
         "postprocessing": post.as_dict(),
         "metrics": [metric.as_dict() for metric in metrics],
     }
-    paths = [Path(f"{prefix}_{end}") for end in ("events.tsv", "detection.json", "detection.tsv")]
-    write_text(paths[0], found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f"))
-    write_text(paths[1], json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_text(paths[2], tsv_text(metrics))
-    return paths
+    events = found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f")
+    return write_each(
+        {
+            Path(f"{prefix}_events.tsv"): lambda path: write_text(path, events),
+            Path(f"{prefix}_detection.json"): lambda path: write_json(path, content),
+            Path(f"{prefix}_detection.tsv"): lambda path: write_text(path, tsv_text(metrics)),
+        }
+    )
 
 
 def describe(post: PostProcessing) -> str:

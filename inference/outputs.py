@@ -17,15 +17,25 @@ import io
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
-import h5py
 import numpy as np
 
-from data.files import explained, whole_file, write_text
+from data.files import (
+    check_writable,
+    explained,
+    fitting_name,
+    sole_writer,
+    whole_file,
+    whole_hdf5,
+    write_each,
+    write_text,
+)
 from inference.tagger import Tagged
 from settings import Config, UserError, section
 
@@ -78,16 +88,10 @@ class Wanted:
                 f"and embeddings of whole recordings."
             )
 
-    def make_places(self) -> None:
-        """Make the folders in which all of it lies. Raises UserError where a file or folder is in the way."""
-        for name, text in self.paths().items():
-            path = Path(text)
-            try:
-                (path if name in FOLDERS else path.parent).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--{name} {path} cannot be written: {error}") from None
-            if name not in FOLDERS and path.is_dir():
-                raise UserError(f"--{name} {path} is a folder: give the name of a file.")
+    def check_places(self) -> None:
+        """Make the folders in which all of it lies. Raises UserError where something could not be written."""
+        for name, path in self.paths().items():
+            check_writable(f"--{name} {path}", Path(path) / "a.txt" if name in FOLDERS else path)
 
     def paths(self) -> dict[str, str]:
         """Flag: path, of all that is wanted."""
@@ -275,63 +279,100 @@ class Outputs:
         }
         self.paths = {name: Path(path) for name, path in wanted.paths().items()}
         self.journal: Optional[Journal] = None
-        if self.paths:
-            wanted.make_places()
+        self.opened = ExitStack()
+        if not self.paths:
+            return
+        with ExitStack() as stack:
+            wanted.check_places()
             about = checkpoint.stat()
             identity = [str(checkpoint), about.st_size, about.st_mtime_ns, settings.model_dump(), asdict(wanted)]
             first = next(iter(self.paths.values()))
-            self.journal = Journal(
-                first.with_name(first.name + ".journal"), hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-            )
+            path = first.with_name(fitting_name(first.parent, first.name + ".journal"))
+            stack.enter_context(sole_writer(path, *self.paths.values()))
+            self.journal = Journal(path, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+            self.opened = stack.pop_all()
 
     def __enter__(self) -> "Outputs":
         return self
 
     def __exit__(self, kind: Optional[type[BaseException]], *_: object) -> None:
-        if self.journal is not None:
-            with explained(self.journal.path), self.journal.file:  # a full disk refuses what is left to write, too
+        with self.opened:
+            if self.journal is not None:
+                with explained(self.journal.path), self.journal.file:  # a full disk refuses what is left to write, too
+                    if kind is None:
+                        self._write(self.journal)
                 if kind is None:
-                    self._write(self.journal)
-            if kind is None:
-                self.journal.path.unlink()
+                    self.journal.path.unlink()
 
     @property
     def done(self) -> set[str]:
         """Keys of the recordings that are written, now or by an interrupted run."""
         return {entry["key"] for entry in self.journal.entries} if self.journal else set()
 
+    @property
+    def lacking(self) -> list[str]:
+        """Names of the recordings whose labels or picture could not be written, now or by an interrupted run."""
+        return [entry["name"] for entry in self.journal.entries if entry.get("lacks")] if self.journal else []
+
     def add(self, source: Source, tagged: Tagged) -> None:
-        """Write one recording into everything that is wanted."""
+        """Write one recording into everything that is wanted. Prints why its labels or its picture are not written."""
         if self.journal is None:
             return
         events = None if self.postprocessing is None else tagged.events(self.postprocessing, source.name)
         result = Result(source, tagged, events, self.wanted.top_k)
-        if "audacity" in self.paths:
-            text = "".join(f"{a:.6f}\t{b:.6f}\t{c}\n" for a, b, c in result.event_rows())
-            write_text(self.paths["audacity"] / f"{source.place}.txt", text)
-        if "plot" in self.paths:
-            from inference.pictures import draw_recording  # here: it brings matplotlib
-
-            picture = self.paths["plot"] / f"{source.place}.png"
-            draw_recording(picture, source.path, tagged, result.event_rows(), self.postprocessing, self.settings)
+        lacks = ""
+        try:
+            write_each(self._own_files(result))
+        except UserError as error:
+            lacks = str(error)
+            print(f"error: {source.name}: {lacks}", file=sys.stderr)
         entry = {
             "key": source.key, "name": source.name, "duration": tagged.duration, "frames": len(tagged.framewise),
-            "seconds_per_frame": tagged.seconds_per_frame,
+            "seconds_per_frame": tagged.seconds_per_frame, **({"lacks": lacks} if lacks else {}),
         }  # fmt: skip
         parts = {name: write(result) for name, (_, write) in self.writers.items() if name in self.paths}
         self.journal.add(entry, parts)
 
+    def _own_files(self, result: Result) -> dict[Path, Callable[[Path], object]]:
+        """The files of one recording, each with the function that writes it."""
+
+        def write_labels(path: Path) -> None:
+            write_text(path, "".join(f"{a:.6f}\t{b:.6f}\t{c}\n" for a, b, c in result.event_rows()))
+
+        def draw(path: Path) -> None:
+            from inference.pictures import draw_recording  # here: it brings matplotlib
+
+            rows, source = result.event_rows(), result.source.path
+            draw_recording(path, source, result.tagged, rows, self.postprocessing, self.settings)
+
+        kinds: dict[str, tuple[str, Callable[[Path], object]]] = {
+            "audacity": (".txt", write_labels), "plot": (".png", draw),
+        }  # fmt: skip
+        place = Path(result.source.place)
+        return {
+            folder / place.parent / fitting_name(folder, f"{place.name}{ending}"): write
+            for name, (ending, write) in kinds.items()
+            for folder in ([self.paths[name]] if name in self.paths else [])
+        }
+
     def _write(self, journal: Journal) -> None:
         """Make the outputs of the journal."""
-        for name in (name for name in self.writers if name in self.paths):
-            with whole_file(self.paths[name]) as partial:
-                if name in ("scores", "embeddings"):
-                    self._write_arrays(journal, name, partial)
-                else:
-                    with partial.open("wb") as file:
-                        file.writelines(itertools.chain([self.writers[name][0]], journal.parts(name)))
 
-    def _write_arrays(self, journal: Journal, name: str, partial: Path) -> None:
+        def writer(name: str) -> Callable[[Path], object]:
+            if name in ("scores", "embeddings"):
+                return lambda path: self._write_arrays(journal, name, path)
+            return lambda path: self._write_lines(journal, name, path)
+
+        try:
+            write_each({self.paths[name]: writer(name) for name in self.writers if name in self.paths})
+        except UserError as error:
+            raise UserError(f"{error} The same command writes what is lacking, and tags nothing again.") from None
+
+    def _write_lines(self, journal: Journal, name: str, path: Path) -> None:
+        with whole_file(path) as partial, partial.open("wb") as file:
+            file.writelines(itertools.chain([self.writers[name][0]], journal.parts(name)))
+
+    def _write_arrays(self, journal: Journal, name: str, path: Path) -> None:
         """HDF5, or npz, by the ending of the output's name."""
         of_clips, of_frames = ("clipwise", "framewise") if name == "scores" else ("embedding", "frame_embedding")
         with_frames = name == "scores" or self.wanted.frame_embeddings
@@ -353,13 +394,13 @@ class Outputs:
                 if with_frames:
                     store[of_frames][first[number] : first[number + 1]] = block[1:]
 
-        if self.paths[name].suffix == ".npz":
+        if path.suffix == ".npz":
             arrays |= {key: np.empty(shape, "<f4") for key, shape in shapes.items()}
             fill(arrays)
-            with partial.open("wb") as file:
+            with whole_file(path) as partial, partial.open("wb") as file:
                 np.savez(file, **arrays)
             return
-        with h5py.File(partial, "w") as store:
+        with whole_hdf5(path) as (store, _):
             for key, value in arrays.items():
                 store[key] = value
             for key, shape in shapes.items():

@@ -51,6 +51,8 @@ class Checkpoint:
     encoder: Optional[str] = None  # name in the registry, None where its keys are those of none
     sources: Optional[list[str]] = None  # of a weight average: the files that it is the mean of
     postprocessing: Optional[dict[str, Any]] = None  # thresholds and filters, as `calibrate` stored them
+    best: Optional[tuple[str, float]] = None  # of a run: name and metric of the best checkpoint so far
+    data: Optional[dict[str, Any]] = None  # what it was trained on: see SEDDataModule.identity
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         encoder=weights.encoder,
         sources=_described(path, content.get("sources"), "sources", list),
         postprocessing=_described(path, content.get("postprocessing"), "postprocessing", Mapping),
+        best=_best(content) if own else None,
+        data=_described(path, content.get("data"), "data", Mapping) if own else None,
     )
+
+
+def _best(content: Mapping[str, Any]) -> Optional[tuple[str, float]]:
+    """The best checkpoint, as the callback that keeps it has recorded it."""
+    states = content.get("callbacks")
+    for state in states.values() if isinstance(states, Mapping) else ():
+        if isinstance(state, Mapping) and state.get("monitor") and state.get("best_model_path"):
+            score = state.get("best_model_score")
+            if isinstance(score, Tensor) and score.numel() == 1:
+                return Path(str(state["best_model_path"])).name, float(score)
+    return None
 
 
 def _described(path: Path, value: Any, name: str, kind: type) -> Any:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.clip_store import ClipStoreWriter, Task, Waveforms, open_store
+from data.workers import end_with_parent
 from prepare.adapters import Flags
 from prepare.segments import (
     CLASS_OF_MID,
@@ -182,7 +183,7 @@ def _pack(parts: Sequence[Part], workers: int, advance: Callable[[int], None]) -
     if workers == 1:
         yield from (pack_part(part, advance) for part in parts)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         running = {pool.submit(pack_part, part): part for part in parts}
         try:
             for done in as_completed(running):

@@ -17,7 +17,8 @@ import h5py
 import numpy as np
 
 from data.clip_store import PANNS_SAMPLE_RATE, open_store
-from data.files import whole_file
+from data.files import whole_hdf5
+from data.workers import end_with_parent
 from settings import UserError
 
 INDEXES = {  # index: the groups of files that it joins, in order
@@ -102,7 +103,8 @@ def read_ahead(paths: Sequence[Path], processes: int) -> Iterator[tuple[np.ndarr
     if min(processes, len(paths)) <= 1:
         yield from map(read_columns, paths)
         return
-    with ProcessPoolExecutor(min(processes, len(paths)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    workers = min(processes, len(paths))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         running: deque = deque()
         for path in paths:
             running.append(pool.submit(read_columns, path))
@@ -121,7 +123,7 @@ def writing(path: Path, sources: Sequence[Source]) -> Iterator[h5py.File]:
         "hdf5_path": (f"S{max(len(source.relative.encode()) for source in sources)}", ()),
         "index_in_hdf5": ("int32", ()),
     }
-    with whole_file(path) as partial, h5py.File(partial, "w") as file:
+    with whole_hdf5(path) as (file, _):
         for name, (dtype, shape) in columns.items():  # gzip: zeros and repeated paths all but vanish
             file.create_dataset(
                 name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(CHUNK_CLIPS, *shape),

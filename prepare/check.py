@@ -13,6 +13,7 @@ from typing import Optional
 import numpy as np
 
 from data.clip_store import ClipTable, Waveforms, open_store
+from data.workers import end_with_parent
 from settings import UserError
 
 FULL_SCALE = 32767  # largest int16 sample, as utils.float32_to_int16 writes it
@@ -132,8 +133,7 @@ def _read_all(tasks: Sequence[_Task], processes: int) -> Iterator[tuple[_Task, "
     if workers <= 1:
         yield from ((task, task.read()) for task in tasks)
         return
-    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process
-    with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker) as pool:
         try:
             yield from zip(tasks, pool.map(_Task.read, tasks), strict=True)
         except BrokenProcessPool:
@@ -143,6 +143,11 @@ def _read_all(tasks: Sequence[_Task], processes: int) -> Iterator[tuple[_Task, "
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)  # where it was interrupted
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that waits for it
+    end_with_parent()
 
 
 def _split_report(table: ClipTable, scan: "_Scan") -> SplitReport:

@@ -1,6 +1,7 @@
 """Compress the sound of a clip store as FLAC: lossless, some milliseconds a clip to read."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -8,7 +9,7 @@ import numpy as np
 import soundfile
 
 from data.clip_store import PANNS_SAMPLE_RATE, Waveforms, open_store
-from data.files import whole_file
+from data.files import whole_hdf5
 from settings import UserError
 
 
@@ -23,16 +24,17 @@ def compress_store(path: Path) -> tuple[int, int]:
         waveforms = Waveforms(source)
         if waveforms.rows is None:
             return before, before
-        with whole_file(path) as partial, h5py.File(partial, "w") as target:
+        with whole_hdf5(path) as (target, check):
             for key in source:
                 if key not in ("waveform", "real_len"):
                     source.copy(key, target)
             target.attrs.update(dict(source.attrs))
-            target["real_len"] = _encode_all(waveforms, target, int(source.attrs.get("sample_rate", PANNS_SAMPLE_RATE)))
+            rate = int(source.attrs.get("sample_rate", PANNS_SAMPLE_RATE))
+            target["real_len"] = _encode_all(waveforms, target, rate, check)
     return before, path.stat().st_size
 
 
-def _encode_all(waveforms: Waveforms, target: h5py.File, sample_rate: int) -> np.ndarray:
+def _encode_all(waveforms: Waveforms, target: h5py.File, sample_rate: int, check: Callable[[], None]) -> np.ndarray:
     """Write waveform_flac; returns (N,) int32 lengths in samples. Raises UserError where a decoded clip differs."""
     flac = target.create_dataset("waveform_flac", (len(waveforms),), dtype=h5py.vlen_dtype(np.uint8))
     lengths = np.zeros(len(waveforms), dtype=np.int32)
@@ -42,6 +44,7 @@ def _encode_all(waveforms: Waveforms, target: h5py.File, sample_rate: int) -> np
         buffer = io.BytesIO()
         soundfile.write(buffer, sound, sample_rate, format="FLAC", subtype="PCM_16")
         flac[row] = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+        check()
         if not np.array_equal(written.read(row), sound):
             raise UserError(f"Clip {row} differs after decoding: the store is left unchanged.")
         lengths[row] = len(sound)

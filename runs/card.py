@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-import pytorch_lightning as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from data.clip_store import STRONG, ClipTable
@@ -20,6 +19,7 @@ from runs.records import git_revision
 from settings import FRAME_LOSSES, NOT_THE_EXPERIMENT, Config, UserError, all_settings, resolve, section
 from training.callbacks import checkpoint_folder, chosen_by
 
+CARD = "README.md"  # of a run folder
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm: measured, not learned
 TAGS = ("audio", "hts-at", "audio-tagging", "sound-event-detection")
 UNITS = {"sample_rate": "Hz", "window_size": "samples", "hop_size": "samples", "fmin": "Hz", "fmax": "Hz"}
@@ -68,25 +68,24 @@ def recorded_splits(checkpoint: Path) -> dict[Split, Any]:
         return {}
 
 
-def write_run_card(settings: Config, data: SEDDataModule, trainer: pl.Trainer) -> Path:
-    """Write README.md into a run folder, the card of its best.ckpt with the metric that it was chosen by."""
+def write_run_card(settings: Config, data: SEDDataModule, score: Optional[float]) -> Path:
+    """Write README.md into a run folder, the card of its best.ckpt with the metric `score` that it was chosen by."""
     best = checkpoint_folder(settings) / "best.ckpt"
     checkpoint = read_checkpoint(best)
     table = data.tables["validation"]
     if settings.loss_type in FRAME_LOSSES:  # frame_mAP is taken over the clips with event times
         table = table.select(labelling(table) == STRONG)
-    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     metrics = []
     if score is not None:
         classes = int(table.targets.any(axis=0).sum())
-        metrics = [Metric(chosen_by(settings), float(score), "best epoch", len(table), classes, table.targets.shape[1])]
+        metrics = [Metric(chosen_by(settings), score, "best epoch", len(table), classes, table.targets.shape[1])]
     measured = {
         "held_out": "Measured on the validation clips, on which the best epoch was chosen; `python main.py test` "
         "measures on held-out clips.",
         "paper": "Measured on the test clips, on which the best epoch was chosen as well, as published.",
     }
     return write_card(
-        settings.run_folder / "README.md",
+        settings.run_folder / CARD,
         vars(checkpoint),
         file=Path("checkpoints") / best.name,
         metrics=metrics,

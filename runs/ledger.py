@@ -1,5 +1,6 @@
 """The results ledger: one line of JSON a test, in results_path; the newest of each, and means over seeds."""
 
+import errno
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ from typing import Any, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data.files import check_writable, explained
 from settings import NOT_THE_EXPERIMENT, UserError, section
 
 Kind = Literal["single", "ensemble", "weight average"]
@@ -151,27 +153,22 @@ def check_ledger(path: Path) -> None:
     """Make the folder of a ledger, before a test. Raises UserError where no line could be added after it."""
     if path.is_dir():
         raise UserError(f"results_path = {path} is a folder: give the path of a file, as {path / 'results.jsonl'}.")
-    make_folder(path.parent, "results_path", path)
+    check_writable(f"results_path = {path}", path)
     if path.exists() and not os.access(path, os.R_OK | os.W_OK):
         raise UserError(f"results_path = {path} cannot be written: change its permissions, or give another file.")
-
-
-def make_folder(folder: Path, setting: str, value: Path) -> None:
-    """Make a folder to write into. Raises UserError, which names the setting and its value, where that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{setting} = {value} cannot be written ({error}): give another place.") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{setting} = {value} cannot be written: {folder} takes no files. Give another place.")
 
 
 def append_result(path: Path, result: Result) -> None:
     """Add a line in a single write, so that tests that end at the same time do not mix their lines.
 
-    Fields that have their default are left out of it. Raises OSError where the line could not be written whole. It then
-    stays as a broken line, which read_results skips.
+    Fields that have their default are left out of it. Raises UserError where the line could not be written whole. It
+    then stays as a broken line, which read_results skips.
     """
+    with explained(path):
+        _append_line(path, result)
+
+
+def _append_line(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = result.model_dump_json(exclude_defaults=True).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -180,7 +177,7 @@ def append_result(path: Path, result: Result) -> None:
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last write was cut off: leave its line
             line = b"\n" + line
         if os.write(descriptor, line) != len(line):
-            raise OSError(f"{path}: the disk took only a part of the line.")
+            raise OSError(errno.ENOSPC, "the disk took only a part of the line")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -21,8 +21,6 @@ from settings import Config, UserError, section
 from training.devices import is_first_process, on_gpu
 from training.performance import settle
 
-DEFAULT_TEST_FILE = "test"  # of config.py
-
 
 @dataclass(frozen=True)
 class Member:
@@ -81,8 +79,10 @@ class Member:
 
     def named(self, name: str, given: dict[str, Any]) -> "Member":
         """With another default of test_file, so that tests of different kinds leave one another's files alone."""
-        if "test_file" in given or self.settings.test_file != DEFAULT_TEST_FILE:
+        split = self.settings.test_split
+        if "test_file" in given or self.settings.test_file != split:
             return self
+        name += "" if split == "test" else f"_{split}"
         return replace(self, settings=self.settings.model_copy(update={"test_file": name}))
 
 

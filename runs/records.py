@@ -1,7 +1,6 @@
 """What a run writes about itself, and the first page of its log."""
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from data.files import write_text
+from data.files import read_json, write_json
 from data_generator import SEDDataModule
 from evaluation.metrics import Metric
 from settings import Config
@@ -31,7 +31,7 @@ def save_provenance(settings: Config, data: SEDDataModule, **more: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", settings.model_dump())
     path = folder / "provenance.json"
-    entries = json.loads(path.read_text()) if path.is_file() else []
+    entries = read_json(path, list) if path.is_file() else []
     entries.append(
         {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -45,11 +45,6 @@ def save_provenance(settings: Config, data: SEDDataModule, **more: Any) -> None:
         }
     )
     write_json(path, entries)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def git_revision() -> str:
@@ -77,8 +72,9 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
         return
     count = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_row("data set", f"{settings.dataset_type}, protocol {settings.protocol}")
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    store = next(iter(data.tables.values())).paths[0]
+    table.add_row("data set", escape(f"{settings.dataset_type} ({store}), protocol {settings.protocol}"))
     table.add_row("clips", ", ".join(f"{split} {len(t)}" for split, t in data.tables.items()))
     table.add_row("device", device_name(settings))
     table.add_row("parameters", f"{count:,} ({trained:,} trained)")
@@ -90,7 +86,7 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
         needed = trained * BYTES_PER_TRAINED_PARAMETER / 2**30
         table.add_row("memory", f"{needed:.2f} GiB for weights, gradients and optimizer, beside activations")
     for name, text in more.items():
-        table.add_row(name.replace("_", " "), text)
+        table.add_row(name.replace("_", " "), escape(text))
     Console().print(table)
 
 

@@ -1,17 +1,73 @@
-"""The checkpoint from which an interrupted run is resumed."""
+"""What a resumed run goes by: the settings that it has recorded, its checkpoint, and what has changed since."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+from data.facts import store_facts
+from data.files import read_json
 from model.checkpoint import Checkpoint, read_checkpoint
-from settings import TRAINED_SECTIONS, Config, UserError, section
+from settings import (
+    OTHER_SECTIONS,
+    TRAINED_SECTIONS,
+    Config,
+    UserError,
+    all_settings,
+    fewest,
+    requested,
+    resolve,
+    section,
+)
 from training.callbacks import checkpoint_folder
 from training.devices import is_first_process
 
 # Sections of config.py that must not change when a run is resumed: its network, what of it learns, from which clips.
 RUN_SECTIONS = (
-    *TRAINED_SECTIONS, "training clips", "fine-tuning", "averaged weights", "frame training", "semi-supervised",
+    *TRAINED_SECTIONS, "training clips", "starting weights", "fine-tuning", "averaged weights", "frame training",
+    "semi-supervised",
 )  # fmt: skip
+
+
+def with_recorded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, and where it resumes a run the settings that this run was given before, but for those of other commands.
+
+    They are recorded in config.json of its folder, else in its checkpoint. What the prepared data say is left out.
+    Raises UserError where config.json is damaged.
+    """
+    resume = requested("resume", given)
+    if resume is None:
+        return dict(given)
+    if resume == "auto":
+        place = resolve({name: given[name] for name in section("data set", "split", "run") if name in given})
+        folder = place.run_folder
+        here = {"exp_name": place.exp_name, "workspace": place.workspace}
+    else:
+        folder = Path(resume).absolute().parent.parent
+        workspace = folder.parents[1] if Path(resume).is_absolute() else os.path.relpath(folder.parents[1])
+        here = {"exp_name": folder.name, "workspace": str(workspace)} if folder.parent.name == "runs" else {}
+    known = all_settings()
+    recorded = {name: value for name, value in _recorded(folder, resume).items() if name in known}
+    left_out = {*section(*OTHER_SECTIONS), "resume"}
+    kept = {name: value for name, value in fewest(recorded).items() if name not in left_out}
+    chosen = {**kept, **here, **given}
+    of_data = store_facts(resolve(chosen).model_dump())
+    return {name: value for name, value in chosen.items() if name in given or name not in of_data}
+
+
+def _recorded(folder: Path, resume: str) -> Mapping[str, Any]:
+    config, last = folder / "config.json", folder / "checkpoints" / "last.ckpt"
+    if config.is_file():
+        found: dict[str, Any] = read_json(config, dict)
+        return found
+    checkpoint = last if resume == "auto" else Path(resume)
+    return read_checkpoint(checkpoint).settings or {} if checkpoint.is_file() else {}
+
+
+def resumes(settings: Config) -> bool:
+    """Whether there is a checkpoint to resume from."""
+    last = checkpoint_folder(settings) / "last.ckpt"
+    return settings.resume is not None and (settings.resume != "auto" or last.is_file())
 
 
 def find_resumed(settings: Config) -> Optional[Checkpoint]:
@@ -27,14 +83,54 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
                 f"{settings.run_folder} holds a run already: --resume auto resumes it, --exp_name NAME starts another."
             )
         return None
-    if settings.resume == "auto" and not last.is_file():
+    if not resumes(settings):
         return None
     resumed = read_checkpoint(last if settings.resume == "auto" else Path(settings.resume))
     if resumed.settings is None or resumed.epoch is None or not resumed.resumable:
         raise UserError(f"{resumed.path} belongs to no run: to start from its weights use --resume_checkpoint.")
-    now, then = settings.model_dump(), resumed.settings
-    changed = [name for name in section(*RUN_SECTIONS) if name in then and then[name] != now[name]]
+    then = resumed.settings
+    changed = changes(then, settings, *RUN_SECTIONS)
     if changed:
-        was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
+        was = ", ".join(f"{name} = {then[name]!r} (now {getattr(settings, name)!r})" for name in changed)
         raise UserError(f"The run to resume has {was}: give the same settings, or another --exp_name.")
     return resumed
+
+
+def changes(then: Mapping[str, Any], settings: Config, *sections: str) -> list[str]:
+    """Names of the settings of these sections that were other ones."""
+    now = settings.model_dump()
+    return [name for name in section(*sections) if name in then and then[name] != now[name]]
+
+
+def say_changes(resumed: Checkpoint, settings: Config, data: Mapping[str, Any], processes: int) -> dict[str, str]:
+    """A row for the first page and provenance.json: what a resumed run takes anew. data: SEDDataModule.identity.
+
+    Raises UserError where the clips of a split, their classes or their events are others than those of the run.
+    """
+    then = resumed.settings or {}
+    titles = {setting.section.partition(", ")[0] for setting in all_settings().values()}
+    free = titles - {*RUN_SECTIONS, *OTHER_SECTIONS}
+    said = [
+        f"{name} {then[name]} -> {getattr(settings, name)}"
+        for name in changes(then, settings, *free)
+        if name not in ("resume", "exp_name")
+    ]
+    if resumed.data is not None:
+        said += _other_data(resumed, {**data, "processes": processes})
+    return {"changed": ", ".join(said)} if said else {}
+
+
+def _other_data(resumed: Checkpoint, now: Mapping[str, Any]) -> list[str]:
+    before = resumed.data or {}
+    if not isinstance(before.get("splits"), Mapping):
+        raise UserError(f"{resumed.path} is damaged: its entry data has no splits.")
+    for split in before["splits"].keys() & now["splits"].keys():
+        if before["splits"][split] != now["splits"][split]:
+            raise UserError(
+                f"The run to resume has for {split} {before['splits'][split]}, of {before.get('store')}; "
+                f"{now['store']} has {now['splits'][split]}. Other clips, classes, events or splits are another run: "
+                f"give the data of the run with --dataset_path, or another --exp_name."
+            )
+    return [
+        f"{name} {before.get(name)} -> {now[name]}" for name in ("store", "processes") if before.get(name) != now[name]
+    ]

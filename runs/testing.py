@@ -1,6 +1,7 @@
 """Test one network or an ensemble: score the clips, print the metrics, write metrics, scores and ledger."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
@@ -9,6 +10,7 @@ import numpy as np
 import pytorch_lightning as pl
 
 from data.clip_store import ClipTable, open_store, read_events
+from data.files import check_writable, sole_writer, write_each, write_json
 from data_generator import SEDDataModule, load_test_data
 from evaluation.bootstrap import with_interval
 from evaluation.mapping import NAMED, ClassMapping
@@ -23,13 +25,12 @@ from runs.ledger import (
     check_ledger,
     file_sha256,
     joint_settings_hash,
-    make_folder,
 )
 from runs.members import Member
-from runs.records import device_name, git_revision, print_first_page, print_metrics, write_json
+from runs.records import device_name, git_revision, print_first_page, print_metrics
 from runs.test_plan import TestPlan, plan_test, reported_split
 from sed_model import Evaluation, SEDWrapper
-from settings import Config, UserError, section
+from settings import Config, UserError, place_flags, section
 from training.devices import is_first_process
 from training.trainer import build_trainer, interruptible
 
@@ -58,7 +59,7 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
     do not score all clips. Returns the metrics, in the first process only. Raises UserError where the files could not
     be written, before the test.
     """
-    settings, reported = members[0].settings, members[0].reported()
+    settings = members[0].settings
     if settings.fl_local and not module.has_frames:
         raise UserError(
             f"fl_local = True needs frame scores, and encoder = {settings.encoder} has no time axis: test without it."
@@ -67,27 +68,40 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
     plan = plan_test(module, settings, data, paths, members[0].known_labels)
     whole = plan.complete and not settings.debug
     folder, ledger = Path(settings.heatmap_dir), Path(settings.results_path)
-    if is_first_process():
-        make_folder(folder, "heatmap_dir", folder)
-        if whole:
-            check_ledger(ledger)
+    places = folder / f"{plan.name}.json", folder / f"{plan.name}.h5"
     trainer: pl.Trainer = build_trainer(settings, steps_per_epoch=None)
-    with interruptible(trainer):
-        trainer.test(module, data, verbose=False)
-    if not is_first_process():
-        return []
+    with ExitStack() as stack:
+        if is_first_process():
+            check_writable(f"heatmap_dir = {folder}", *places)
+            if whole:
+                check_ledger(ledger)
+            stack.enter_context(sole_writer(folder / plan.name, *places))
+        with interruptible(trainer):
+            trainer.test(module, data, verbose=False)
+        return write_test(module, data, members, plan) if is_first_process() else []
+
+
+def write_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member], plan: TestPlan) -> list[Metric]:
+    """Print the metrics of a test and write its files. Raises UserError after all that can be written."""
+    settings, reported = members[0].settings, members[0].reported()
+    paths = [str(member.checkpoint.path) for member in members]
+    folder, ledger = Path(settings.heatmap_dir), Path(settings.results_path)
     table = data.tables[settings.test_split]
     metrics = with_interval(module.test_metrics, module.test_clipwise, module.test_targets, seed=settings.random_seed)
-    summary = summarize(module, reported, table, metrics, paths, plan.mapping)
-    write_json(folder / f"{plan.name}.json", summary)
-    collect_scores(module, settings, table, plan).save(folder / f"{plan.name}.h5")
     print_metrics(f"HTS-AT: {settings.test_split} clips, {', '.join(paths)}", metrics, reported)
+    summary = summarize(module, reported, table, metrics, paths, plan.mapping)
+    writes: dict[Path, Callable[[Path], object]] = {
+        folder / f"{plan.name}.json": lambda path: write_json(path, summary),
+        folder / f"{plan.name}.h5": collect_scores(module, settings, table, plan).save,
+    }
+    if plan.complete and not settings.debug:
+        writes[ledger] = lambda path: append_result(path, test_result(summary, metrics, settings, members))
+    write_each(writes)
     print(f"Metrics: {folder / plan.name}.json\nScores: {folder / plan.name}.h5")
     if settings.fl_local:
         print(f"Localize: python fl_evaluate.py --heatmap_dir {folder} --test_file {settings.test_file}")
-    if whole:
-        append_result(ledger, test_result(summary, metrics, settings, members))
-        print(f"Ledger: {ledger}, which `python main.py results` prints")
+    if ledger in writes:
+        print(f"Ledger: {ledger}, which `python main.py results{place_flags(settings, 'results_path')}` prints")
     return metrics
 
 

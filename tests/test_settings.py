@@ -23,7 +23,9 @@ from settings import (
     TRAINED_SECTIONS,
     UserError,
     all_settings,
+    fewest,
     fields_stub,
+    place_flags,
     resolve,
     section,
 )
@@ -50,6 +52,8 @@ def notebook_config() -> Iterator[ModuleType]:
         ({"sample_rate": 16000}, {"hop_size": 160}),
         ({"sample_rate": 16000, "hop_size": 200}, {"hop_size": 200}),
         ({"exp_name": "x"}, {"heatmap_dir": "workspace/runs/x/scores"}),
+        ({"exp_name": "night[1] a.b"}, {"exp_name": "night[1] a.b"}),
+        ({"test_split": "train"}, {"test_file": "train"}),
         ({"max_epoch": "5", "fl_local": "True", "crop_size": "None"}, {"max_epoch": 5, "fl_local": True}),
         ({"crop_size": "None"}, {"crop_size": None}),
         ({"lr_scheduler_epoch": "1,2,3"}, {"lr_scheduler_epoch": [1, 2, 3]}),
@@ -68,6 +72,9 @@ def test_values_of_flags_and_what_follows_from_them(given: dict[str, Any], deriv
         ({"dataset_type": "esc50"}, "'esc-50'"),
         ({"max_epoch": "many"}, "max_epoch = 'many'"),
         ({"max_epoch": 0}, "max_epoch = 0"),
+        *(({"exp_name": name}, "exp_name") for name in ("", ".", "..", "../a", "/a", "a/b", "a\\b", "a\n", "a\0")),
+        ({"test_file": "../a"}, "test_file"),
+        ({"index_type": "../a"}, "index_type"),
         ({"crop_size": 0}, "crop_size = 0"),
         ({"htsat_depth": "2,0"}, "htsat_depth"),
         ({"mixup_alpha": -1}, "mixup_alpha = -1"),
@@ -201,6 +208,28 @@ def test_a_checkpoint_leaves_the_rest_to_config() -> None:
     assert found.batch_size == resolve({"dataset_type": "esc-50"}).batch_size
     assert found.dataset_path == "workspace/data/esc-50"
     assert resolve({"dataset_type": "demo", "esc_fold": 2}, checkpoint=saved).esc_fold == 2
+
+
+@pytest.mark.parametrize("value", ["../a", "/a", ""])
+def test_a_checkpoint_names_no_place_outside(value: str) -> None:
+    with pytest.raises(UserError, match="exp_name"):
+        resolve({}, checkpoint={"exp_name": value})
+
+
+def test_a_checkpoint_knows_where_its_data_are(tmp_path: Path) -> None:
+    """Unless something else is said, or they are no longer there."""
+    for place, there in ((tmp_path, True), (tmp_path / "gone", False)):
+        saved = resolve({"dataset_type": "folder", "dataset_path": str(place)}).model_dump()
+        assert (resolve({}, checkpoint=saved).dataset_path == str(place)) == there
+        assert resolve({"workspace": "w"}, checkpoint=saved).dataset_path == "w/data/folder"
+
+
+def test_the_flags_that_give_some_settings() -> None:
+    given = {"dataset_type": "scv2", "workspace": "a b", "lr_rate": [1.0, 1.0, 1.0], "exp_name": "x"}
+    settings = resolve({**given, "batch_size": 32})
+    assert fewest(json.loads(json.dumps(settings.model_dump()))) == given
+    assert place_flags(settings, "batch_size", "exp_name") == " --workspace 'a b' --exp_name x"
+    assert place_flags(resolve()) == ""
 
 
 @pytest.mark.parametrize("name", section(*resume.RUN_SECTIONS))

@@ -91,7 +91,7 @@ class LastEpochsAveraging(WeightAveraging):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that finds its files after the run's folder has moved."""
+    """A ModelCheckpoint that finds its files after the run's folder has moved, or some of them were removed."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.dirpath is not None
@@ -102,7 +102,14 @@ class RunCheckpoint(ModelCheckpoint):
 
         paths = {name: moved(state_dict[name]) for name in state_dict if name.endswith("_model_path")}
         ranked = {moved(path): value for path, value in state_dict.get("best_k_models", {}).items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": ranked, "dirpath": self.dirpath})
+        state = {**state_dict, **paths, "best_k_models": ranked, "dirpath": self.dirpath}
+        there = {path: value for path, value in ranked.items() if Path(path).is_file()}
+        if there != ranked:  # the rank of a file that is gone counts no longer
+            best = max(there, key=lambda path: float(there[path]), default="")
+            last = min(there, key=lambda path: float(there[path]), default="")
+            state |= {"best_k_models": there, "best_model_path": best, "best_model_score": there.get(best)}
+            state |= {"kth_best_model_path": last, "kth_value": there.get(last, torch.tensor(-torch.inf))}
+        super().load_state_dict(state)
 
 
 class MidEpoch(RunCheckpoint):
@@ -144,6 +151,13 @@ class BestLink(Checkpoint):
             link_or_copy(source, source.with_name("best.ckpt"))
 
 
+def restore_best(folder: Path, name: str) -> None:
+    """Of the best checkpoint's two names, best.ckpt and `name`, give it the one that is missing."""
+    best, ranked = folder / "best.ckpt", folder / name
+    if best.is_file() != ranked.is_file():
+        link_or_copy(*((best, ranked) if best.is_file() else (ranked, best)))
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name, replacing what had it; where the file system has no hard links, copy."""
     if target.exists() and target.samefile(source):  # renaming one name of a file to another leaves both
@@ -173,24 +187,24 @@ class EpochLine(Callback):
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
-        self.first_step, self.started, self.epoch_started = 0, 0.0, 0.0
+        self.first_step, self.started, self.epoch_started, self.rate = 0, 0.0, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.first_step, self.started = trainer.global_step, time.monotonic()
-        self.epoch_started = self.started  # Lightning calls no on_train_epoch_start for an epoch that is resumed
+        self.on_train_epoch_start(trainer, pl_module)  # Lightning does not call it for an epoch that is resumed
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epoch_started = time.monotonic()
+        self.rate = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the epoch it is the next one's
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = trainer.callback_metrics
         names = {"train_loss_epoch": "loss", "val_loss": "val loss", self.metric: self.metric}
         shown = [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values]
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
         seconds = time.monotonic() - self.epoch_started
         print(
-            f"epoch {trainer.current_epoch + 1:3d}/{trainer.max_epochs}  {'  '.join(shown)}  lr {rate:.2e}  "
+            f"epoch {trainer.current_epoch + 1:3d}/{trainer.max_epochs}  {'  '.join(shown)}  lr {self.rate:.2e}  "
             f"{seconds:.0f} s, left {self.left(trainer)}",
             flush=True,
         )

@@ -1,11 +1,27 @@
 """The devices, machines and processes that share a run."""
 
 import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from settings import Config, UserError
+
+LOOK_SECONDS = 1.0
+GRACE_SECONDS = 10.0  # in which a process that has met an error of its own ends by itself
+LOST = re.compile(r"gloo|nccl|connection (closed|reset)|process group", re.IGNORECASE)
+ENDED = "The processes of a run end together; `python main.py train --resume auto` resumes from its last checkpoint."
 
 
 def device_count(settings: Config) -> int:
@@ -71,3 +87,44 @@ def total_memory(settings: Config) -> int:
     if on_gpu(settings):
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class EndTogether(Callback):
+    """In the process that started the others: where one of them is killed or fails, end all.
+
+    Left alone, the others would wait for it in their next exchange: for half an hour with NCCL.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        started: Sequence[subprocess.Popen[Any]] = getattr(trainer.strategy.launcher, "procs", ())
+        if started:
+            threading.Thread(target=_watch, args=(started,), daemon=True, name="end together").start()
+
+
+def _watch(started: Sequence["subprocess.Popen[Any]"]) -> None:
+    while any(process.poll() is None for process in started):
+        for rank, process in enumerate(started, start=1):
+            code = process.poll()
+            if code:
+                how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit status {code}"
+                if code > 0:
+                    time.sleep(GRACE_SECONDS)
+                print(f"error: Process {rank} of this run {how}. {ENDED}", file=sys.stderr, flush=True)
+                for other in started:
+                    other.kill()
+                os._exit(2)
+        time.sleep(LOOK_SECONDS)
+
+
+@contextmanager
+def lost_processes(trainer: pl.Trainer) -> Iterator[None]:
+    """An exchange with a process that has ended is a UserError in the first process, and ends the others quietly."""
+    try:
+        yield
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
+            raise
+        if trainer.global_rank:
+            raise SystemExit(2) from None
+        time.sleep(GRACE_SECONDS + 2 * LOOK_SECONDS)  # where this process has started it, EndTogether says more
+        raise UserError(f"Another process of this run was lost ({str(error).splitlines()[0][:100]}). {ENDED}") from None

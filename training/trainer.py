@@ -8,11 +8,12 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from settings import Config
 from training.callbacks import AtomicCheckpointIO, Progress, build_callbacks
-from training.devices import device_count, node_count, on_gpu
+from training.devices import EndTogether, device_count, lost_processes, node_count, on_gpu
 
 DEBUG_BATCHES = 3  # of each split, with the setting debug
 
@@ -34,8 +35,9 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         # Nothing but BandNorm has buffers that change, and it keeps them equal by itself: to broadcast them would only
         # tie together validation shares, which may differ in length.
         strategy = DDPStrategy(process_group_backend="nccl" if gpu else "gloo", broadcast_buffers=False)
-    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # print_first_page prints device and processes
+    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.signal_connector"):
+        # print_first_page prints device and processes, main what an interruption leaves
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=devices,
@@ -47,12 +49,13 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         gradient_clip_val=settings.gradient_clip or None,
         use_distributed_sampler=False,  # data_generator.py has its own
         deterministic=True,
-        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(settings.run_folder),  # where Lightning looks for what a SLURM job has left
+        plugins=[AtomicCheckpointIO(), *_environment()],
         num_sanity_val_steps=0,
         log_every_n_steps=min(10, steps_per_epoch or 1),
         enable_model_summary=False,
         logger=_loggers(settings) if training else False,
-        callbacks=build_callbacks(settings) if training else [Progress()],
+        callbacks=[EndTogether(), *(build_callbacks(settings) if training else [Progress()])],
         enable_checkpointing=training,
         limit_train_batches=DEBUG_BATCHES if settings.debug else 1.0,
         limit_val_batches=DEBUG_BATCHES if settings.debug else 1.0,
@@ -60,13 +63,19 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
     )
 
 
+def _environment() -> list[SLURMEnvironment]:
+    """SLURM without Lightning's requeueing, whose checkpoints any later run in that folder would resume."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
 @contextmanager
 def interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Ctrl-C in a fit or test ends as KeyboardInterrupt, which Lightning turns into SystemExit."""
+    """Ctrl-C in a fit or test ends as KeyboardInterrupt, which Lightning turns into SystemExit; see lost_processes."""
     try:
-        yield
-    except SystemExit:
-        if trainer.interrupted:
+        with lost_processes(trainer):
+            yield
+    except SystemExit as error:
+        if trainer.interrupted and error.code in (None, 1):  # of SIGTERM, and of Ctrl-C
             raise KeyboardInterrupt from None
         raise
 

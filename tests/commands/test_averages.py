@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from commands import weight_average
-from commands.weight_average import average_checkpoints, estimate_statistics, find_checkpoints
+from commands.weight_average import average_checkpoints, average_path, estimate_statistics, find_checkpoints
 from data_generator import load_training_data
 from evaluation.metrics import Metric
 from model import build_model
@@ -69,6 +69,18 @@ def test_no_file_counts_twice_and_the_target_does_not_count(tmp_path: Path) -> N
     assert names(folder, target=folder / ".." / "loose" / "average.ckpt") == ["best.ckpt", "last.ckpt"]
     with pytest.raises(UserError, match="--wa_folder"):
         find_checkpoints(f"{folder}/av*.ckpt", target=folder / "average.ckpt")
+
+
+def test_brackets_in_the_name_of_a_folder(tmp_path: Path) -> None:
+    """A folder that is there is no pattern; its average goes into it, unless wa_model_path is given."""
+    run = tmp_path / "night[1]"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "epoch_000.ckpt").touch()
+    assert names(run) == ["epoch_000.ckpt"]
+    for folder in (run, run / "checkpoints"):
+        assert average_path(resolve({"wa_folder": str(folder)})) == run / "weight_average.ckpt"
+    assert average_path(resolve({"wa_folder": str(run), "wa_model_path": "a.ckpt"})) == Path("a.ckpt")
+    assert average_path(resolve({"wa_folder": "a*.ckpt"})) == Path("workspace/runs/htsat_demo/weight_average.ckpt")
 
 
 def test_average_of_a_run_is_tested_at_once(capsys: pytest.CaptureFixture[str]) -> None:

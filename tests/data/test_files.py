@@ -7,14 +7,22 @@ from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
-import h5py
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from data.files import whole_file, write_text
+from data.files import (
+    check_writable,
+    fitting_name,
+    read_json,
+    sole_writer,
+    whole_file,
+    whole_hdf5,
+    write_each,
+    write_text,
+)
 from evaluation.plots import save_png
 from model.checkpoint import save_safetensors, write_checkpoint
 from settings import UserError
@@ -107,8 +115,20 @@ def little_room() -> Iterator[None]:
 
 
 def write_hdf5(path: Path) -> None:
-    with whole_file(path) as partial, h5py.File(partial, "w") as file:
+    """In rows, of which the last do not fit: HDF5 must be able to close it all the same."""
+    with whole_hdf5(path) as (file, _):
+        rows = file.create_dataset("x", (0, 100), "f4", maxshape=(None, 100), chunks=(1, 100))
+        for number in range(100):
+            rows.resize(number + 1, axis=0)
+            rows[number] = LARGE[:100]
+        file.attrs["labels"] = ["a"] * 50
+
+
+def write_checked_hdf5(path: Path) -> None:
+    with whole_hdf5(path) as (file, check):
         file["x"] = LARGE
+        check()
+        raise AssertionError("the disk has refused this")
 
 
 def write_npz(path: Path) -> None:
@@ -127,12 +147,13 @@ def draw(path: Path) -> None:
     [
         lambda path: write_text(path, "x" * 10_000),
         write_hdf5,
+        write_checked_hdf5,
         write_npz,
         draw,
         lambda path: write_checkpoint(path, {"x": torch.from_numpy(LARGE)}),
         lambda path: save_safetensors(path, {"x": torch.from_numpy(LARGE)}, settings={}, labels=[], frontend={}),
     ],
-    ids=["text", "hdf5", "npz", "png", "torch", "safetensors"],
+    ids=["text", "hdf5", "hdf5 checked", "npz", "png", "torch", "safetensors"],
 )
 def test_no_room(old: Path, write: Callable[[Path], None], little_room: None) -> None:
     with pytest.raises(UserError, match=f"{old} cannot be written: {os.strerror(errno.EFBIG)}"):
@@ -163,3 +184,89 @@ def test_what_is_in_the_way(old: Path, place: str) -> None:
     with pytest.raises(UserError, match=str(path)):
         write_text(path, "new")
     assert names(old) == ["a.txt"]
+
+
+def test_the_mode_is_that_of_any_new_file(old: Path) -> None:
+    with whole_file(old) as partial:
+        partial.chmod(0o600)  # as safetensors leaves it
+    (old.parent / "b.txt").write_text("")
+    assert old.stat().st_mode == (old.parent / "b.txt").stat().st_mode
+
+
+@pytest.mark.parametrize("place", ["folder", "folder/a.txt/b.txt", "new/" + "x" * 300])
+def test_a_place_is_tried_before_the_work(old: Path, place: str) -> None:
+    root = old.parent.parent
+    check_writable("--output a", root / "new" / "b.txt")
+    assert not list((root / "new").iterdir())
+    with pytest.raises(UserError, match=r"^--output a"):
+        check_writable("--output a", root / place)
+    assert names(old) == ["a.txt"]
+
+
+def test_a_full_disk_is_found_before_the_work(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(UserError, match=r"^--output a"):
+        check_writable("--output a", old)
+    assert (old.read_text(), names(old)) == ("old", ["a.txt"])
+
+
+def test_what_can_be_written_is(tmp_path: Path) -> None:
+    def refuse(path: Path) -> None:
+        raise UserError(f"not {path.name}")
+
+    writes = {tmp_path / name: lambda path: write_text(path, "x") for name in "ac"}
+    assert write_each(writes) == list(writes)
+    with pytest.raises(UserError, match=r"not b.*c"):
+        write_each({tmp_path / "b": refuse, **writes})
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2", "{}"])
+def test_a_damaged_json_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=r"a\.json"):
+        read_json(tmp_path / "a.json", list)
+
+
+def test_a_name_that_fits(tmp_path: Path) -> None:
+    long = ["ä" * 200 + f"{number}.wav.txt" for number in range(2)]
+    fitted = {fitting_name(tmp_path, name) for name in long}
+    assert len(fitted) == 2
+    for name in fitted:
+        assert name.endswith(".txt")
+        write_text(tmp_path / name, "x")
+    assert fitting_name(tmp_path, "a.txt") == "a.txt"
+
+
+def write_alone(path: Path, ready: object, go: object) -> None:
+    with sole_writer(path):
+        ready.set()  # type: ignore[attr-defined]
+        go.wait(60)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("end", ["goes", "is killed"])
+def test_one_process_writes(old: Path, end: str) -> None:
+    """The other one says which does. One that is killed leaves no lock, and its temporary files are removed."""
+    context = get_context("fork")
+    ready, go = context.Event(), context.Event()
+    writer = context.Process(target=write_alone, args=(old, ready, go))
+    writer.start()
+    assert ready.wait(60)
+    left, foreign = old.with_name("a.txt.0123abcd.partial"), old.with_name("b.txt.0123abcd.partial")
+    for path in (left, foreign):
+        path.touch()
+    with pytest.raises(UserError, match=f"{old}.*{writer.pid}"), sole_writer(old):
+        raise AssertionError("two write")
+    assert left.exists()
+    if end == "goes":
+        go.set()
+    else:
+        writer.kill()
+    writer.join()
+    with sole_writer(old):
+        assert not left.exists()
+    assert names(old) == ["a.txt", foreign.name]
+    with sole_writer(old.parent):
+        assert names(old) == ["a.txt"]

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,8 +168,7 @@ def test_card_of_a_run(tmp_path: Path, demo_workspace: Path) -> None:
     folder.mkdir(parents=True)
     described = {**content(classes_num=10), "labels": data.tables["train"].labels, "epoch": 2}
     torch.save(described, folder / "best.ckpt")
-    trainer: Any = SimpleNamespace(checkpoint_callback=SimpleNamespace(best_model_score=torch.tensor(0.25)))
-    path = write_run_card(settings, data, trainer)
+    path = write_run_card(settings, data, 0.25)
     assert path == settings.run_folder / "README.md"
     text = path.read_text()
     assert header_of(text)["license"] == "cc0-1.0"

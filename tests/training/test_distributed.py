@@ -1,8 +1,12 @@
 """2 and 4 processes (gloo, as torchrun starts them) learn what one process learns, and test as it does."""
 
+import csv
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ from data.clip_store import Clip, ClipStoreWriter
 from model import build_model
 from prepare.demo import LABELS
 from settings import resolve
-from tests.helpers import SMALL, call, flags, last_checkpoint
+from tests.helpers import ROOT, SMALL, call, flags, last_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +90,51 @@ def test_the_same_weights_as_one_process(workspace: Path, world: int) -> None:
     assert moved > 10 * TOLERANCE  # what is compared was learned
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(several["state_dict"][name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_same_loss_is_logged_as_of_one_process(runs: dict[int, Path], world: int) -> None:
+    """The mean over the processes, of whole batches and of the epoch."""
+    one, several = (
+        [
+            [float(row[name]) for row in csv.DictReader((runs[n] / "logs/version_0/metrics.csv").open()) if row[name]]
+            for name in ("train_loss_step", "train_loss_epoch", "val_loss")
+        ]
+        for n in (1, world)
+    )
+    assert len(one[1]) == 2
+    for first, second in zip(one, several, strict=True):
+        assert second == pytest.approx(first, abs=1e-4)
+
+
+KILLED = """
+import os, signal, sys, torch
+import main, sed_model
+whole = sed_model.SEDWrapper.training_step
+def training_step(self, batch, batch_idx):
+    if str(self.global_rank) == os.environ["KILLED"] and self.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, batch, batch_idx)
+sed_model.SEDWrapper.training_step = training_step
+torch.set_num_threads(1)
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others(workspace: Path, killed: int) -> None:
+    """With one message, unless it was the first process that was killed, which would have printed it."""
+    script = workspace / f"killed_{killed}.py"
+    script.write_text(KILLED)
+    words = [sys.executable, str(script), "train", *flags(PLAIN), "--devices", "2", "--exp_name", script.stem]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KILLED": str(killed)}
+    process = subprocess.Popen(
+        words, cwd=workspace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said = process.communicate(timeout=120)[0]  # until the last process has ended, all of which write there
+    assert process.returncode == (-signal.SIGKILL if killed == 0 else 2), said
+    assert said.count("error:") == killed, said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -1,6 +1,9 @@
 """Resuming a run: after a kill anywhere, in another folder, and what must not have changed."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 import main
 from model.checkpoint import store_in_checkpoint
@@ -18,7 +23,8 @@ from runs.resume import find_resumed
 from sed_model import SEDWrapper
 from settings import UserError
 from tests.helpers import ROOT, TINY_FLAGS, call, last_checkpoint, refused, save_network, tiny
-from training.callbacks import link_or_copy
+from training.callbacks import RunCheckpoint, link_or_copy
+from training.trainer import build_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -113,12 +119,116 @@ def test_a_run_that_has_moved_keeps_its_best(monkeypatch: pytest.MonkeyPatch) ->
         (["--random_seed", "1"], "random_seed = 970131 (now 1)"),
         (["--layer_decay", "0.5"], "layer_decay = 1.0 (now 0.5)"),
         (["--weight_averaging", "ema"], "weight_averaging = 'none' (now 'ema')"),
+        (["--resume_checkpoint", "a.ckpt"], "resume_checkpoint = None (now 'a.ckpt')"),
     ],
 )
 def test_what_must_not_change(
     stopped: tuple[str, ...], capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     assert said in refused(capsys, *stopped, "--resume", "auto", *words)
+
+
+@pytest.mark.usefixtures("trained")
+def test_what_may_change_is_used_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The other settings, as the sizes of the network, are those of the run's config.json."""
+    words = ["--max_epoch", "3", "--learning_rate", "0.5", "--weight_decay", "0.25", "--lr_rate", "1,1,0.5"]
+    call("train", "--resume", "auto", *words)
+    shown = capsys.readouterr().out
+    content = last_checkpoint("htsat_demo")
+    (group,) = content["optimizer_states"][0]["param_groups"]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.5, 0.25) == (
+        content["settings"]["learning_rate"], content["settings"]["weight_decay"],
+    )  # fmt: skip
+    assert content["settings"]["htsat_dim"] == 16
+    first, last = json.loads(Path("workspace/runs/htsat_demo/provenance.json").read_text())
+    assert "changed" not in first
+    for name in ("learning_rate", "weight_decay", "lr_rate", "max_epoch"):
+        assert name in last["changed"]
+        assert name in shown
+    assert "lr 2.50e-01" in shown  # of the third epoch
+
+
+@pytest.mark.usefixtures("trained")
+def test_other_data_are_another_run(capsys: pytest.CaptureFixture[str]) -> None:
+    store = Path("workspace/data/demo/demo.h5")
+    shutil.copyfile(store.resolve(), "other.h5")
+    store.unlink()
+    Path("other.h5").rename(store)
+    words = ["train", "--resume", "auto", "--max_epoch", "3"]
+    with h5py.File(store, "r+") as file:
+        file["event_onset"][0] += 0.01
+    assert str(store) in refused(capsys, *words)
+    with h5py.File(store, "r+") as file:
+        file["event_onset"][0] -= 0.01
+        file.attrs["labels"] = file.attrs["labels"][::-1]
+    assert str(store) in refused(capsys, *words)
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("name", ["provenance.json", "config.json"])
+def test_damaged_records_are_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("workspace/runs/htsat_demo", name)
+    path.write_text(path.read_text()[:-9])
+    assert name in refused(capsys, "train", "--resume", "auto", "--max_epoch", "3")
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_end_of_a_complete_run_is_made_up_for() -> None:
+    """Killed after its last checkpoint, or without its best one, which has a second name."""
+    run = Path("workspace/runs/htsat_demo")
+    card, best = (run / "README.md").read_text(), (run / "checkpoints/best.ckpt").read_bytes()
+    (run / "README.md").unlink()
+    (run / "checkpoints/best.ckpt").unlink()
+    call("train", "--resume", "auto")
+    assert (run / "checkpoints/best.ckpt").read_bytes() == best
+    assert (run / "README.md").read_text() == card
+
+
+def test_a_best_checkpoint_that_is_gone_has_no_rank(tmp_path: Path) -> None:
+    names = [f"epoch_{number}.ckpt" for number in range(3)]
+    (tmp_path / names[1]).touch()
+    callback = RunCheckpoint(dirpath=str(tmp_path), monitor="mAP", mode="max", save_top_k=3)
+    ranked = {f"/old/{name}": torch.tensor(value) for name, value in zip(names, (0.1, 0.2, 0.3), strict=True)}
+    state = {"best_model_path": f"/old/{names[2]}", "best_model_score": torch.tensor(0.3), "best_k_models": ranked}
+    callback.load_state_dict({**state, "kth_best_model_path": f"/old/{names[0]}", "kth_value": torch.tensor(0.1)})
+    assert list(callback.best_k_models) == [str(tmp_path / names[1])]
+    assert callback.best_model_path == callback.kth_best_model_path == str(tmp_path / names[1])
+    assert callback.best_model_score == callback.kth_value == torch.tensor(0.2)
+
+
+def test_a_job_of_slurm_resumes_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hpc_ckpt_1.ckpt").touch()  # as Lightning leaves it in the current folder
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    trainer = build_trainer(tiny(tmp_path), steps_per_epoch=1)
+    assert trainer._checkpoint_connector._hpc_resume_path is None
+    environment = trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
+
+
+def test_a_training_that_diverges_keeps_what_it_has(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the next epoch, with a checkpoint after each step: none with weights that are no numbers is written."""
+    last = trained / "workspace/runs/htsat_demo/checkpoints/last.ckpt"
+    before = last.read_bytes()
+
+    def diverge(self: SEDWrapper, *_: Any, **__: Any) -> None:
+        for parameter in self.sed_model.parameters():
+            parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(SEDWrapper, "on_before_zero_grad", diverge)
+    said = refused(capsys, "train", "--resume", "auto", "--max_epoch", "3", "--checkpoint_every_steps", "1")
+    assert "learning_rate" in said
+    assert str(last.relative_to(trained)) in said
+    assert last.read_bytes() == before
+
+
+def test_the_rate_of_an_epoch_is_its_own(trained_run: Path) -> None:
+    shown = re.findall(r"lr (\S+)", (trained_run / "train.log").read_text())
+    assert [float(rate) for rate in shown] == pytest.approx([0.01 * 0.02, 0.01 * 0.05])
 
 
 @pytest.fixture
