@@ -137,6 +137,8 @@ def same(one: Any, other: Any, tolerance: float = 0.0) -> bool:
         return one.keys() == other.keys() and all(same(one[key], other[key], tolerance) for key in one)
     if isinstance(one, (torch.Tensor, np.ndarray)):
         one, other = np.asarray(one), np.asarray(other)
+        if one.dtype.kind == "O":
+            return one.shape == other.shape and all(map(np.array_equal, one, other))
         if one.dtype.kind in "fc":
             return one.shape == other.shape and bool(np.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True))
         return bool(np.array_equal(one, other))

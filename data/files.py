@@ -153,7 +153,7 @@ def check_writable(said: str, *paths: str | Path, size: int = 0) -> None:
     for path in paths:
         try:
             with suppress(_TrialError), whole_file(path) as partial:
-                partial.write_bytes(bytes(4096))
+                partial.write_bytes(b"\0")
                 _sync(partial)
                 free = shutil.disk_usage(partial.parent).free
                 if free < size:

@@ -28,6 +28,8 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", module="pytorch_lightning")
     if settings.freeze_backbone or settings.mean_teacher:
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    # Of a run that is resumed: find_resumed tells a new one from it.
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     devices = device_count(settings)
     gpu = on_gpu(settings)
     strategy: str | Strategy = "auto"
@@ -52,7 +54,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         default_root_dir=str(settings.run_folder),  # where Lightning looks for what a SLURM job has left
         plugins=[AtomicCheckpointIO(), *_environment()],
         num_sanity_val_steps=0,
-        log_every_n_steps=min(10, steps_per_epoch or 1),
+        log_every_n_steps=min(10, steps_per_epoch or 1, DEBUG_BATCHES if settings.debug else 10),
         enable_model_summary=False,
         logger=_loggers(settings) if training else False,
         callbacks=[EndTogether(), *(build_callbacks(settings) if training else [Progress()])],

@@ -17,7 +17,7 @@ from evaluation.metrics import Metric
 from model import build_model
 from model.checkpoint import read_checkpoint
 from runs.ledger import read_results
-from runs.members import DEFAULT_TEST_FILE, Member
+from runs.members import Member
 from sed_model import Ensemble_SEDWrapper
 from settings import UserError, resolve, section
 from tests.helpers import TINY_FLAGS, call, last_checkpoint, refused, save_network, tiny
@@ -218,7 +218,7 @@ def test_ensembles(capsys: pytest.CaptureFixture[str]) -> None:
             np.testing.assert_allclose(file[column][:], values, rtol=1e-6)
     found, _ = read_results(Path("workspace/results.jsonl"))
     assert found[-1].tested() == found[-2].tested()
-    assert resolve().test_file == DEFAULT_TEST_FILE
+    assert resolve().test_file == resolve().test_split
 
 
 def test_members_with_another_number_of_frames(capsys: pytest.CaptureFixture[str]) -> None:

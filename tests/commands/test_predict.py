@@ -22,6 +22,7 @@ from commands import predict as predict_module
 from evaluation.postprocess import PostProcessing
 from inference import Tagger, pictures
 from inference.outputs import Journal, Outputs
+from settings import UserError
 from tests.levels import FramelessTagger, save_nano
 
 LABELS = ["dog, large", "cat", "Flügel"]
@@ -279,6 +280,47 @@ def test_no_room(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
     assert "a.csv.journal cannot be written" in capsys.readouterr().err
     assert predict("sounds", "--csv", "a.csv", "--batch_size", "1") == 0
     assert [row[0] for row in read_rows("a.csv")[1:]] == NAMES
+
+
+def test_a_long_name_is_shortened(predict: Predict) -> None:
+    name = "n" * 240 + ".wav"
+    Path("sounds/a.wav").rename(Path("sounds", name))
+    assert predict("sounds", "--audacity", "labels", "--jsonl", "tags.jsonl") == 0
+    (label,) = Path("labels").glob("n*.txt")
+    assert label.name.startswith("n" * 200)
+    files = [json.loads(line)["file"] for line in Path("tags.jsonl").read_text().splitlines()]
+    assert len(files) == 4
+    assert f"sounds/{name}" in files
+        name,
+        "d.WAV",
+    }
+
+
+def test_labels_that_cannot_be_written(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recording is named, all else is written."""
+    Path("labels/deep/b.flac.txt").mkdir(parents=True)
+    assert predict("sounds", "--audacity", "labels", "--jsonl", "tags.jsonl") == 1
+    assert "b.flac" in capsys.readouterr().err
+    assert [json.loads(line)["file"] for line in Path("tags.jsonl").read_text().splitlines()] == NAMES
+    assert Path("labels/deep/c.ogg.txt").is_file()
+    assert not list(Path().glob("*.journal*"))
+
+
+def test_an_output_that_cannot_be_written_at_the_end(
+    predict: Predict, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are written; the same command writes it, and tags nothing again."""
+    words = ("sounds", "--csv", "a.csv", "--scores", "s.h5", "--jsonl", "tags.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(Outputs, "_write_arrays", lambda *_: (_ for _ in ()).throw(UserError("s.h5 cannot be written")))
+        assert predict(*words) == 2
+    assert "a.csv" in capsys.readouterr().err.splitlines()[-1]
+    assert Path("a.csv").is_file()
+    monkeypatch.setattr(Tagger, "_listen", lambda *_: pytest.fail("tagged again"))
+    monkeypatch.setattr(Tagger, "_windows", lambda *_: pytest.fail("tagged again"))
+    assert predict(*words) == 0
+    assert Path("s.h5").is_file()
+    assert not list(Path().glob("*.journal*"))
 
 
 def test_a_file_that_is_no_journal_stays(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
