@@ -73,8 +73,8 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
     count = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     table = Table(title=escape(title), show_header=False, title_justify="left")
-    store = next(iter(data.tables.values())).paths[0]
-    table.add_row("data set", escape(f"{settings.dataset_type} ({store}), protocol {settings.protocol}"))
+    table.add_row("data set", f"{settings.dataset_type}, protocol {settings.protocol}")
+    table.add_row("prepared data", escape(settings.dataset_path))
     table.add_row("clips", ", ".join(f"{split} {len(t)}" for split, t in data.tables.items()))
     table.add_row("device", device_name(settings))
     table.add_row("parameters", f"{count:,} ({trained:,} trained)")

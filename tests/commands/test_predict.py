@@ -291,9 +291,6 @@ def test_a_long_name_is_shortened(predict: Predict) -> None:
     files = [json.loads(line)["file"] for line in Path("tags.jsonl").read_text().splitlines()]
     assert len(files) == 4
     assert f"sounds/{name}" in files
-        name,
-        "d.WAV",
-    }
 
 
 def test_labels_that_cannot_be_written(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
