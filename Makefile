@@ -33,19 +33,20 @@ lint: install-dev
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
 
+# setuptools comes with Python 3.10 and 3.11, in versions with known holes: the one of constraints.txt replaces it.
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) && $@ -m pip install --upgrade setuptools -c constraints.txt
 
 # sed_scores_eval comes as source with a C++ extension. Where there is no compiler, one is taken from PyPI.
-$(VENV)/installed: requirements.txt | $(BIN)/python
+$(VENV)/installed: requirements.txt constraints.txt | $(BIN)/python
 	@if ! command -v c++ > /dev/null; then \
 		$(BIN)/pip install ziglang && zig=$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/ziglang/zig) && \
 		export CC="$$zig cc" CXX="$$zig c++"; \
-	fi; $(BIN)/pip install -r requirements.txt
+	fi; $(BIN)/pip install -r requirements.txt -c constraints.txt
 	@touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	@$(BIN)/pip install -r requirements-dev.txt
+$(VENV)/installed-dev: requirements-dev.txt constraints.txt $(VENV)/installed
+	@$(BIN)/pip install -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
 clean:
