@@ -1,5 +1,5 @@
 # make demo: train, choose thresholds, test and localize. make test: the tests but the slow ones. make test-all: all of
-# them. make lint: ruff and mypy. Each makes .venv first.
+# them. make lint: ruff and mypy. make results: the demo, and its figures into README.md. Each makes .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO := --exp_name demo --htsat_dim 32 --htsat_depth 1,1,2,1 --htsat_num_head 2,
 	--max_epoch 16 --lr_scheduler_epoch 10,13,16 --lr_rate 0.02,0.1,0.2 --spec_augment False
 RUN := workspace/runs/demo
 
-.PHONY: demo test test-all lint install install-dev clean
+.PHONY: demo results test test-all lint install install-dev clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -20,6 +20,9 @@ demo: install
 	@echo
 	@echo "Checkpoints: $(RUN)/checkpoints   Metrics: $(RUN)/scores/test.json, test_detection.json"
 	@echo "Report, for a browser: $(RUN)/scores/test_report.html   Curves: $(BIN)/tensorboard --logdir $(RUN)/logs"
+
+results: demo
+	@$(BIN)/python benchmarks/demo.py
 
 test: install-dev
 	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
