@@ -117,10 +117,6 @@ class _Stretch:
         self.start, self.seconds = start, seconds  # what is still to leave out, and to take
 
     @property
-    def whole(self) -> bool:
-        return self.start == 0 and self.seconds is None
-
-    @property
     def over(self) -> bool:
         return self.seconds is not None and self.seconds <= 0
 
@@ -188,7 +184,7 @@ def _by_libsndfile(
         rate, channels = file.samplerate, file.channels
         if not RATES[0] <= rate <= RATES[1] or channels < 1:
             raise UserError(f"{name} cannot be read as audio: its header says {rate} Hz and {channels} channels.")
-        whole = stretch.whole
+        from_start = stretch.start == 0
         count += _seek(file, part, stretch, rate)
         # A low rate makes a block longer when it is resampled: such files are read in smaller ones, of some seconds.
         size = max(1, min(BLOCK_VALUES // channels, 8 * rate))
@@ -211,7 +207,7 @@ def _by_libsndfile(
                 break
             count += len(block)
             yield rate, block
-    if whole:
+    if from_start:  # and to the end, or the loop above would not have ended
         text = part.remark or _unread(part, view, count, rate)
         if text:
             remarks.append(Remark("not read whole", text))

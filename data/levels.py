@@ -12,6 +12,9 @@ FULL_SCALE = (INT16_SCALE - 1.5) / INT16_SCALE  # a sample of 16 bits from here 
 CLIPPED_SHARE = 0.001  # a sound with a larger share of its samples at full scale is clipped
 CANCELLED = 0.01  # a mix to mono with less than this share of its channels' span has lost them
 
+TOO_LOUD = "too loud"
+SILENT = ("silent", "constant", "cancelled")  # kinds of remarks on sounds in which nothing is to be heard
+
 
 class Remark(NamedTuple):
     """Something that is odd about a file. kind: one word or a few, for counts; text: a clause about the file."""
@@ -46,13 +49,13 @@ class Levels:
         peak, span, mono_span = max(-self.low, self.high), self.high - self.low, self.mono_high - self.mono_low
         if peak > LOUDEST:
             text = f"it has samples of {peak:g} times full scale: floats must lie in [-1, 1]; divide 16 bits by 32768"
-            return [Remark("too loud", text)]
+            return [Remark(TOO_LOUD, text)]
         if peak <= SILENT_PEAK:
-            return [Remark("silent", "it is silent: no sample lies above -60 dB of full scale")]
+            return [Remark(SILENT[0], "it is silent: no sample lies above -60 dB of full scale")]
         if span <= 2e-6:
-            return [Remark("constant", f"all its samples are {self.high:.3g}: it is silent but for an offset")]
+            return [Remark(SILENT[1], f"all its samples are {self.high:.3g}: it is silent but for an offset")]
         if mono_span < CANCELLED * span:
-            return [Remark("cancelled", "its channels cancel each other in the mix to mono, which is silent")]
+            return [Remark(SILENT[2], "its channels cancel each other in the mix to mono, which is silent")]
         if self.full > CLIPPED_SHARE * self.values:
             share = self.full / self.values
             return [Remark("clipped", f"it is clipped: {share:.1%} of its samples lie at full scale or beyond")]

@@ -62,7 +62,8 @@ def prepare(settings: Config, raw: Path, segments: Path, processes: int = 1) -> 
     """
     split, dataset_path, rate = _split_of(segments), Path(settings.dataset_path), settings.sample_rate
     rows = read_segments(segments)
-    audio = index_audio(raw)
+    left_out = AudiosetReport(dataset_path)
+    audio = index_audio(raw, left_out)
     files = [find_audio(row, audio) for row in rows]
     if not any(files):
         raise no_audio(rows, segments, raw, audio)
@@ -73,6 +74,7 @@ def prepare(settings: Config, raw: Path, segments: Path, processes: int = 1) -> 
         for number, path in enumerate(paths)
     ]
     report = AudiosetReport(paths[0].parent if split == "unbalanced_train" else paths[0])
+    report.others, report.unopened = left_out.others, left_out.unopened
     for done in pack_parts(parts, processes):
         report.add(done)
     write_details(report, dataset_path / "hdf5s" / "reports" / f"{split}.csv")
