@@ -28,6 +28,7 @@ MOST_CHANNELS = 64  # of an array of samples; with more, time and channels have 
 RUN_UP = 20_000  # samples that are read before a stretch: an MP3 decoder needs some frames until it is right
 UNREAD_BYTES = 2**16  # more at the end of a file is worth a remark: decoders stop within a block, or before padding
 TOLERANCE = 4000  # samples of a delay that a decoder may leave out at the ends (MP3: 529 + 1152 and its padding)
+STATED_SECONDS = 0.5  # by which the duration that a container states may be rounded
 UNREADABLE = (soundfile.LibsndfileError, RuntimeError, OSError)
 INSTALL = "pip install av"
 _STANDARD_ERROR = threading.RLock()
@@ -102,7 +103,7 @@ def _decoded(
         stretch = _Stretch(start, seconds)
         parts = find_parts(data)
         if not parts:
-            yield from stretch.cut(_by_av(file, name, foreign_kind(data)))
+            yield from stretch.cut(_by_av(file, name, foreign_kind(data), remarks))
             return
         for part in parts:
             yield from stretch.cut(_by_libsndfile(data, part, name, remarks, stretch))
@@ -279,7 +280,7 @@ def _quiet(part: Part) -> Iterator[None]:
             os.close(nowhere)
 
 
-def _by_av(file: BinaryIO, name: str, kind: str) -> Iterator[tuple[int, np.ndarray]]:
+def _by_av(file: BinaryIO, name: str, kind: str, remarks: list[Remark]) -> Iterator[tuple[int, np.ndarray]]:
     """A file in a container that libsndfile does not read, through PyAV (FFmpeg), where that is installed."""
     if not kind:
         raise UserError(f"{name} is no audio that can be read.")
@@ -295,16 +296,21 @@ def _by_av(file: BinaryIO, name: str, kind: str) -> Iterator[tuple[int, np.ndarr
             if not container.streams.audio:
                 raise UserError(f"{name} is {kind} without a sound.")
             resampler, rate = av.AudioResampler(format="fltp"), container.streams.audio[0].rate
-            held, size = list[np.ndarray](), 0
+            stated = (container.duration or 0) / av.time_base
+            held, size, count = list[np.ndarray](), 0, 0
             for frame in container.decode(audio=0):
                 for part in resampler.resample(frame):
                     held.append(part.to_ndarray().T)
                     size += held[-1].size
+                    count += len(held[-1])
                 if size >= BLOCK_VALUES // 4:
                     yield rate, np.concatenate(held)
                     held, size = [], 0
             if held:
                 yield rate, np.concatenate(held)
+            if count / rate < stated - STATED_SECONDS:
+                text = f"{count / rate:.2f} of the {stated:.2f} s that its header states could be decoded"
+                remarks.append(Remark("not read whole", text))
     except av.error.FFmpegError as error:
         raise UserError(f"{name} is {kind} that cannot be read: {error.strerror}.") from None
 

@@ -10,6 +10,7 @@ import numpy as np
 from data.audio import audio_seconds, read_audio
 from data.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, Task, store_path
 from data.finding import FoundAudio, find_audio
+from data.progress import with_progress
 from prepare.adapters import Flags
 from prepare.bank import FRAME_SECONDS, Bank, Foreground, build_bank, choose_stretch, open_sounds
 from prepare.mixing import CLIP_SECONDS, Generator, check_count, draw_clips, is_apart, to_int16
@@ -259,7 +260,7 @@ def _write(
 ) -> None:
     training = _labellings(sum(split == "train" for _, split, _, _ in drawn), mix)
     sources: list[str] = []
-    for name, split, number, rng in drawn:
+    for name, split, number, rng in with_progress(drawn, "soundscapes are mixed"):
         clip, used = mix_soundscape(name, split, bank, backgrounds, mix, rng)
         labelling = training[number] if split == "train" else STRONG
         if labelling != STRONG:

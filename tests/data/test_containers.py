@@ -157,12 +157,13 @@ def test_memory_does_not_follow_the_header(tmp_path: Path) -> None:
 
 
 def test_other_containers_are_read_through_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for PyAV; tests/data/test_pyav.py has the real one, where it is installed."""
+    """With a stand-in for PyAV; the next test has the real one, where it is installed."""
     path = tmp_path / "a.m4a"
     path.write_bytes(b"\0\0\0\x18ftypM4A " + bytes(500))
     frames = [SimpleNamespace(to_ndarray=lambda: np.full((2, 1024), 0.25, np.float32)) for _ in range(20)]
 
     class Container:
+        duration = 20 * 1024 / RATE * 1e6
         streams = SimpleNamespace(audio=[SimpleNamespace(rate=RATE)])
 
         def __enter__(self) -> "Container":
@@ -176,6 +177,7 @@ def test_other_containers_are_read_through_pyav(tmp_path: Path, monkeypatch: pyt
     module: Any = ModuleType("av")
     module.open = lambda file, **_: Container()
     module.AudioResampler = lambda format: SimpleNamespace(resample=lambda frame: [frame])
+    module.time_base = 1_000_000
     module.error = SimpleNamespace(FFmpegError=OSError)
     monkeypatch.setitem(sys.modules, "av", module)
     np.testing.assert_array_equal(read_audio(path, RATE), np.full(20 * 1024, 0.25, np.float32))
@@ -183,3 +185,30 @@ def test_other_containers_are_read_through_pyav(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "av", None)  # as where it is not installed
     with pytest.raises(UserError, match=r"a\.m4a.* pip install"):
         read_audio(path, RATE)
+
+
+@pytest.mark.parametrize(("form", "codec"), [("ipod", "aac"), ("webm", "libopus"), ("amr", "libopencore_amrnb")])
+def test_pyav(form: str, codec: str, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    rate, path = 8000 if form == "amr" else 48000, tmp_path / f"a.{form}"
+    sound = 0.5 * np.sin(np.arange(2 * rate) * 2 * np.pi * 440 / rate).astype(np.float32)[None]
+    with av.open(str(path), "w", format=form) as file:
+        stream = file.add_stream(codec, rate=rate)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(sound, format="fltp", layout="mono")
+        frame.sample_rate = rate
+        context = stream.codec_context
+        to_codec = av.AudioResampler(context.format, "mono", rate, frame_size=context.frame_size or 1024)
+        for part in [*to_codec.resample(frame), *to_codec.resample(None), None]:
+            file.mux(stream.encode(part))
+    found = read_audio(path, RATE)
+    assert len(found) / RATE == pytest.approx(2, abs=0.1)
+    assert np.abs(np.fft.rfft(found)).argmax() * RATE / len(found) == pytest.approx(440, abs=2)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    remarks: list[Remark] = []
+    if form == "ipod":  # its table of contents lies at the end
+        with pytest.raises(UserError, match=path.name):
+            read_audio(path, RATE)
+    else:
+        assert len(read_audio(path, RATE, remarks=remarks)) < len(found)
+        assert [remark.kind for remark in remarks] == (["not read whole"] if form == "webm" else [])  # AMR: no header
