@@ -30,6 +30,7 @@ UNREADABLE = -1  # index of a clip that could not be read, in evaluation
 PANNS_SAMPLE_RATE = 32000  # of the files that PANNs' scripts pack, which do not name it
 SPLITS = ("train", "validation", "test")
 LARGEST_FOLD = 127  # of int8
+FLAC_SAMPLES = 2**28  # the most that a compressed row without real_len is decoded to
 # Annotation of a clip: none; its classes; all its events with their times (perhaps no event).
 UNLABELLED, WEAK, STRONG = 0, 1, 2
 Task = Literal["single_label", "multilabel"]  # exactly one class a clip, or any number
@@ -271,10 +272,17 @@ class Waveforms:
         if self.rows is not None:
             return self.rows[row, : None if self.real_len is None else int(self.real_len[row])]
         assert self.flac is not None
+        most = FLAC_SAMPLES if self.real_len is None else int(self.real_len[row])
         try:
-            return soundfile.read(io.BytesIO(self.flac[row].tobytes()), dtype="int16")[0]
+            with soundfile.SoundFile(io.BytesIO(self.flac[row].tobytes())) as file:
+                if file.channels != 1:
+                    raise UserError(f"Row {row} is damaged: it has {file.channels} channels in place of one.")
+                sound = file.read(min(most + 1, file.frames), dtype="int16")
         except soundfile.LibsndfileError as error:
-            raise UserError(f"Row {row} is damaged: {error}") from None
+            raise UserError(f"Row {row} is damaged: {error.error_string}") from None
+        if len(sound) > most or (self.real_len is not None and len(sound) < most):
+            raise UserError(f"Row {row} is damaged: its sound has another length than real_len, {most} samples.")
+        return sound
 
 
 def read_store_table(path: Path) -> ClipTable:

@@ -12,7 +12,10 @@ from typing import Optional
 from settings import UserError
 
 # Endings of audio files that libsndfile reads.
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".aifc", ".oga", ".wave", ".bwf",
+    ".rf64", ".snd", ".mp2", ".mpga",
+)  # fmt: skip
 
 REMEDIES = {
     errno.ENOSPC: "make room on this disk, or write to another",

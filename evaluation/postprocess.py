@@ -123,7 +123,20 @@ def _check_ranges(post: PostProcessing) -> None:
 
 def frame_edges(frames: int, seconds_per_frame: float, duration: float) -> np.ndarray:
     """(frames + 1,) times in seconds at which the frames of a clip begin, and the last one ends."""
-    return np.minimum(np.arange(frames + 1) * seconds_per_frame, duration)
+    return _begin_times(np.arange(frames + 1), frames, seconds_per_frame, np.float64(duration), seconds_per_frame / 2)
+
+
+def _begin_times(
+    number: np.ndarray, frames: int, seconds_per_frame: float, durations: np.ndarray, half: float
+) -> np.ndarray:
+    """Seconds at which frames begin; those from the end of their clip on, at its end.
+
+    The last frame ends with the clip: a rest of less than half a frame belongs to the one before. frames: of the
+    scores, which cover the clip or, where it is longer by over `half` seconds, its beginning.
+    """
+    inside = np.maximum(np.floor(durations / seconds_per_frame + 0.5 + 1e-9), 1)
+    last = np.where(durations - frames * seconds_per_frame < half, np.minimum(inside, frames), inside)
+    return np.where(number >= last, durations, number * seconds_per_frame)
 
 
 def active_runs(active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -164,7 +177,7 @@ def smooth_scores(
 def _hold_last(framewise: np.ndarray, durations: np.ndarray, seconds_per_frame: float) -> np.ndarray:
     """A copy in which the frames after a clip's end repeat its last one."""
     frames = framewise.shape[1]
-    last = np.clip(np.ceil(durations / seconds_per_frame - 1e-9).astype(int) - 1, 0, frames - 1)
+    last = np.clip(np.floor(durations / seconds_per_frame + 0.5 + 1e-9).astype(int) - 1, 0, frames - 1)
     if (last == frames - 1).all():
         return framewise.copy()
     return np.take_along_axis(framewise, np.minimum(np.arange(frames), last[:, None])[:, :, None], axis=1)
@@ -195,7 +208,7 @@ def decode_events(
     step = seconds_per_frame / interpolation
     clip, label, start, stop = active_runs(scores > np.asarray(thresholds))
     ends = np.asarray(durations, dtype=np.float64)[clip]
-    onset, offset = np.minimum(start * step, ends), np.minimum(stop * step, ends)
+    onset, offset = (_begin_times(k, scores.shape[1], step, ends, seconds_per_frame / 2) for k in (start, stop))
     inside = offset > onset
     columns = [clip[inside], label[inside], onset[inside], offset[inside]]
     columns = _join_close(*columns, gaps=np.broadcast_to(maximum_gap, classes))

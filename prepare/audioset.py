@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.clip_store import ClipStoreWriter, Task, Waveforms, open_store
+from data.progress import ProgressLines
 from prepare.adapters import Flags
 from prepare.segments import (
     CLASS_OF_MID,
@@ -62,7 +63,8 @@ def prepare(settings: Config, raw: Path, segments: Path, processes: int = 1) -> 
     """
     split, dataset_path, rate = _split_of(segments), Path(settings.dataset_path), settings.sample_rate
     rows = read_segments(segments)
-    audio = index_audio(raw)
+    left_out = AudiosetReport(dataset_path)
+    audio = index_audio(raw, left_out)
     files = [find_audio(row, audio) for row in rows]
     if not any(files):
         raise no_audio(rows, segments, raw, audio)
@@ -73,6 +75,7 @@ def prepare(settings: Config, raw: Path, segments: Path, processes: int = 1) -> 
         for number, path in enumerate(paths)
     ]
     report = AudiosetReport(paths[0].parent if split == "unbalanced_train" else paths[0])
+    report.others, report.unopened = left_out.others, left_out.unopened
     for done in pack_parts(parts, processes):
         report.add(done)
     write_details(report, dataset_path / "hdf5s" / "reports" / f"{split}.csv")
@@ -166,7 +169,14 @@ def pack_parts(parts: Sequence[Part], processes: int) -> list[AudiosetReport]:
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("clips", total=sum(len(part.segments) for part in waiting.values()))
-            for report in _pack(list(waiting.values()), workers, lambda clips: bar.advance(task, clips)):
+            lines, total = ProgressLines(), sum(len(part.segments) for part in waiting.values())
+
+            def advance(clips: int) -> None:
+                bar.advance(task, clips)
+                if not console.is_terminal:
+                    lines.show(f"{bar.tasks[0].completed:.0f} of {total} clips are read")
+
+            for report in _pack(list(waiting.values()), workers, advance):
                 reports[report.path] = report
                 print(f"{report.path.name} ({len(reports)} of {len(parts)}): {report.counts()}", file=sys.stderr)
     except (BrokenProcessPool, OSError) as error:  # out of memory; disk full

@@ -111,14 +111,15 @@ def prepare(
     if both:
         raise UserError(f"{strong} and {table} both list {min(both)}: a clip must not be trained and tested.")
     mids, labels = name_classes({event.mid for one in segments["train"] for event in one.events}, class_names)
-    audio = index_audio(raw)
+    report = StrongReport(store)
+    audio = index_audio(raw, report)
     found = {
         split: [(one, path) for one in rows if (path := find_audio(one.segment, audio)) is not None]
         for split, rows in segments.items()
     }
     there = {one.segment.name for rows in found.values() for one, _ in rows}
     names = [one.segment.name for rows in segments.values() for one in rows]
-    report = StrongReport(store, missing=[name for name in names if name not in there])
+    report.missing = [name for name in names if name not in there]
     if not found["train"]:
         raise no_audio([one.segment for one in segments["train"]], Path(strong), raw, audio)
     held_out = choose_validation([one for one, _ in found["train"]], settings.random_seed)

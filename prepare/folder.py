@@ -7,6 +7,7 @@ from typing import Optional
 import numpy as np
 
 from data.clip_store import SPLITS, Task, store_path
+from data.finding import find_audio
 from prepare.adapters import Flags
 from prepare.report import PrepareReport
 from prepare.stratify import stratified_split
@@ -14,6 +15,7 @@ from prepare.tables import (
     Entry,
     Row,
     entry_of,
+    join_spellings,
     measure,
     parse_fold,
     read_class_folders,
@@ -68,7 +70,9 @@ def prepare(
     labels = sorted(set().union(*(entry.labels for entry in entries)))
     if not labels:
         raise UserError(f"{table} names no class: at least one event is needed.")
-    entries = measure(entries, raw, report)
+    entries = join_spellings(measure(entries, raw, report))
+    if table is not None:
+        report.add_left_out(find_audio(raw), raw, used=len(entries))
     if segment_seconds is None:
         _check_lengths(entries)
     elif segment_seconds <= 0 or table is None or any(entry.labels and not entry.events for entry in entries):

@@ -2,18 +2,19 @@
 
 import csv
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
 from data.audio import audio_seconds, read_int16
 from data.clip_store import LARGEST_FOLD, Clip, ClipStoreWriter, Event
-from data.files import AUDIO_SUFFIXES
+from data.finding import find_audio, readable_name
+from data.levels import Remark
+from data.progress import with_progress
+from prepare.finder import AudioFinder
 from prepare.report import PrepareReport
 from settings import UserError
 
@@ -147,60 +148,19 @@ def _seconds(place: str, text: str) -> float:
 def read_class_folders(raw: Path, report: PrepareReport) -> list[Entry]:
     """The audio in the folders of `raw`, each named after its class. Files beside the folders go into the report."""
     entries = []
-    for path in find_audio(raw):
-        parts = path.relative_to(raw).parts
-        if len(parts) == 1:
-            report.skipped.append((path.name, "It lies in no class folder."))
+    found = find_audio(raw)
+    for path in found.audio:
+        name = readable_name(path.relative_to(raw))
+        if "/" not in name:
+            report.skipped.append((name, "It lies in no class folder."))
         else:
-            entries.append(Entry("/".join(parts), {parts[0]}, path=path))
+            entries.append(Entry(name, {name.partition("/")[0]}, path=path))
+    report.add_left_out(found, raw)
     if not entries:
         raise UserError(
-            f"No audio was found in folders of {raw}: without a table it must hold one folder a class. The endings are "
-            f"{', '.join(AUDIO_SUFFIXES)}."
+            f"No audio was found in folders of {raw}: without a table it must hold one folder a class.\n{report}"
         )
     return entries
-
-
-def find_audio(folder: Path) -> list[Path]:
-    """The audio files below a folder, sorted, without hidden ones."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-
-
-class AudioFinder:
-    """Finds the file that a table names: at its place below a folder, or deeper where only one has that name."""
-
-    def __init__(self, raw: Path) -> None:
-        self.raw = raw
-
-    @cached_property
-    def _by_name(self) -> dict[str, list[Path]]:
-        paths = defaultdict(list)
-        for path in find_audio(self.raw):
-            paths[path.name].append(path)
-        return paths
-
-    def find(self, name: str, table: Optional[Path] = None) -> Path:
-        """Path of the file. Raises UserError where there is none, or several deeper ones.
-
-        table: of several, the file is taken whose folders share most names with the folders and the name of this table.
-        """
-        if (self.raw / name).is_file():
-            return self.raw / name
-        wanted = PurePosixPath(name)
-        deeper = [path for path in self._by_name.get(wanted.name, []) if path.as_posix().endswith(f"/{wanted}")]
-        if len(deeper) > 1 and table is not None:
-            deeper = self._nearest(deeper, table)
-        if len(deeper) > 1:
-            raise UserError(f"Several files have this name: {deeper[0]} and {deeper[1]}.")
-        if not deeper:
-            raise UserError(f"There is no file {self.raw / name}, nor one of that name in its folders.")
-        return deeper[0]
-
-    def _nearest(self, paths: Sequence[Path], table: Path) -> list[Path]:
-        names = set(table.resolve().with_suffix("").parts)
-        common = [len(names & set(path.parent.relative_to(self.raw).parts)) for path in paths]
-        return [path for path, count in zip(paths, common, strict=True) if count == max(common)]
 
 
 def measure(entries: Sequence[Entry], raw: Path, report: PrepareReport, table: Optional[Path] = None) -> list[Entry]:
@@ -211,9 +171,10 @@ def measure(entries: Sequence[Entry], raw: Path, report: PrepareReport, table: O
     """
     finder = AudioFinder(raw)
     found = []
-    for entry in entries:
+    for entry in with_progress(entries, "files are measured"):
         try:
-            entry.path = finder.find(entry.name, table)
+            if entry.path == Path():
+                entry.path = finder.find(entry.name, table)
             entry.seconds = audio_seconds(entry.path)
         except UserError as error:
             report.skipped.append((entry.name, str(error)))
@@ -223,6 +184,22 @@ def measure(entries: Sequence[Entry], raw: Path, report: PrepareReport, table: O
     if not found:
         raise UserError(f"None of the {len(entries)} audio files could be read.\n{report}")
     return found
+
+
+def join_spellings(entries: Sequence[Entry]) -> list[Entry]:
+    """The measured entries, those of one file as one: a table may spell its name in several ways.
+
+    Raises UserError where a file is in two splits or folds.
+    """
+    joined: dict[Path, Entry] = {}
+    for entry in entries:
+        first = joined.setdefault(entry.path, entry)
+        if first is not entry:
+            if (first.split, first.fold) != (entry.split, entry.fold):
+                raise UserError(f"{first.name} and {entry.name} are one file, {entry.path}, in two splits or folds.")
+            first.labels |= entry.labels
+            first.events += entry.events
+    return list(joined.values())
 
 
 def _within(event: TimedLabel, entry: Entry) -> TimedLabel:
@@ -259,14 +236,16 @@ def write_entries(
         labels=labels,
         **attributes,
     ) as writer:
-        for entry in entries:
+        for entry in with_progress(entries, "files are read"):
+            remarks: list[Remark] = []
             try:
-                waveform = read_int16(entry.path, sample_rate)
+                waveform = read_int16(entry.path, sample_rate, remarks)
                 if abs(len(waveform) / sample_rate - entry.seconds) > END_TOLERANCE:
                     raise UserError(f"It ends after {len(waveform) / sample_rate:.2f} s of {entry.seconds:.2f} s.")
                 for clip in _clips(entry, waveform, labels, sample_rate, segment_seconds):
                     writer.add(clip)
                     report.clips += 1
+                report.remarks += [(entry.name, remark) for remark in remarks]
             except UserError as error:
                 report.skipped.append((entry.name, str(error)))
         if report.clips == 0:

@@ -1,5 +1,6 @@
 """Reading clips, and the order in which they are read."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch.utils.data import DataLoader
 
@@ -159,10 +161,15 @@ def test_compressed_store_is_the_same_sound(store: Path) -> None:
     assert not list(store.parent.glob("*.partial"))
 
 
-def test_damaged_flac_is_told(store: Path) -> None:
+@pytest.mark.parametrize(("samples", "channels"), [(0, 1), (4, 1), (10**6, 1), (8, 2)])
+def test_a_damaged_flac_row_is_named(samples: int, channels: int, store: Path) -> None:
+    """No FLAC file at all (0 samples), a shorter and a longer one than real_len says, and stereo."""
     compress_store(store)
+    row = io.BytesIO(bytes(20))
     with h5py.File(store, "r+") as file:
-        file["waveform_flac"][3] = np.zeros(20, dtype=np.uint8)
+        if samples:
+            soundfile.write(row, np.zeros((samples, channels), np.int16), 8000, format="FLAC")
+        file["waveform_flac"][3] = np.frombuffer(row.getvalue(), np.uint8)
     with h5py.File(store) as file, pytest.raises(UserError, match="Row 3"):
         Waveforms(file).read(3)
 

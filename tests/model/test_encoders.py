@@ -356,9 +356,8 @@ def test_tagger_tags_any_length(case: str) -> None:
         best = tagged.top(3)
         assert [label for label, _ in best] == [labels[k] for k in np.argsort(-tagged.clipwise)[:3]]
         if network.frames:
-            assert (
-                len(tagged.times()) == len(tagged.framewise) == np.ceil(tagged.duration / network.frame_seconds - 1e-9)
-            )
+            steps = max(1, int(tagged.duration / network.frame_seconds + 0.5 + 1e-9))
+            assert len(tagged.times()) == len(tagged.framewise) == steps
         else:
             assert tagged.framewise.shape == (0, network.num_classes)
             with pytest.raises(UserError, match="time axis"):

@@ -1,5 +1,6 @@
 """A user's own folder, and the tables that adapters share: labels, events, splits, folds, files that are found."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import soundfile
 
 import main
 from data.clip_store import STRONG, WEAK, Waveforms, labelling, open_store, read_store_table
-from prepare.tables import AudioFinder
+from prepare.finder import AudioFinder
 from settings import UserError
 from tests.prepare.raw_data import (
     EVENTS,
@@ -148,6 +149,69 @@ def test_files_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
     for name, match in (("a.wav", "Several"), ("b.wav", "There is no file"), ("z/a.wav", "There is no file")):
         with pytest.raises(UserError, match=match):
             finder.find(name)
+
+
+NFC, NFD = "K\u00e4uzchen.wav", "Ka\u0308uzchen.wav"
+
+
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [
+        (f"sub/{NFD}", NFC), (f"sub/{NFC}", NFD), (os.fsdecode(b"sub/K\xe4uzchen.wav"), NFC), ("sub/a.WAV", "a.wav"),
+        ("sub/a.wav", "sub\\a.wav"), ("sub/a.wav", ".\\a.wav"), ("a\\b.wav", "a\\b.wav"), ("sub/a.wav", "Sub/A.wav"),
+        ("sub/a.wav", "./sub//a.wav"), ("sub/a.wav", "x/../sub/a.wav"), ("sub/a.wav", "{raw}/sub/a.wav"),
+        ("sub/ a.wav ", "a.wav"), ("sub/a.wav", " sub / a.wav"), ("a.flac", "a.FLAC"),
+    ],
+)  # fmt: skip
+def test_a_file_is_found_however_its_name_is_spelled(there: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "raw" / there
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert AudioFinder(tmp_path / "raw").find(named.format(raw=tmp_path / "raw")) == path
+
+
+def test_exact_names_come_first_and_nothing_outside_is_named(tmp_path: Path) -> None:
+    finder = AudioFinder(tmp_path / "raw")
+    for name in ("raw/a.WAV", "raw/a.wav", "raw/b.WAV", "raw/x/b.wav", "raw/y/c.wav", "raw/z/C.wav", "outside.wav"):
+        write_text(tmp_path / name, "")
+    assert [finder.find(name).name for name in ("a.wav", "a.WAV", "b.wav")] == ["a.wav", "a.WAV", "b.WAV"]
+    with pytest.raises(UserError, match="Several"):
+        finder.find("C.WAV")
+    for name in ("../outside.wav", "x/../../outside.wav", "..\\outside.wav", str(tmp_path / "outside.wav")):
+        with pytest.raises(UserError, match=r"outside\.wav does not lie below"):
+            finder.find(name)
+
+
+def test_spellings_of_one_file_are_one_clip(raw: Path, tmp_path: Path) -> None:
+    text = "filename,label\n0.wav,owl\n./0.wav,bee\n0.WAV,ant\n1.wav,bee\n2.wav,bee\n"
+    report, table = prepare("folder", tmp_path, raw=raw, table=write_text(tmp_path / "t.csv", text))
+    assert (names(table), classes(table)[0]) == (["0.wav", "1.wav", "2.wav"], ["ant", "bee", "owl"])
+    assert (report.unused, report.others) == (1, {})
+    text = "filename,label,split\n0.wav,owl,train\n./0.wav,owl,test\n"
+    refused(r"\./0\.wav", "folder", tmp_path, raw=raw, table=write_text(tmp_path / "t.csv", text))
+
+
+def test_nothing_of_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
+    """A class that is a link, one that leads back, a link to nothing, a pipe, odd endings, odd sounds, other files."""
+    raw = make_folder(tmp_path)["raw"]
+    write_sound(tmp_path / "elsewhere" / "a.wav")
+    (raw / "frog").symlink_to(tmp_path / "elsewhere")
+    (raw / "bee" / "up").symlink_to(raw)
+    (raw / "bee" / "gone.wav").symlink_to("nowhere.wav")
+    os.mkfifo(raw / "bee" / "pipe.wav")
+    for name in ("noending", "old.aifc", "a.wav.bak"):
+        (raw / "bee" / name).write_bytes(write_sound(tmp_path / "old.aiff").read_bytes())
+    write_text(raw / "bee" / "phone.m4a", "no sound")
+    write_text(raw / "bee" / "notes.txt", "")
+    write_text(raw / "bee" / ".hidden", "")
+    soundfile.write(raw / "bee" / "quiet.wav", np.zeros(2000), RATE)
+    report, table = prepare("folder", tmp_path, raw=raw)
+    assert {"frog/a.wav", "bee/noending", "bee/old.aifc", "bee/a.wav.bak", "bee/quiet.wav"} <= set(names(table))
+    assert [name for name, _ in report.skipped] == ["bee/phone.m4a"]
+    assert sorted(name for name, _ in report.unopened) == ["bee/gone.wav", "bee/pipe.wav", "bee/up"]
+    assert report.others == {".txt": 1, "hidden": 1}
+    assert [(name, remark.kind) for name, remark in report.remarks] == [("bee/quiet.wav", "silent")]
+    assert all(word in str(report) for word in ("phone.m4a", "gone.wav", "pipe.wav", "bee/up", ".txt 1", "1 silent"))
 
 
 def test_long_recordings_are_cut_with_their_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
