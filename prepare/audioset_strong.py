@@ -1,6 +1,5 @@
 """AudioSet Strong: the 10 s clips of AudioSet whose events have times, in the classes of the training table."""
 
-import csv
 import hashlib
 import re
 import sys
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.clip_store import STRONG, Clip, ClipStoreWriter, Event, Task, store_path
+from data.tables import Row, clean, iterate_table, read_text, require_columns
 from prepare.adapters import Flags
 from prepare.segments import (
     CLASS_OF_MID,
@@ -29,6 +29,7 @@ from prepare.segments import (
     write_details,
 )
 from prepare.segments import LABELS as AUDIOSET_LABELS
+from prepare.tables import lasts
 from settings import Config, UserError
 
 NAME = "audioset-strong"
@@ -146,20 +147,12 @@ def read_strong(path: Path) -> list[StrongSegment]:
     segment's start) and label (a mid), with tabs between. Raises UserError, with the line, where one is not, and where
     a video has two segments.
     """
-    if not path.is_file():
-        raise UserError(f"There is no {path}: give audioset_train_strong.tsv or audioset_eval_strong.tsv.")
+    columns, rows = iterate_table(path)
+    require_columns(path, columns, COLUMNS)
     events: dict[str, list[TimedMid]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = next(reader, [])
-            if tuple(header) != COLUMNS:
-                raise UserError(f"{path} must begin with {', '.join(COLUMNS)}, with tabs between; it has {header}.")
-            for row in reader:
-                name, event = _parse_event(row, f"{path}, line {reader.line_num}")
-                events.setdefault(name, []).append(event)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a TSV in UTF-8: {error}") from None
+    for row in rows:
+        name, event = _parse_event(row)
+        events.setdefault(name, []).append(event)
     if not events:
         raise UserError(f"{path} lists no events.")
     segments: dict[str, StrongSegment] = {}
@@ -171,19 +164,14 @@ def read_strong(path: Path) -> list[StrongSegment]:
     return list(segments.values())
 
 
-def _parse_event(row: list[str], place: str) -> tuple[str, TimedMid]:
-    if len(row) != len(COLUMNS):
-        raise UserError(f"{place}: {len(row)} columns; there must be {len(COLUMNS)}: {', '.join(COLUMNS)}.")
-    name, start, end, mid = (cell.strip() for cell in row)
+def _parse_event(row: Row) -> tuple[str, TimedMid]:
+    name, start, end, mid = (row.cells[column] for column in COLUMNS)
     if not SEGMENT_ID.fullmatch(name):
-        raise UserError(f"{place}: {name!r} is no segment_id, as b0RFKhbpFJA_30000: id, _ and the start in ms.")
-    try:
-        onset, offset = float(start), float(end)
-    except ValueError:
-        onset = offset = -1.0
-    if not 0 <= onset <= offset < float("inf") or not mid:
+        raise UserError(f"{row.place}: {name!r} is no segment_id, as b0RFKhbpFJA_30000: id, _ and the start in ms.")
+    onset, offset = row.seconds(COLUMNS[1]), row.seconds(COLUMNS[2])
+    if not 0 <= onset <= offset or not mid:
         raise UserError(
-            f"{place}: an event from {start!r} to {end!r} s of {mid!r}; rising seconds and a mid are needed."
+            f"{row.place}: an event of {mid!r} from {start} to {end} s; rising seconds and a mid are needed."
         )
     return name, TimedMid(sys.intern(mid), onset, offset)  # one string for each class, not one a line
 
@@ -214,14 +202,12 @@ def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str]
 
 
 def _read_names(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise UserError(f"There is no {path}: --class_names must be mid_to_display_name.tsv.")
     names: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        mid, _, name = line.partition("\t")
-        if not mid.strip() or not name.strip() or mid.strip() in names:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        mid, _, name = map(clean, line.partition("\t"))
+        if not mid or not name or mid in names:
             raise UserError(f"{path}, line {number}: {line!r}; a mid, a tab and a name are needed, each mid once.")
-        names[mid.strip()] = name.strip()
+        names[mid] = name
     return names
 
 
@@ -271,7 +257,7 @@ def _events(events: list[TimedMid], seconds: float, numbers: dict[str, int], rep
     for event in events:
         if event.mid not in numbers:
             report.unknown[event.mid] += 1
-        elif event.onset >= min(event.offset, seconds):
+        elif not lasts(min(event.offset, seconds) - event.onset):
             report.empty_events += 1
         else:
             kept.append(Event(numbers[event.mid], event.onset, min(event.offset, seconds)))
