@@ -32,7 +32,7 @@ PANNS_SAMPLE_RATE = 32000  # of the files that PANNs' scripts pack, which do not
 SPLITS = ("train", "validation", "test")
 EVENT_COLUMNS = ("event_clip", "event_class", "event_onset", "event_offset")
 COLUMNS: Columns = {  # of a store or an index: kinds of NumPy's dtypes, dimensions
-    "audio_name": ("SO", 1), "target": ("biuf", 2), "waveform": ("i", 2), "waveform_flac": ("O", 1),
+    "waveform": ("i", 2), "waveform_flac": ("O", 1), "audio_name": ("SO", 1), "target": ("biuf", 2),
     "real_len": ("iu", 1), "fold": ("iu", 1), "split": ("SO", 1), "labelling": ("iu", 1), "hdf5_path": ("SO", 1),
     "index_in_hdf5": ("iu", 1), "event_clip": ("iu", 1), "event_class": ("iu", 1), "event_onset": ("f", 1),
     "event_offset": ("f", 1),

@@ -234,6 +234,8 @@ class TeacherLogits:
             logits = self._file["strong_logits"][row]
         except OSError as error:
             raise UserError(f"{self.path}: row {row} is damaged. ({error})") from None
+        if not np.isfinite(logits).all():
+            raise UserError(f"{self.path}: row {row} holds NaN or infinite logits: let the teacher write it again.")
         return logits if self._columns is None else logits[self._columns]
 
 

@@ -35,17 +35,17 @@ class Row(NamedTuple):
         """The file and the line, for messages."""
         return f"{self.table}, line {self.line}"
 
-    def seconds(self, column: str) -> float:
-        """A time. Raises UserError where the cell is no finite number."""
+    def number(self, column: str) -> float:
+        """A time in seconds, or a score. Raises UserError where the cell is no finite number."""
         text = self.cells[column]
         try:
-            seconds = float(text)
+            found = float(text)
         except ValueError:
-            seconds = math.nan
-        if not math.isfinite(seconds):
+            found = math.nan
+        if not math.isfinite(found):
             hint = f" It has a decimal comma: write {text.replace(',', '.')}." if text.count(",") == 1 else ""
-            raise UserError(f"{self.place}: {column} {text!r} is not a time in seconds, as 0.5.{hint}")
-        return seconds
+            raise UserError(f"{self.place}: {column} {text!r} is not a number, as 0.5.{hint}")
+        return found
 
 
 class TimedLabel(NamedTuple):
@@ -164,7 +164,7 @@ def parse_event(row: Row) -> Optional[TimedLabel]:
         return None
     if not label:
         raise UserError(f"{row.place}: the event from {onset} to {offset} s has no event_label.")
-    event = TimedLabel(row.place, label, row.seconds("onset"), row.seconds("offset"))
+    event = TimedLabel(row.place, label, row.number("onset"), row.number("offset"))
     if not 0 <= event.onset < event.offset:
         raise UserError(f"{row.place}: an event must have 0 <= onset < offset, not {onset} and {offset} s.")
     return event

@@ -99,7 +99,7 @@ def read_durations(path: Path) -> dict[str, float]:
     require_columns(path, columns, ("filename", "duration"))
     durations: dict[str, float] = {}
     for row in rows:
-        name, seconds = row.cells["filename"], row.seconds("duration")
+        name, seconds = row.cells["filename"], row.number("duration")
         if not name:
             raise UserError(f"{row.place}: the filename is empty.")
         if seconds <= 0:

@@ -168,7 +168,7 @@ def _parse_event(row: Row) -> tuple[str, TimedMid]:
     name, start, end, mid = (row.cells[column] for column in COLUMNS)
     if not SEGMENT_ID.fullmatch(name):
         raise UserError(f"{row.place}: {name!r} is no segment_id, as b0RFKhbpFJA_30000: id, _ and the start in ms.")
-    onset, offset = row.seconds(COLUMNS[1]), row.seconds(COLUMNS[2])
+    onset, offset = row.number(COLUMNS[1]), row.number(COLUMNS[2])
     if not 0 <= onset <= offset or not mid:
         raise UserError(
             f"{row.place}: an event of {mid!r} from {start} to {end} s; rising seconds and a mid are needed."

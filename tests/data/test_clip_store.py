@@ -196,7 +196,10 @@ def flac_in_stereo(file: h5py.File) -> None:
         (replaced("waveform", np.zeros((4, 200), np.float32)), "waveform is float32"),
         (replaced("waveform", np.zeros((4, 200), np.int32)), "waveform is int32"),
         (replaced("waveform", lambda f, k: f.create_dataset(k, (4, 2**36), "i2", chunks=(1, 256))), "row of waveform"),
-        (replaced("audio_name", lambda f, k: f.create_dataset(k, (2**40,), "S9", chunks=(9,))), "2|1099511627776 rows"),
+        (
+            replaced("audio_name", lambda f, k: f.create_dataset(k, (2**40,), "S9", chunks=(9,))),
+            "audio_name has 1099511627776 rows",
+        ),
         (replaced("fold", lambda f, k: f.create_dataset(k, (4,), "i1", chunks=(1,))), "fold declares"),
         (replaced("target", np.eye(3, dtype=bool)), "target has 3 rows"),
         (replaced("target", np.full((4, 3), np.nan)), "target"),
