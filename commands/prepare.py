@@ -98,7 +98,7 @@ def split_line(table: ClipTable, how: str) -> str:
     parts = {split: int((table.split == split.encode()).sum()) for split in SPLITS}
     if not any(parts.values()):
         parts = {f"fold {fold}": int((table.fold == fold).sum()) for fold in np.unique(table.fold).tolist()}
-    counts = ", ".join(f"{name} {count}" for name, count in parts.items())
+    counts = ", ".join(f"{name}: {count}" for name, count in parts.items())
     return f"Split: {counts} clips{f' ({how})' if how else ''}."
 
 

@@ -294,6 +294,7 @@ class Waveforms:
         self.flac: Optional[h5py.Dataset] = file.get("waveform_flac")
         if self.rows is None and self.flac is None:
             raise UserError(f"{file.filename} has neither waveform nor waveform_flac: it is no clip store.")
+        self.path = Path(file.filename)
         self.rate = read_rate(file) or PANNS_SAMPLE_RATE
         self.real_len = read_column(file, "real_len") if "real_len" in file else None
         if self.rows is not None:  # HDF5 takes a chunk at once
@@ -311,7 +312,7 @@ class Waveforms:
     def read_into(self, row: int, waveform: np.ndarray) -> int:
         """Fill the beginning of (samples,) int16 with a clip, as much as fits; returns how many samples those are.
 
-        Raises UserError or OSError where the row cannot be read.
+        Raises UserError where the row cannot be read.
         """
         if self.rows is None:
             sound = self.read(row)[: len(waveform)]
@@ -321,15 +322,17 @@ class Waveforms:
         length = min(length, len(waveform))
         # What rows.read_direct does, at half its cost: it takes longer to describe a row than to read one.
         selected = self.rows.id.get_space()
-        selected.select_hyperslab((row, 0), (1, length))
-        self.rows.id.read(h5py.h5s.create_simple((length,)), selected, waveform[:length])
+        with reading(self.path):
+            selected.select_hyperslab((row, 0), (1, length))
+            self.rows.id.read(h5py.h5s.create_simple((length,)), selected, waveform[:length])
         return length
 
     def read(self, row: int) -> np.ndarray:
-        """(samples,) int16 of a clip, whole. Raises UserError or OSError where it cannot be read."""
-        if self.rows is not None:
-            return self.rows[row, : None if self.real_len is None else int(self.real_len[row])]
-        return self._decode(row)
+        """(samples,) int16 of a clip, whole. Raises UserError where it cannot be read."""
+        with reading(self.path):
+            if self.rows is not None:
+                return self.rows[row, : None if self.real_len is None else int(self.real_len[row])]
+            return self._decode(row)
 
     def _decode(self, row: int) -> np.ndarray:
         """(samples,) int16 of a row of FLAC, which must be as long as the store says before it takes memory."""

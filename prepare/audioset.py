@@ -20,6 +20,8 @@ from data.clip_store import ClipStoreWriter, Task, Waveforms, open_store
 from data.tables import read_text
 from prepare.adapters import Flags
 from prepare.segments import (
+    AUDIOSET_LICENCE,
+    AUDIOSET_SOURCE,
     CLASS_OF_MID,
     CLIP_SECONDS,
     LABELS,
@@ -36,8 +38,7 @@ from prepare.segments import (
 from settings import Config, UserError
 
 NAME = "audioset"
-SOURCE = "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
-LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
+SOURCE, LICENCE = AUDIOSET_SOURCE, AUDIOSET_LICENCE
 TASK: Task = "multilabel"
 FLAGS: Flags = {
     "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the audio files"},

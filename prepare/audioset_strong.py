@@ -14,30 +14,17 @@ from rich.progress import Progress
 
 from data.clip_store import STRONG, Clip, ClipStoreWriter, Event, Task, store_path
 from data.tables import Row, clean, iterate_table, read_text, require_columns
+from prepare import segments as audioset
 from prepare.adapters import Flags
-from prepare.segments import (
-    CLASS_OF_MID,
-    CLIP_SECONDS,
-    AudiosetReport,
-    Part,
-    Segment,
-    find_audio,
-    index_audio,
-    no_audio,
-    note_length,
-    read_clips,
-    write_details,
-)
-from prepare.segments import LABELS as AUDIOSET_LABELS
 from prepare.tables import lasts
 from settings import Config, UserError
 
 NAME = "audioset-strong"
 SOURCE = (
     "S. Hershey et al.: The Benefit of Temporally-Strong Labels in Audio Event Classification, ICASSP 2021 (labels); "
-    "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
+    f"{audioset.AUDIOSET_SOURCE}"
 )
-LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
+LICENCE = audioset.AUDIOSET_LICENCE
 TASK: Task = "multilabel"
 FLAGS: Flags = {
     "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the audio files"},
@@ -64,12 +51,12 @@ class TimedMid:
 class StrongSegment:
     """A segment of 10 s of a video, with its events."""
 
-    segment: Segment
+    segment: audioset.Segment
     events: list[TimedMid]
 
 
 @dataclass
-class StrongReport(AudiosetReport):
+class StrongReport(audioset.AudiosetReport):
     """Counts and names of the segments of both tables."""
 
     per_split: Counter[str] = field(default_factory=Counter)  # clips
@@ -112,16 +99,16 @@ def prepare(
     if both:
         raise UserError(f"{strong} and {table} both list {min(both)}: a clip must not be trained and tested.")
     mids, labels = name_classes({event.mid for one in segments["train"] for event in one.events}, class_names)
-    audio = index_audio(raw)
+    audio = audioset.index_audio(raw)
     found = {
-        split: [(one, path) for one in rows if (path := find_audio(one.segment, audio)) is not None]
+        split: [(one, path) for one in rows if (path := audioset.find_audio(one.segment, audio)) is not None]
         for split, rows in segments.items()
     }
     there = {one.segment.name for rows in found.values() for one, _ in rows}
     names = [one.segment.name for rows in segments.values() for one in rows]
     report = StrongReport(store, missing=[name for name in names if name not in there])
     if not found["train"]:
-        raise no_audio([one.segment for one in segments["train"]], Path(strong), raw, audio)
+        raise audioset.no_audio([one.segment for one in segments["train"]], Path(strong), raw, audio)
     held_out = choose_validation([one for one, _ in found["train"]], settings.random_seed)
     splits = {
         "train": [row for row in found["train"] if row[0].segment.ytid not in held_out],
@@ -130,13 +117,13 @@ def prepare(
     }
     numbers = {mid: number for number, mid in enumerate(mids)}
     with ClipStoreWriter(
-        store, clip_samples=CLIP_SECONDS * rate, sample_rate=rate, labels=labels,
+        store, clip_samples=audioset.CLIP_SECONDS * rate, sample_rate=rate, labels=labels,
         dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
     ) as writer:  # fmt: skip
         _write(writer, splits, numbers, report)
         if report.clips == 0:
             raise UserError(f"None of the clips could be read.\n{report}")
-    write_details(report, store.with_name(f"{store.stem}_report.csv"))
+    audioset.write_details(report, store.with_name(f"{store.stem}_report.csv"))
     return report
 
 
@@ -176,11 +163,11 @@ def _parse_event(row: Row) -> tuple[str, TimedMid]:
     return name, TimedMid(sys.intern(mid), onset, offset)  # one string for each class, not one a line
 
 
-def _parse_segment(name: str) -> Segment:
+def _parse_segment(name: str) -> audioset.Segment:
     match = SEGMENT_ID.fullmatch(name)
     assert match, "the table's lines were checked"
     start = int(match["start"]) / 1000
-    return Segment(match["ytid"], start, start + CLIP_SECONDS, ())
+    return audioset.Segment(match["ytid"], start, start + audioset.CLIP_SECONDS, ())
 
 
 def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str], list[str]]:
@@ -188,7 +175,7 @@ def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str]
 
     Raises UserError where class_names lacks one of the classes, or is no such table.
     """
-    names = {mid: AUDIOSET_LABELS[number] for mid, number in CLASS_OF_MID.items()}
+    names = {mid: audioset.LABELS[number] for mid, number in audioset.CLASS_OF_MID.items()}
     order = sorted(mids)
     if class_names is not None:
         given = _read_names(class_names)
@@ -204,6 +191,8 @@ def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str]
 def _read_names(path: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not clean(line):
+            continue
         mid, _, name = map(clean, line.partition("\t"))
         if not mid or not name or mid in names:
             raise UserError(f"{path}, line {number}: {line!r}; a mid, a tab and a name are needed, each mid once.")
@@ -239,13 +228,13 @@ def _write(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("clips", total=sum(map(len, splits.values())))
         for split, rows in splits.items():
-            part = Part(report.path, rate, [one.segment for one, _ in rows], [path for _, path in rows])
+            part = audioset.Part(report.path, rate, [one.segment for one, _ in rows], [path for _, path in rows])
             by_name = {one.segment.name: one for one, _ in rows}
-            for clip in read_clips(part, report, lambda clips: bar.advance(task, clips)):
+            for clip in audioset.read_clips(part, report, lambda clips: bar.advance(task, clips)):
                 events = _events(by_name[clip.name].events, len(clip.waveform) / rate, numbers, report)
                 labels = sorted({event.label for event in events})
                 writer.add(Clip(clip.name, clip.waveform, labels, split=split, events=events, labelling=STRONG))
-                note_length(report, clip.name, len(clip.waveform), rate)
+                audioset.note_length(report, clip.name, len(clip.waveform), rate)
                 report.clips += 1
                 report.per_split[split] += 1
                 report.events += len(events)

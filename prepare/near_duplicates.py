@@ -15,7 +15,8 @@ QUANTILES = (0.25, 0.5, 0.75)  # over time: a click or some zeros change few fra
 STEP_DB = 0.5  # of the quantization to int8
 RANGE_DB = 60.0  # below the usual loudest band, where rounding to int16 shows
 SIZE = BANDS * len(QUANTILES)  # bytes of a fingerprint
-CANDIDATE_DB = 1.5  # root mean square distance of two fingerprints
+CANDIDATE_DB = 3.0  # root mean square distance of two fingerprints
+MOST_FRAMES = 160  # of a clip, at equal distances
 MOST_CANDIDATES = 500  # pairs, the closest, whose waveforms are compared
 BLOCK = 4096  # clips compared at once: 64 MB
 LEAST_CORRELATION = 0.95
@@ -33,11 +34,12 @@ def _band_edges(size: int, rate: int) -> np.ndarray:
 
 
 def fingerprint(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """(samples,) int16 -> (SIZE,) int8, in steps of STEP_DB about their mean; 1 ms for 10 s."""
+    """(samples,) int16 -> (SIZE,) int8, in steps of STEP_DB about their mean."""
     size = max(round(FRAME_SECONDS * rate), 2)
     whole = max(len(waveform) // size, 1) * size
     padded = np.pad(waveform[:whole], (0, max(whole - len(waveform), 0)))
-    frames = padded.astype(np.float32).reshape(-1, size) * np.hanning(size).astype(np.float32)
+    parts = padded.reshape(-1, size)
+    frames = parts[:: -(-len(parts) // MOST_FRAMES)].astype(np.float32) * np.hanning(size).astype(np.float32)
     power = np.abs(fft.rfft(frames)) ** 2
     edges = _band_edges(size, rate)
     bands = np.add.reduceat(power[:, : edges[-1]], edges[:-1], axis=1)
