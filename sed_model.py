@@ -29,6 +29,7 @@ from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
 ScoreMapping = Callable[[np.ndarray], np.ndarray]  # scores (..., K) of a network's classes -> of the data's
+WARM_UP_EPOCHS = 3
 CHECK_LOSS_EVERY = 50  # steps; a loss that is not finite stays so
 
 
@@ -38,12 +39,35 @@ def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: 
     The plateaus last up to and including their epoch of lr_scheduler_epoch. As the published code has it, the decay
     ends at 0.03, which lies above lr_rate[0] = 0.02: the rate rises after the last plateau.
     """
-    if epoch < 3:
+    if epoch < WARM_UP_EPOCHS:
         return lr_rate[epoch]
     for last_epoch, rate in zip(lr_scheduler_epoch, reversed(lr_rate), strict=True):
         if epoch <= last_epoch:
             return rate
     return max(lr_rate[0] * 0.98**epoch, 0.03)
+
+
+def schedule_warnings(settings: Config) -> list[str]:
+    """Where the run ends before its warm-up or a plateau, or a plateau ends before the warm-up."""
+    ends, epochs = settings.lr_scheduler_epoch, settings.max_epoch
+    if epochs <= WARM_UP_EPOCHS:
+        return [
+            f"max_epoch = {epochs}: the run ends with the {WARM_UP_EPOCHS} warm-up epochs of lr_rate. Train longer."
+        ]
+    found = []
+    starts = [WARM_UP_EPOCHS, *(max(end + 1, WARM_UP_EPOCHS) for end in ends[:2])]
+    for start, end, scale in zip(starts, ends, reversed(settings.lr_rate), strict=True):
+        if end < start:
+            found.append(
+                f"lr_scheduler_epoch = {ends}: no epoch has the scale {scale:g}, whose last epoch {end} comes before "
+                f"its first, {start} (counted from 0)."
+            )
+        elif start >= epochs:
+            found.append(
+                f"max_epoch = {epochs}: the plateau of scale {scale:g} would begin after epoch {start}, beyond the "
+                f"end. Lower lr_scheduler_epoch = {ends}."
+            )
+    return found
 
 
 def parameter_groups(network: Network, rate: float, layer_decay: float) -> list[dict[str, Any]]:

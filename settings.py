@@ -7,6 +7,7 @@ own values count least; then those of the prepared data, of a checkpoint, and of
 
 import ast
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -34,6 +35,8 @@ NOT_THE_EXPERIMENT = (
     "run", "machine", "test", "localization", "event detection", "predict", "esm_test", "weight_average",
 )  # fmt: skip
 Facts = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # values of all settings -> those that prepared data determine
+WITH_COMMAS = """Names with commas are given as a JSON list: '["Speech, male", "Dog"]'."""
+FINITE = ConfigDict(allow_inf_nan=False)  # of every float, in lists too
 FRAME_LOSSES = ("frame_bce", "weak_strong_bce")  # those that learn from event times
 
 
@@ -82,21 +85,46 @@ class Setting:
         if isinstance(value, str):
             value = self._parse(value)
         try:
-            return TypeAdapter(self.type).validate_python(value)
+            return TypeAdapter(self.type, config=FINITE).validate_python(value)
         except ValidationError as error:
             reasons = "; ".join(e["msg"] for e in error.errors())
             raise UserError(f"{self.name} = {value!r} is not allowed: {reasons}. ({self.comment})") from None
 
     def _parse(self, text: str) -> Any:
-        """Text of the command line: None for an optional setting, a list as 1,2,3 or [1, 2, 3], a dict as a=1,b=2."""
+        """Text of the command line: None for an optional setting, a list as in `split_list`, a dict as a=1,b=2."""
         if self.is_optional and text in ("None", "none", ""):
             return None
         if get_origin(self.type) is dict:
+            if text.startswith("{") and '"' in text:
+                return _parse_json(text, dict, '{"a": "1", "b": "2"}')
             pairs = [pair.partition("=") for pair in text.strip("{} ").split(",") if pair.strip()]
             return {name.strip(): value.strip() for name, _, value in pairs}
-        if not self.is_list:
-            return text
-        return [part.strip().strip("'\"") for part in text.strip("[] ").split(",") if part.strip()]
+        return split_list(text) if self.is_list else text
+
+
+def split_list(text: str) -> list[str]:
+    """Several values in one text: 1,2,3 or [1, 2, 3], or a JSON list, in which a value may hold commas.
+
+    Raises UserError for a list of quoted values that is no JSON.
+    """
+    text = text.strip()
+    if text.startswith("[") and '"' in text:
+        found = _parse_json(text, list, '["Speech, male", "Dog"]')
+        if any(isinstance(value, (list, dict)) or value is None for value in found):
+            raise UserError(f"{text} holds more than texts and numbers. {WITH_COMMAS}")
+        return [value if isinstance(value, str) else json.dumps(value) for value in found]
+    return [part.strip().strip("'\"") for part in text.strip("[] ").split(",") if part.strip()]
+
+
+def _parse_json(text: str, kind: type, example: str) -> Any:
+    """A JSON list or object. Raises UserError for other text."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{text} is no JSON: {error}. Give it as {example}.") from None
+    if not isinstance(found, kind):
+        raise UserError(f"{text} is no JSON {kind.__name__}. Give it as {example}.")
+    return found
 
 
 @cache

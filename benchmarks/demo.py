@@ -2,9 +2,9 @@
 
     make results      # make demo, then python benchmarks/demo.py
 
-A figure stands between `<!-- demo -->` and `<!-- /demo -->` (metrics), `<!-- tags -->` and `<!-- /tags -->` (tags), and comes from the
-score files in workspace/runs/demo/scores and from `main.py predict`. Processors of other instruction sets round
-otherwise, and sixteen epochs turn that into other figures: the block names the instruction set.
+They stand between `<!-- demo -->` and `<!-- /demo -->` (metrics, from workspace/runs/demo/scores), and `<!-- tags -->`
+and `<!-- /tags -->` (from `main.py predict`). A processor of another instruction set rounds otherwise, and sixteen epochs
+turn that into other figures: the block names the instruction set.
 """
 
 import json

@@ -12,7 +12,7 @@ from model.checkpoint import Checkpoint, decided_settings, load_network, read_ch
 from runs.card import write_run_card
 from runs.records import print_first_page, save_provenance
 from runs.resume import find_resumed
-from sed_model import build_wrapper
+from sed_model import build_wrapper, schedule_warnings
 from settings import Config, UserError, resolve
 from training.callbacks import checkpoint_folder
 from training.devices import is_first_process, process_count
@@ -55,6 +55,8 @@ def run(given: dict[str, Any]) -> None:
     compile_network(network, performance.compile_mode)
     more["performance"] = str(performance)
     wrapper = build_wrapper(network, settings, labels)
+    if is_first_process():
+        print(end="".join(f"warning: {message}\n" for message in schedule_warnings(settings)))
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
     trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(process_count(settings)))

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import median_filter
 
+from data.tables import EVENT_COLUMNS
 from settings import Config, UserError, section
 
-EVENT_COLUMNS = ["filename", "onset", "offset", "event_label"]
 DEFAULT_THRESHOLD = 0.5
 
 

@@ -18,8 +18,11 @@ from rich.progress import Progress
 
 from data.clip_store import ClipStoreWriter, Task, Waveforms, open_store
 from data.progress import ProgressLines
+from data.tables import read_text
 from prepare.adapters import Flags
 from prepare.segments import (
+    AUDIOSET_LICENCE,
+    AUDIOSET_SOURCE,
     CLASS_OF_MID,
     CLIP_SECONDS,
     LABELS,
@@ -36,8 +39,7 @@ from prepare.segments import (
 from settings import Config, UserError
 
 NAME = "audioset"
-SOURCE = "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
-LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
+SOURCE, LICENCE = AUDIOSET_SOURCE, AUDIOSET_LICENCE
 TASK: Task = "multilabel"
 FLAGS: Flags = {
     "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the audio files"},
@@ -97,19 +99,13 @@ def read_segments(path: Path) -> list[Segment]:
 
     Raises UserError, with the line, for a wrong number of columns, start, class or an id that comes twice.
     """
-    if not path.is_file():
-        raise UserError(f"There is no {path}: give one of AudioSet's tables of segments (balanced_train*.csv, ...).")
     found: dict[str, Segment] = {}
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip() and not line.startswith("#"):
-                    segment = _parse_segment(line, f"{path}, line {number}")
-                    if segment.ytid in found:
-                        raise UserError(f"{path}, line {number}: {segment.ytid} is listed twice.")
-                    found[segment.ytid] = segment
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text file; a table of segments is needed.") from None
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip() and not line.startswith("#"):
+            segment = _parse_segment(line, f"{path}, line {number}")
+            if segment.ytid in found:
+                raise UserError(f"{path}, line {number}: {segment.ytid} is listed twice.")
+            found[segment.ytid] = segment
     if not found:
         raise UserError(f'{path} lists no segments; its lines must read YTID, start, end, "mid,mid".')
     return list(found.values())

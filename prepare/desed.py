@@ -9,6 +9,7 @@ from typing import Optional
 from data.clip_store import STRONG, UNLABELLED, WEAK, Task, store_path
 from data.finding import find_audio, readable_name
 from data.labels import read_labels
+from data.tables import read_table, require_columns
 from prepare.adapters import Flags
 from prepare.report import PrepareReport
 from prepare.tables import (
@@ -16,12 +17,10 @@ from prepare.tables import (
     entry_of,
     measure,
     read_event_rows,
-    read_table,
-    require_columns,
     require_folder,
     write_entries,
 )
-from settings import Config, UserError
+from settings import Config, UserError, split_list
 
 NAME = "desed"
 SOURCE = (
@@ -65,7 +64,7 @@ def prepare(
     after their onset, and events that end over 0.5 s after their clip (less is cut); and for a clip in two splits.
     """
     require_folder(raw, "the folder of DESED's clips")
-    training = [(Path(name), "train") for name in strong.split(",") if name]
+    training = [(Path(name), "train") for name in split_list(strong)]
     strong_sets = [*training, (validation, "validation"), (table, "test")]
     tables = [(path, split, read_strong) for path, split in strong_sets if path is not None]
     if weak is not None:

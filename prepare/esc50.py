@@ -4,10 +4,11 @@ from pathlib import Path
 
 from data.clip_store import Task, store_path
 from data.labels import read_labels
+from data.tables import read_table, require_columns
 from prepare.adapters import Flags
 from prepare.finder import AudioFinder
 from prepare.report import PrepareReport
-from prepare.tables import Entry, parse_fold, read_table, require_columns, write_entries
+from prepare.tables import Entry, parse_fold, write_entries
 from settings import Config, UserError
 
 NAME = "esc-50"

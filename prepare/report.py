@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.clip_store import LEAST_SECONDS
 from data.finding import FoundAudio, counted, readable_name
 from data.levels import Remark
 
@@ -16,6 +17,8 @@ class PrepareReport:
 
     remarks: (file, what is odd about its sound) of those that are. unopened: (path, reason) of links and folders that
     lead nowhere; others, unused: how many files are no audio, and how many are audio that no table names.
+    short_events, short_segments: parts below LEAST_SECONDS, which rounded times leave. notes: remarks on the tables.
+    split_by: how the splits were chosen.
     """
 
     path: Path
@@ -26,6 +29,11 @@ class PrepareReport:
     others: Counter[str] = field(default_factory=Counter)
     unused: int = 0
 
+    short_events: int = 0
+    short_segments: int = 0
+    notes: list[str] = field(default_factory=list)
+    split_by: str = ""
+
     def add_left_out(self, found: FoundAudio, folder: Path, used: int | None = None) -> None:
         """What lies below a folder beside the clips. used: how many of the audio files are clips; None: all."""
         self.others += found.others
@@ -34,6 +42,13 @@ class PrepareReport:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.clips} clips"]
+        for count, what in (
+            (self.short_events, "events or parts of them"),
+            (self.short_segments, "ends of recordings"),
+        ):
+            if count:
+                lines.append(f"{count} {what} last less than {LEAST_SECONDS:g} s and were left out.")
+        lines += [f"warning: {note}" for note in self.notes]
         if self.skipped:
             lines.append(f"{len(self.skipped)} files were skipped:")
             lines += [f"  {name}: {reason}" for name, reason in self.skipped]

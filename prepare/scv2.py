@@ -6,6 +6,7 @@ from pathlib import Path
 from data.clip_store import Task, store_path
 from data.finding import find_audio, readable_name
 from data.labels import read_labels
+from data.tables import clean, read_text
 from prepare.adapters import Flags
 from prepare.finder import spelling
 from prepare.report import PrepareReport
@@ -76,8 +77,8 @@ def read_lists(raw: Path) -> dict[str, str]:
             raise UserError(
                 f"There is no {path}: --raw must be the folder with the words, {' and '.join(LISTS.values())}."
             )
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            entry = line.strip()
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
+            entry = clean(line)
             if not entry:
                 continue
             if spelling(entry).count("/") != 1:

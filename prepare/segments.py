@@ -17,6 +17,8 @@ from data.levels import Remark
 from prepare.report import PrepareReport
 from settings import UserError
 
+AUDIOSET_SOURCE = "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
+AUDIOSET_LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
 CLASSES = audioset_classes()
 LABELS = [entry["name"] for entry in CLASSES]
 CLASS_OF_MID = {entry["mid"]: number for number, entry in enumerate(CLASSES)}

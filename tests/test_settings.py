@@ -55,6 +55,9 @@ def notebook_config() -> Iterator[ModuleType]:
         ({"lr_scheduler_epoch": "1,2,3"}, {"lr_scheduler_epoch": [1, 2, 3]}),
         ({"lr_rate": "[0.1, 0.2, 0.3]"}, {"lr_rate": [0.1, 0.2, 0.3]}),
         ({"esm_model_pathes": "a.ckpt,b.ckpt"}, {"esm_model_pathes": ["a.ckpt", "b.ckpt"]}),
+        ({"fl_class_num": '["Speech, male", "Dog"]'}, {"fl_class_num": ["Speech, male", "Dog"]}),
+        ({"lr_rate": '["0.1", 0.2, 0.3]'}, {"lr_rate": [0.1, 0.2, 0.3]}),
+        ({"encoder_options": '{"a": "1,2"}'}, {"encoder_options": {"a": "1,2"}}),
     ],
 )
 def test_values_of_flags_and_what_follows_from_them(given: dict[str, Any], derived: dict[str, Any]) -> None:
@@ -77,6 +80,11 @@ def test_values_of_flags_and_what_follows_from_them(given: dict[str, Any], deriv
         ({"token_label_range": "0.2,1.6"}, "token_label_range"),
         ({"loss_type": "clip_ce"}, "task"),
         ({"tta_shifts": []}, "tta_shifts"),
+        ({"learning_rate": "nan"}, "learning_rate"),
+        ({"lr_rate": "0.1,nan,0.2"}, "lr_rate"),
+        ({"gradient_clip": float("inf")}, "gradient_clip"),
+        ({"fl_class_num": '["Speech, male"'}, "Speech, male"),
+        ({"fl_class_num": '[["Speech", "male"], "Dog"]'}, "Speech"),
         ({"htsat_drop_path": 1.0}, "htsat_drop_path"),
         ({"layer_decay": 1.1}, "layer_decay"),
         ({"ema_decay": 1.0}, "ema_decay"),

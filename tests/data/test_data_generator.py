@@ -2,8 +2,9 @@
 
 import io
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from data.clip_store import UNREADABLE, Clip, ClipStoreWriter, Waveforms, read_events, read_store_table
+from data.clip_store import UNREADABLE, Clip, ClipStoreWriter, Event, Waveforms, read_events, read_store_table
 from data.samplers import BalancedSampler, EpochSampler, ShardSampler
 from data_generator import ClipDataset, keep_batch, load_table, load_training_data
 from prepare.compress import compress_store
@@ -23,7 +24,7 @@ from settings import UserError, resolve
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     path = tmp_path / "esc-50.h5"
-    with ClipStoreWriter(path, clip_samples=8, sample_rate=32000, labels=["x"] * 50) as writer:
+    with ClipStoreWriter(path, clip_samples=8, sample_rate=32000, labels=list(map(str, range(50)))) as writer:
         for number in range(10):
             sound = np.arange(1, 6 + number % 3).astype(np.int16) + 10 * number
             writer.add(Clip(f"{number}", sound, [number % 4], fold=number % 5 + 1))
@@ -104,6 +105,31 @@ def test_data_that_does_not_fit_is_refused(store: Path) -> None:
         load_table(resolve({**given, "classes_num": 10}), "train")
     with pytest.raises(UserError, match="nowhere"):
         load_table(resolve({**given, "dataset_path": "nowhere"}), "train")
+
+
+@pytest.mark.parametrize(
+    ("given", "labels", "reason"),
+    [
+        ({}, {"train": [[0], [0]], "validation": [[0], [1]]}, "train .* same classes .*bee"),
+        ({}, {"train": [[0], [1]], "validation": [[0]]}, "validation .* same classes .*bee"),
+        ({}, {"train": [[0], [1]], "validation": [[], []]}, "validation .* same classes .*none"),
+        ({"task": "single_label"}, {"train": [[0], [0, 1]], "validation": [[0], [1]]}, "train .* exactly one class"),
+        ({"loss_type": "frame_bce"}, {"train": [[0], [0]], "validation": [[0]]}, None),
+        ({}, {"train": [[0], []], "validation": [[0], []]}, None),
+    ],
+)
+def test_a_training_that_cannot_succeed_is_refused(
+    tmp_path: Path, given: dict[str, str], labels: dict[str, list[list[int]]], reason: Optional[str]
+) -> None:
+    with ClipStoreWriter(tmp_path / "demo.h5", clip_samples=8, sample_rate=32000, labels=["bee", "owl"]) as writer:
+        for split, clips in labels.items():
+            for number, classes in enumerate(clips):
+                events = [Event(label, 0.0, 0.0001) for label in classes]
+                sound = np.ones(8, np.int16)
+                writer.add(Clip(f"{split}{number}", sound, classes, split=split, events=events))
+    settings = resolve({"dataset_path": str(tmp_path), "classes_num": 2, **given})
+    with pytest.raises(UserError, match=reason) if reason else nullcontext():
+        load_training_data(settings)
 
 
 def test_a_store_of_another_rate(store: Path) -> None:

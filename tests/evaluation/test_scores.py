@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -54,6 +55,38 @@ def test_round_trip(scores: Scores, tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("no scores")
     with pytest.raises(UserError, match=r"text\.h5"):
         load_scores(tmp_path / "text.h5")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("framewise", np.nan, "framewise"),
+        ("clipwise", np.inf, "clipwise"),
+        ("duration", 1e12, "duration"),
+        ("duration", 0, "duration"),
+        ("event_class", 77, "class 77"),
+        ("event_clip", 7, "clip 7"),
+        ("event_onset", np.nan, "event"),
+        ("event_offset", 0.1, "event"),
+        ("seconds_per_frame", 0, "0 s"),
+        ("labels", ["a", "a", "b"], "labels"),
+        ("labels", ["a", "b"], "clipwise"),
+        ("postprocessing", "[" * 50_000, "damaged"),
+        ("postprocessing", "{", "damaged"),
+        ("postprocessing", '{"labels": 3}', "damaged"),
+    ],
+)
+def test_a_score_file_that_is_wrong_inside_is_refused(
+    scores: Scores, tmp_path: Path, key: str, value: object, named: str
+) -> None:
+    scores.save(tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "r+") as file:
+        if key in file:
+            file[key][(0,) * file[key].ndim] = value
+        else:
+            file.attrs[key] = value
+    with pytest.raises(UserError, match=named):
+        load_scores(tmp_path / "s.h5")
 
 
 @pytest.mark.parametrize(
