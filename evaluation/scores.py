@@ -13,7 +13,7 @@ A test divided among several jobs (test_shard) leaves <name>.shard1of4.h5, ...: 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -22,9 +22,16 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from data.files import whole_file
-from evaluation.postprocess import PostProcessing
+from data.files import check_memory, whole_file
+from evaluation.postprocess import PostProcessing, read_postprocessing
 from settings import UserError
+
+COLUMNS = {
+    "audio_name", "clipwise", "target", "duration", "clip_index", "framewise", "event_clip", "event_class",
+    "event_onset", "event_offset",
+}  # fmt: skip
+LONGEST_CLIP = 366 * 86400.0  # seconds
+UNREADABLE = (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)  # of a damaged file
 
 EventList = list[tuple[int, float, float]]  # class index, onset and offset in seconds
 
@@ -168,29 +175,70 @@ def load_scores(path: Path) -> Scores:
 def _read(path: Path) -> Scores:
     try:
         with h5py.File(path, "r") as file:
-            names = [name.decode() for name in file["audio_name"][:]]
-            events: Optional[list[EventList]] = None
-            if "event_clip" in file:
-                events = [[] for _ in names]
-                columns = (file[f"event_{name}"][:].tolist() for name in ("clip", "class", "onset", "offset"))
-                for clip, label, onset, offset in zip(*columns, strict=True):
-                    events[clip].append((label, onset, offset))
-            own = ("labels", "seconds_per_frame")
-            return Scores(
-                names=names,
-                clipwise=file["clipwise"][:],
-                targets=file["target"][:],
-                durations=file["duration"][:],
-                labels=[str(label) for label in file.attrs["labels"]],
-                framewise=file["framewise"][:] if "framewise" in file else None,
-                seconds_per_frame=float(file.attrs["seconds_per_frame"]),
-                events=events,
-                clip_index=file["clip_index"][:] if "clip_index" in file else None,
-                attributes={key: value for key, value in file.attrs.items() if key not in own},
-                path=path,
-            )
-    except (OSError, KeyError) as error:
+            for name in COLUMNS & file.keys():
+                data = file[name]
+                check_memory(f"{path}: {name} of the shape {data.shape}", data.size * data.dtype.itemsize)
+            table = {name: file[name][:] for name in COLUMNS & file.keys()}
+            attributes = dict(file.attrs)
+        names = [name.decode() for name in table["audio_name"]]
+        scores = Scores(
+            names=names,
+            clipwise=table["clipwise"],
+            targets=table["target"],
+            durations=table["duration"],
+            labels=[str(label) for label in attributes.pop("labels")],
+            framewise=table.get("framewise"),
+            seconds_per_frame=float(attributes.pop("seconds_per_frame")),
+            events=_events(table, len(names)) if "event_clip" in table else None,
+            clip_index=table.get("clip_index"),
+            attributes=attributes,
+            path=path,
+        )
+        stored = attributes.get("postprocessing")
+        if stored:
+            read_postprocessing(json.loads(str(stored)), path).for_labels(scores.labels)
+        _check(scores)
+    except UserError:
+        raise
+    except UNREADABLE as error:
         raise UserError(f"{path} is no score file, or it is cut off: {error}") from None
+    return scores
+
+
+def _events(table: Mapping[str, np.ndarray], clips: int) -> list[EventList]:
+    """The true events of each clip."""
+    events: list[EventList] = [[] for _ in range(clips)]
+    columns = (table[f"event_{name}"].tolist() for name in ("clip", "class", "onset", "offset"))
+    for clip, label, onset, offset in zip(*columns, strict=True):
+        if not 0 <= clip < clips:
+            raise ValueError(f"event_clip has the clip {clip}, and there are {clips} clips")
+        events[clip].append((label, onset, offset))
+    return events
+
+
+def _check(scores: Scores) -> None:
+    """Raise ValueError, with the name, for a column whose values cannot be."""
+    clips, classes = len(scores.names), len(scores.labels)
+    frames = 0 if scores.framewise is None else scores.framewise.shape[1]
+    columns = {"clipwise": (scores.clipwise, (clips, classes)), "target": (scores.targets, (clips, classes))}
+    columns |= {"duration": (scores.durations, (clips,))}
+    columns |= {} if scores.framewise is None else {"framewise": (scores.framewise, (clips, frames, classes))}
+    columns |= {} if scores.clip_index is None else {"clip_index": (scores.clip_index, (clips,))}
+    for name, (values, shape) in columns.items():
+        if values.shape != shape:
+            raise ValueError(f"{name} has the shape {values.shape}, and {shape} is needed")
+        if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+            raise ValueError(f"{name} holds values that are no finite numbers")
+    if len(set(scores.labels)) != classes or not classes:
+        raise ValueError(f"labels has {classes} names, of which {len(set(scores.labels))} are different")
+    step, longest = scores.seconds_per_frame, (frames + 1) * scores.seconds_per_frame if frames else LONGEST_CLIP
+    if not 0 <= step < np.inf or (frames and not step):
+        raise ValueError(f"seconds_per_frame = {step}")
+    if clips and not (scores.durations.min() >= 0 and scores.durations.max() <= longest):
+        raise ValueError(f"duration is up to {scores.durations.max():g} s, and the scores cover {longest:g} s")
+    for label, onset, offset in (event for clip in scores.events or [] for event in clip):
+        if not (0 <= label < classes and 0 <= onset <= offset < np.inf):
+            raise ValueError(f"an event of class {label} from {onset} to {offset} s, and there are {classes} classes")
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.foreign import PREFIX, Weights
+from model.foreign import Weights
 from model.frontend import KaldiFbank, SlaneyDecibels
 from model.network import Layer, Network, Outputs
 from model.registry import read_options
@@ -227,7 +227,6 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
     Raises UserError for a network that is none of these.
     """
-    weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
     if any(key.endswith("embeddings.distillation_token") for key in weights):
         return described("AST of transformers", _of_transformers(weights))
     if "dist_token" in weights:
