@@ -21,7 +21,8 @@ ThreeFloats = Annotated[list[float], Field(min_length=3, max_length=3)]
 Range = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Shifts = Annotated[list[int], Field(min_length=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
-Layers = Annotated[int, Field(ge=1, le=1000)]
+Layers = Annotated[int, Field(ge=1, le=100)]
+Side = Annotated[int, Field(ge=1, le=2048)]
 
 # --- data set --------------------------------------------------------------------------------------------------------
 dataset_type: Literal[  # which data set
@@ -129,7 +130,7 @@ sequence_layers: Layers = 2  # sequence_head: how many
 sequence_dim: PositiveInt = 256  # sequence_head: channels
 
 # --- sizes, htsat ----------------------------------------------------------------------------------------------------
-htsat_spec_size: PositiveInt = 256  # height and width of the folded spectrogram
+htsat_spec_size: Side = 256  # height and width of the folded spectrogram
 htsat_patch_size: PositiveInt = 4  # side of a patch
 htsat_stride: PositiveInt = 4  # stride of the patches
 htsat_time_stride: PositiveInt = htsat_stride  # stride of the patches in time; half of htsat_stride: steps half as long

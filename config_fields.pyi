@@ -10,6 +10,7 @@ Range = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Shifts = Annotated[list[int], Field(min_length=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
+Side = Annotated[int, Field(ge=1, le=2048)]
 class ConfigFields(BaseModel):
     dataset_type: Literal['demo', 'audioset', 'audioset-strong', 'esc-50', 'scv2', 'desed', 'folder', 'soundscapes']
     task: Literal['multilabel', 'single_label']
@@ -65,7 +66,7 @@ class ConfigFields(BaseModel):
     sequence_head: Literal['none', 'gru', 'attention', 'transformer']
     sequence_layers: Layers
     sequence_dim: PositiveInt
-    htsat_spec_size: PositiveInt
+    htsat_spec_size: Side
     htsat_patch_size: PositiveInt
     htsat_stride: PositiveInt
     htsat_time_stride: PositiveInt

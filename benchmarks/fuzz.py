@@ -11,7 +11,6 @@ finding is named by its number: `--kinds KIND --only NUMBER` repeats it. Exit st
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import resource
@@ -170,7 +169,7 @@ def flags(folder: Path) -> list[Path]:
     values = resolve(NANO).model_dump()
     paths = [folder / f"{name}.txt" for name in values]
     for path in paths:
-        path.write_text(json.dumps(values[path.stem]))
+        path.write_text(str(values[path.stem]))
     return paths
 
 
@@ -290,11 +289,10 @@ def main() -> int:
     findings = 0
     for name in options.kinds.split(","):
         started, counts = time.monotonic(), Counter[str]()
-        for number, what, error in run(
-            name, options.seed, [options.only] if options.only else list(range(options.count))
-        ):
+        numbers = list(range(options.count)) if options.only is None else [options.only]
+        for number, what, error in run(name, options.seed, numbers):
             counts[what] += 1
-            if what in FINDINGS or options.only:
+            if what in FINDINGS or options.only is not None:
                 findings += what in FINDINGS
                 print(f"{name} {number}: {what}\n{error}")
         shown = ", ".join(f"{count} {what}" for what, count in counts.most_common())

@@ -9,14 +9,14 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from data.files import check_memory
+from data.files import check_memory, memory_limit
 from model.network import Network, Outputs
 from model.registry import encoder_module
 from settings import Config, UserError
 
 __all__ = ["Network", "Outputs", "build_model"]
 
-MOST_TENSORS = 20_000  # of a network
+MOST_TENSORS = 3_000  # of a network
 CLIPS = 32  # at once in memory
 
 
@@ -30,13 +30,14 @@ def build_model(settings: Config) -> Network:
 
 def _check_size(settings: Config) -> None:
     """Raise UserError for a network that memory does not hold. It is built without values, up to where that shows."""
-    size, count = CLIPS * settings.clip_samples * torch.float32.itemsize, 0
+    size, count, allowed = CLIPS * settings.clip_samples * torch.float32.itemsize, 0, memory_limit() // 2
 
     def add(module: nn.Module, name: str, tensor: Any) -> None:
         nonlocal size, count
         if isinstance(tensor, Tensor):
             size, count = size + tensor.numel() * tensor.element_size(), count + 1
-        check_memory(f"A network of these settings (encoder = {settings.encoder}, up to its {name})", size)
+        if size > allowed:
+            check_memory(f"A network of these settings (encoder = {settings.encoder}, up to its {name})", size)
         if count > MOST_TENSORS:
             raise UserError(f"A network of these settings has more than {MOST_TENSORS} weights: lower its depth.")
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import check_memory, whole_file
+from data.files import check_memory, memory_limit, whole_file
 from model.foreign import OWN, PICKLES, NotAdmittedError, identify, plain
 from model.network import Network
 from model.registry import UNNAMED, encoder_module, find_checkpoint
@@ -162,12 +162,13 @@ def check_entry(path: Path, value: Any, name: str, kind: type) -> Any:
 
 def _check_tensors(path: Path, content: Any) -> None:
     """Raise UserError for tensors that are no plain ones, and where memory does not hold them; no value is read."""
-    size = 0
+    size, allowed = 0, memory_limit() // 2
     for key, tensor in _tensors_in(content):
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             raise UserError(f"{path} cannot be used: {key} is no plain tensor (sparse, quantized or without values).")
         size += tensor.numel() * tensor.element_size()
-        check_memory(f"{path}: its tensors up to {key}, of the shape {tuple(tensor.shape)},", size)
+        if size > allowed:
+            check_memory(f"{path}: its tensors up to {key}, of the shape {tuple(tensor.shape)},", size)
 
 
 def check_labels(path: Path, labels: Sequence[Any], classes: Any) -> None:

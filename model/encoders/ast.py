@@ -56,9 +56,9 @@ class AST(Network):
         softmax: bool = False,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads or depth < 1:
+        if heads < 1 or dim % heads or not 1 <= depth <= 100:
             raise UserError(
-                f"encoder_options: dim = {dim} must be a multiple of heads = {heads}, and depth = {depth} 1 or more."
+                f"encoder_options: dim = {dim} must be a multiple of heads = {heads}, and depth = {depth} 1 to 100."
             )
         self.sample_rate, self.clip_samples, self.num_classes, self.softmax = (
             SAMPLE_RATE,

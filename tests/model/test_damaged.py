@@ -68,7 +68,6 @@ def tag(path: Path) -> np.ndarray:
         ({"complete_epochs": "x"}, "complete_epochs is a str"),
         ({"settings": [1]}, "settings is a list"),
         ({"frontend": 3}, "frontend is a int"),
-        ({"digests": 3}, "digests is a int"),
         ({"postprocessing": "x"}, "postprocessing is a str"),
         ({"postprocessing": {"labels": None}}, "postprocessing .*labels"),
         ({"postprocessing": {**CALIBRATED, "thresholds": ["x"] * 3}}, "thresholds"),
@@ -96,11 +95,12 @@ def test_a_wrong_entry_is_refused_by_name(entries: Content, said: str, content: 
         ({"classes_num": 4}, "labels names 3 classes, and its network has 4"),
         ({"htsat_dim": 2**20}, "would take"),
         ({"htsat_depth": [10**6, 1]}, "htsat_depth"),
-        ({"htsat_depth": [1000, 1000]}, "20000"),
-        ({"htsat_spec_size": 2**16}, "would take"),
+        ({"htsat_depth": [1000, 1]}, "htsat_depth"),
+        ({"htsat_spec_size": 2**16}, "htsat_spec_size"),
         ({"window_size": 2**20, "clip_samples": 2**21, "hop_size": 2**20}, "would take"),
         ({"clip_samples": 10**10, "hop_size": 10**9}, "clip_samples .* would take"),
         ({"encoder": "ast", "encoder_options": {"depth": str(10**12)}}, "depth"),
+        ({"encoder": "ast", "encoder_options": {"depth": "1000"}}, "depth"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_memory_is_taken(
@@ -151,9 +151,8 @@ def test_a_turned_bit_is_refused(content: Content, network: HTSAT_Swin_Transform
     save_safetensors(tmp_path / "a.safetensors", network.state_dict(), **about)
     write_checkpoint(tmp_path / "a.ckpt", content)
     for name in ("a.safetensors", "a.ckpt"):
-        tag(tmp_path / name)
-        whole = (tmp_path / name).read_bytes()
-        for place in np.random.default_rng(0).integers(len(whole), size=40):
+        wanted, whole = tag(tmp_path / name), (tmp_path / name).read_bytes()
+        for place in np.random.default_rng(0).integers(len(whole), size=15):
             turned = bytearray(whole)
             turned[place] ^= 0x40
             (tmp_path / f"b_{name}").write_bytes(turned)
@@ -161,7 +160,7 @@ def test_a_turned_bit_is_refused(content: Content, network: HTSAT_Swin_Transform
                 found = tag(tmp_path / f"b_{name}")
             except UserError:
                 continue
-            np.testing.assert_array_equal(found, tag(tmp_path / name))  # of a byte that nothing depends on
+            np.testing.assert_array_equal(found, wanted)  # of a byte that nothing depends on
     changed = torch.load(tmp_path / "a.ckpt", weights_only=True)
     changed["state_dict"]["sed_model.norm.bias"][0] += 1
     torch.save(changed, tmp_path / "c.ckpt")
