@@ -14,6 +14,7 @@ import io
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,7 +34,10 @@ import numpy as np
 import soundfile
 import torch
 
+from commands import check
 from data.audio import read_audio
+from data.clip_store import Clip, ClipStoreWriter, Event
+from data_generator import load_training_data
 from evaluation.event_tables import read_events
 from inference import Tagger
 from model import build_model
@@ -164,6 +168,30 @@ def tables(folder: Path) -> list[Path]:
     return [folder / "a.tsv", folder / "a.csv"]
 
 
+def stores(folder: Path) -> list[Path]:
+    rng = np.random.default_rng(0)
+    about: dict[str, Any] = {"dataset_type": "folder", "task": "multilabel"}
+    with ClipStoreWriter(
+        folder / "a.h5", clip_samples=2000, sample_rate=RATE, labels=["a", "b", "c"], **about
+    ) as writer:
+        for number in range(9):
+            sound = rng.integers(-9000, 9000, 2000 - number, dtype=np.int16)
+            label, split = number % 3, ("train", "validation", "test")[number // 3]
+            writer.add(Clip(f"{number}.wav", sound, [label], split=split, events=[Event(label, 0.05, 0.2)]))
+    return [folder / "a.h5"]
+
+
+def read_store(path: Path) -> int:
+    """`check`, and the clips of training where it finds no problem."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        shutil.copy(path, Path(folder) / "folder.h5")
+        given = {**NANO, "dataset_type": "folder", "dataset_path": folder, "batch_size": 3, "loss_type": "frame_bce"}
+        check.run(given, processes=1)
+        data = load_training_data(resolve(given), ("train", "validation"))
+        loaders = [data.train_dataloader(), data.val_dataloader()]
+        return sum(len(batch["waveform"]) for loader in loaders for batch in loader)
+
+
 def flags(folder: Path) -> list[Path]:
     """A file a setting, with its value as text."""
     values = resolve(NANO).model_dump()
@@ -187,6 +215,7 @@ KINDS: dict[str, Kind] = {
     "ogg": sounds("ogg"),
     "mp3": sounds("mp3"),
     "checkpoint": Kind(checkpoints, scores, compared=True, edit=edit_entries),
+    "store": Kind(stores, read_store),
     "table": Kind(tables, lambda path: len(read_events(path))),
     "settings": Kind(flags, read_flag),
 }
@@ -211,7 +240,7 @@ def outcome(kind: Kind, path: Path, original: Any) -> tuple[str, str]:
         with warnings.catch_warnings(record=True) as caught, redirect_stderr(said), redirect_stdout(said):
             warnings.simplefilter("always")
             found = kind.read(path)
-    except UserError as error:
+    except (UserError, SystemExit) as error:  # check ends with a status
         return "refused", str(error)
     except HangError:
         return "hang", traceback.format_exc(limit=-3)

@@ -41,7 +41,7 @@ RUN_ENTRIES = {  # what Lightning resumes from, by place
     "optimizer_states/0/param_groups": list, "optimizer_states/0/param_groups/0": Mapping,
 }  # fmt: skip
 DESCRIPTION = ("settings", "labels", "frontend", "postprocessing")  # JSON in the metadata of safetensors files
-DIGESTS = "digests"  # entry: {name of another entry: SHA-256 of its tensors, or of its text}
+DIGESTS = "digests"  # entry: {place of a tensor, as state_dict/sed_model.norm.bias, or name of a text: SHA-256}
 
 FrontendFrom = Literal["auto", "settings", "checkpoint"]
 
@@ -127,10 +127,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         content=content,
         **{**about, "settings": settings},
     )
-    if checkpoint.labels is not None:
-        classes = decided_settings(checkpoint, "auto").get("classes_num", len(checkpoint.labels))
-        check_labels(path, checkpoint.labels, classes)
-    _check_digests(path, content.get(DIGESTS), {"state_dict": content.get("state_dict")})
+    if content.get(DIGESTS) is not None:
+        _check_digests(path, content[DIGESTS], _digests({"state_dict": content.get("state_dict")}))
     return checkpoint
 
 
@@ -146,7 +144,8 @@ def check_resumable(checkpoint: Checkpoint) -> None:
                 f"{path} cannot be resumed from: its entry {place} is a {type(value).__name__}, not a {kind.__name__}. "
                 f"Use another checkpoint of the run."
             )
-    _check_digests(path, content.get(DIGESTS), {"optimizer_states": content.get("optimizer_states")})
+    if content.get(DIGESTS) is not None:
+        _check_digests(path, content[DIGESTS], _digests({"optimizer_states": content.get("optimizer_states")}))
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -238,9 +237,9 @@ def _check_archive(path: Path) -> None:
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values as torch.save does, with digests. Raises UserError as data.files.whole_file."""
-    digests = {name: _digest(content[name]) for name in ("state_dict", "optimizer_states") if name in content}
+    digested = {name: content[name] for name in ("state_dict", "optimizer_states") if name in content}
     with whole_file(path) as partial, partial.open("wb") as file:
-        torch.save({**content, DIGESTS: digests}, file)
+        torch.save({**content, DIGESTS: _digests(digested)}, file)
 
 
 def _tensors_in(content: Any) -> Iterator[tuple[str, Tensor]]:
@@ -257,13 +256,18 @@ def _tensors_in(content: Any) -> Iterator[tuple[str, Tensor]]:
                     waiting.append((f"{place}/{key}" if place else str(key), inside))
 
 
-def _digest(content: Any) -> str:
-    """SHA-256 of the tensors in an entry with their places, types and shapes; of text, of itself."""
-    digest = hashlib.sha256(content.encode() if isinstance(content, str) else b"")
-    for place, tensor in sorted(_tensors_in(content), key=lambda pair: pair[0]):
-        digest.update(f"{place} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+def _digests(content: Any) -> dict[str, str]:
+    """SHA-256 of each tensor with its type and shape, by its place."""
+    found = {}
+    for place, tensor in _tensors_in(content):
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+        found[place] = digest.hexdigest()
+    return found
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -271,14 +275,18 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _check_digests(path: Path, digests: Any, content: Mapping[str, Any]) -> None:
-    """Raise UserError where an entry is not as it was written. Files of others and older ones have no digests."""
-    known = check_entry(path, digests, DIGESTS, Mapping) or {}
-    changed = [name for name, value in content.items() if name in known and known[name] != _digest(value)]
+def _check_digests(path: Path, wanted: Any, found: Mapping[str, str]) -> None:
+    """Raise UserError where something is not as it was written. Files of others and older ones have no digests.
+
+    wanted: the file's entry; found: digests of what has been read, of an entry or of several.
+    """
+    known, entries = check_entry(path, wanted, DIGESTS, Mapping) or {}, {place.split("/")[0] for place in found}
+    here = {place: digest for place, digest in known.items() if str(place).split("/")[0] in entries}
+    changed = [place for place, digest in here.items() if found.get(place) != digest]
     if changed:
         raise UserError(
-            f"{path} is damaged: its entry {changed[0]} is not as it was written, as its digest shows. Use another "
-            f"copy; if it was changed on purpose, remove the entry {DIGESTS}."
+            f"{path} is damaged: {changed[0]} is not as it was written, as its digest shows. Use another copy; if it was "
+            f"changed on purpose, remove the entry {DIGESTS}."
         )
 
 
@@ -312,7 +320,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint, or it is cut off: {error}") from None
     texts = {name: about[name] for name in DESCRIPTION if name in about}
     digests = read_json(path, DIGESTS, about[DIGESTS]) if DIGESTS in about else None
-    _check_digests(path, digests, texts)
+    _check_digests(path, digests, {name: _text_digest(text) for name, text in texts.items()})
     described = {name: read_json(path, name, text) for name, text in texts.items()}
     return {"state_dict": state_dict, DIGESTS: digests, **described}
 
@@ -338,7 +346,7 @@ def save_safetensors(
     about: dict[str, Any] = {"settings": dict(settings), "labels": list(labels), "frontend": dict(frontend)}
     about |= {} if postprocessing is None else {"postprocessing": dict(postprocessing)}
     texts = {name: json.dumps(value) for name, value in about.items()}
-    digests = {name: _digest(value) for name, value in {"state_dict": state_dict, **texts}.items()}
+    digests = _digests({"state_dict": state_dict}) | {name: _text_digest(text) for name, text in texts.items()}
     with whole_file(path) as partial:
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in state_dict.items()},
@@ -403,6 +411,9 @@ def load_network(
             f"that training writes."
         )
     own, given = network.state_dict(), checkpoint.state_dict
+    if checkpoint.labels is not None:
+        theirs = decided_settings(checkpoint, "auto").get("classes_num", len(checkpoint.labels))
+        check_labels(checkpoint.path, checkpoint.labels, theirs if new_classifier else network.num_classes)
     if new_classifier:
         given = network.adapted(given, checkpoint.settings)
     broken = next((k for k, v in given.items() if v.is_floating_point() and not v.isfinite().all()), None)

@@ -219,13 +219,13 @@ def test_average_of_one_and_of_two(tmp_path: Path) -> None:
     networks = [small(), small()]
     torch.nn.init.ones_(networks[1].norm.bias)
     networks[1].bn0.num_batches_tracked.fill_(7)  # type: ignore[union-attr]
-    paths = [save_network(tmp_path / f"{n}.ckpt", network, labels=list("abcde")) for n, network in enumerate(networks)]
+    paths = [save_network(tmp_path / f"{n}.ckpt", network, labels=["a"] * 5) for n, network in enumerate(networks)]
     one, two = average_checkpoints(paths[:1])["state_dict"], average_checkpoints(paths)["state_dict"]
     for key, first in networks[0].state_dict().items():
         second = networks[1].state_dict()[key]
         assert torch.equal(one["sed_model." + key], first)
         expected = ((first.double() + second.double()) / 2).float() if first.is_floating_point() else first
         assert torch.equal(two["sed_model." + key], expected)
-    other = save_network(tmp_path / "other.ckpt", networks[0], labels=list("edcba"))
+    other = save_network(tmp_path / "other.ckpt", networks[0], labels=["b"] * 5)
     with pytest.raises(UserError, match="labels"):
         average_checkpoints([paths[0], other])
