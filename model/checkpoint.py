@@ -285,8 +285,8 @@ def _check_digests(path: Path, wanted: Any, found: Mapping[str, str]) -> None:
     changed = [place for place, digest in here.items() if found.get(place) != digest]
     if changed:
         raise UserError(
-            f"{path} is damaged: {changed[0]} is not as it was written, as its digest shows. Use another copy; if it was "
-            f"changed on purpose, remove the entry {DIGESTS}."
+            f"{path} is damaged: {changed[0]} is not as it was written, as its digest shows. Use another copy; if it "
+            f"was changed on purpose, remove the entry {DIGESTS}."
         )
 
 
