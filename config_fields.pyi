@@ -9,6 +9,8 @@ ThreeFloats = Annotated[list[float], Field(min_length=3, max_length=3)]
 Range = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Shifts = Annotated[list[int], Field(min_length=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
+Side = Annotated[int, Field(ge=1, le=2048)]
 class ConfigFields(BaseModel):
     dataset_type: Literal['demo', 'audioset', 'audioset-strong', 'esc-50', 'scv2', 'desed', 'folder', 'soundscapes']
     task: Literal['multilabel', 'single_label']
@@ -62,19 +64,19 @@ class ConfigFields(BaseModel):
     classes_num: PositiveInt
     loss_type: Literal['clip_bce', 'clip_ce', 'asl_loss', 'frame_bce', 'weak_strong_bce']
     sequence_head: Literal['none', 'gru', 'attention', 'transformer']
-    sequence_layers: PositiveInt
+    sequence_layers: Layers
     sequence_dim: PositiveInt
-    enable_tscam: bool
-    enable_repeat_mode: bool
-    htsat_attn_heatmap: bool
-    htsat_spec_size: PositiveInt
+    htsat_spec_size: Side
     htsat_patch_size: PositiveInt
     htsat_stride: PositiveInt
     htsat_time_stride: PositiveInt
     htsat_window_size: PositiveInt
     htsat_dim: PositiveInt
-    htsat_depth: list[PositiveInt]
+    htsat_depth: list[Layers]
     htsat_num_head: list[PositiveInt]
+    enable_tscam: bool
+    enable_repeat_mode: bool
+    htsat_attn_heatmap: bool
     htsat_readout_stage: PositiveInt
     htsat_drop_path: FractionBelowOne
     weight_averaging: Literal['none', 'ema', 'last_epochs']

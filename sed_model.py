@@ -357,6 +357,11 @@ class SEDWrapper(Evaluation):
         checkpoint["complete_epochs"] = self.current_epoch + int(self.trainer.is_last_batch)
         checkpoint["frontend"] = {name: values[name] for name in section("front-end")}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Buffers that follow from the sizes are computed, never read."""
+        computed = {k: v for k, v in self.state_dict().items() if k.endswith(self.sed_model.computed)}
+        checkpoint["state_dict"].update({k: v for k, v in computed.items() if k in checkpoint["state_dict"]})
+
 
 class FrameSEDWrapper(SEDWrapper):
     """One network that learns from event times, from clip labels where there are no times, and from teachers.
@@ -464,6 +469,7 @@ class FrameSEDWrapper(SEDWrapper):
         for key in [key for key in weights if key.startswith("teacher.network.")]:
             weights[key.replace("teacher.network.", "teacher.module.")] = weights.pop(key)
             weights.setdefault("teacher.n_averaged", torch.tensor(checkpoint["global_step"]))
+        super().on_load_checkpoint(checkpoint)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         waveform = self.sound(batch)

@@ -9,6 +9,7 @@ import ast
 import difflib
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ FIELDS_PATH = CONFIG_PATH.with_name("config_fields.pyi")
 SECTION_LINE = re.compile(r"# --- (.+?) -+")
 
 # Sections of config.py. A checkpoint's weights determine the first ones; the others say what they were trained on.
-NETWORK_SECTIONS = ("encoder", "front-end", "network")
+NETWORK_SECTIONS = ("encoder", "front-end", "sizes", "network")
 TRAINED_SECTIONS = (*NETWORK_SECTIONS, "data set", "split", "clips")
 # No part of an experiment: where a run is, how it is watched and how it is tested. What a run starts from is a part.
 NOT_THE_EXPERIMENT = (
@@ -38,6 +39,8 @@ Facts = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # values of all settin
 WITH_COMMAS = """Names with commas are given as a JSON list: '["Speech, male", "Dog"]'."""
 FINITE = ConfigDict(allow_inf_nan=False)  # of every float, in lists too
 FRAME_LOSSES = ("frame_bce", "weak_strong_bce")  # those that learn from event times
+SHORT = reprlib.Repr()  # of values in messages: one from a file may be of any size and depth
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
 
 
 class UserError(ValueError):
@@ -88,7 +91,7 @@ class Setting:
             return TypeAdapter(self.type, config=FINITE).validate_python(value)
         except ValidationError as error:
             reasons = "; ".join(e["msg"] for e in error.errors())
-            raise UserError(f"{self.name} = {value!r} is not allowed: {reasons}. ({self.comment})") from None
+            raise UserError(f"{self.name} = {SHORT.repr(value)} is not allowed: {reasons}. ({self.comment})") from None
 
     def _parse(self, text: str) -> Any:
         """Text of the command line: None for an optional setting, a list as in `split_list`, a dict as a=1,b=2."""
@@ -236,19 +239,22 @@ def resolve(
     *,
     checkpoint: Optional[Mapping[str, Any]] = None,
     facts: Optional[Facts] = None,
+    fine_tuning: bool = False,
 ) -> Config:
     """Settings of a run: config.py, then what the prepared data say, then a checkpoint, then what is given.
 
     given: {name: value}, as from flags. checkpoint: the settings saved in one; those of TRAINED_SECTIONS count, and
     exp_name, so that what is made of a checkpoint goes into the folder of its run. facts: what the data say, by all
-    values without them (data/facts.py). Raises UserError for unknown names, wrong values, values that do not fit
-    together, and flags that contradict the checkpoint or the data.
+    values without them (data/facts.py). fine_tuning: other sizes than the checkpoint's may be given. Raises UserError
+    for unknown names, wrong values, values that do not fit together, and flags that contradict the checkpoint or the
+    data. Of a dictionary (encoder_options) each key counts by itself.
     """
     known = all_settings()
     given = check_values(given or {})
     session = _edited_in_session(_execute({}))
     session = {name: known[name].check(value) for name, value in session.items()}
-    trained = _trained(checkpoint or {}, given)
+    trained = _trained(checkpoint or {}, given, fine_tuning)
+    given = {k: {**trained.get(k, {}), **v} if isinstance(v, dict) else v for k, v in given.items()}
     values = _execute({**session, **trained, **given})
     if facts is not None:
         of_data = facts(values)
@@ -262,24 +268,28 @@ def resolve(
     return config
 
 
-def _trained(checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _trained(checkpoint: Mapping[str, Any], given: Mapping[str, Any], fine_tuning: bool) -> dict[str, Any]:
     """The settings that a checkpoint determines; for another data set than its own, not its split.
 
-    Raises UserError where `given` contradicts its network or its split.
+    Raises UserError where `given` contradicts its network or its split; for fine-tuning, sizes may be others.
     """
     names = {*section(*TRAINED_SECTIONS), "exp_name"}
     trained = {name: all_settings()[name].check(value) for name, value in checkpoint.items() if name in names}
     if trained.get("dataset_type") != given.get("dataset_type", trained.get("dataset_type")):
         trained = {name: value for name, value in trained.items() if name not in section("split")}
-    fixed = {name: trained[name] for name in section(*NETWORK_SECTIONS, "split") if name in trained}
+    sizes = (*section("sizes"), "encoder_options") if fine_tuning else ()
+    fixed = {name: trained[name] for name in section(*NETWORK_SECTIONS, "split") if name in trained.keys() - sizes}
     _check_given(given, fixed, "the checkpoint, which was trained with")
     return trained
 
 
 def _check_given(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    """Raise UserError where a given value is not the known one."""
+    """Raise UserError where a given value is not the known one; of dictionaries, that of a key that both have."""
     for name, value in known.items():
-        if name in given and given[name] != value:
+        if name not in given:
+            continue
+        wanted = {**value, **given[name]} if isinstance(value, dict) else given[name]
+        if wanted != ({**given[name], **value} if isinstance(value, dict) else value):
             raise UserError(
                 f"{name} = {given[name]!r} contradicts {where} {name} = {value!r}. Leave {name} out: it is known."
             )

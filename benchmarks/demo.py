@@ -3,8 +3,8 @@
     make results      # make demo, then python benchmarks/demo.py
 
 They stand between `<!-- demo -->` and `<!-- /demo -->` (metrics, from workspace/runs/demo/scores), and `<!-- tags -->`
-and `<!-- /tags -->` (from `main.py predict`). A processor of another instruction set rounds otherwise, and sixteen epochs
-turn that into other figures: the block names the instruction set.
+and `<!-- /tags -->` (from `main.py predict`). A processor of another instruction set rounds otherwise, and sixteen
+epochs turn that into other figures: the block names the instruction set.
 """
 
 import json

@@ -16,7 +16,7 @@ from data.progress import ProgressLines
 from inference import Tagged, Tagger
 from inference.loading import event_processing, load_tagger
 from inference.outputs import STANDARD_INPUT, Outputs, Source, Wanted, sources_of
-from model.known import find_checkpoint
+from model.registry import find_checkpoint
 from settings import UserError, requested
 
 ENDED_BY_READER = 141  # exit status of a program that SIGPIPE ends, in a shell

@@ -9,6 +9,7 @@ from data.labels import published_labels
 from data_generator import Split, load_training_data
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
+from model.foreign import OWN
 from runs.card import write_run_card
 from runs.records import print_first_page, save_provenance
 from runs.resume import find_resumed
@@ -71,7 +72,7 @@ def run(given: dict[str, Any]) -> None:
 
 
 def resolve_with_frontend(given: dict[str, Any]) -> Config:
-    """The settings, with the encoder of the checkpoint to fine-tune from, and its front-end if frontend_from says so.
+    """The settings, with encoder and sizes of the checkpoint to fine-tune from, its front-end if frontend_from says so.
 
     Raises UserError where there are two files of weights to start from.
     """
@@ -86,7 +87,13 @@ def resolve_with_frontend(given: dict[str, Any]) -> Config:
         return settings
     start = read_checkpoint(path)
     decided = decided_settings(start, settings.frontend_from, fine_tuning=True)
-    return resolve(given, checkpoint=decided, facts=store_facts)
+    settings = resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
+    if start.kind != OWN:
+        return settings
+    own = resolve(checkpoint=start.settings)
+    clip_samples = own.clip_samples * settings.sample_rate // own.sample_rate  # as many seconds
+    decided = {"clip_samples": clip_samples, **decided}
+    return resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
 
 
 def starting_weights(settings: Config) -> Optional[Checkpoint]:

@@ -22,8 +22,8 @@ import h5py
 import numpy as np
 import soundfile
 
-from data.files import whole_file
-from data.hdf5 import Columns, check_columns, check_size, open_hdf5, read_column, reading, texts
+from data.files import check_memory, whole_file
+from data.hdf5 import Columns, check_columns, open_hdf5, read_column, reading, texts
 from settings import UserError
 
 BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, which a processor's cache holds
@@ -298,7 +298,9 @@ class Waveforms:
         self.rate = read_rate(file) or PANNS_SAMPLE_RATE
         self.real_len = read_column(file, "real_len") if "real_len" in file else None
         if self.rows is not None:  # HDF5 takes a chunk at once
-            check_size(file, "a row of waveform", 2 * max(self.width, int(np.prod(self.rows.chunks or 1))))
+            check_memory(
+                f"{file.filename}: a row of waveform", 2 * max(self.width, int(np.prod(self.rows.chunks or 1)))
+            )
 
     @property
     def width(self) -> int:
@@ -345,7 +347,7 @@ class Waveforms:
                         f"Row {row} holds {sound.channels} channels of {sound.frames} samples at {sound.samplerate} "
                         f"Hz, where the store says 1 of {length} at {self.rate} Hz: prepare it again."
                     )
-                check_size(self.flac.file, f"row {row} of waveform_flac", 2 * length)
+                check_memory(f"{self.flac.file.filename}: row {row} of waveform_flac", 2 * length)
                 samples = sound.read(dtype="int16")
         except soundfile.LibsndfileError as error:
             raise UserError(f"Row {row} is damaged: {error.error_string}") from None

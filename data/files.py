@@ -1,8 +1,9 @@
-"""A file is written whole or not at all: under another name first, which it changes for its own at the end."""
+"""What reading and writing files share: one is written whole or not at all, and read only if memory holds it."""
 
 import errno
 import os
 import re
+import resource
 import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ REMEDIES = {
     errno.EISDIR: "give the name of a file",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no error of reading has these numbers
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # limits of a container
 KEPT_CHARACTERS = 40  # of the name, in the temporary one: the longest name that is allowed stays so
 
 
@@ -107,3 +109,27 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def memory_limit() -> int:
+    """Bytes that this process may take: those of the machine, or less where its container or ulimit allows less."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    limits = [os.sysconf("SC_PHYS_PAGES") * page]
+    for file in CGROUPS:
+        with suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int(Path(file).read_text()))
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if allowed != resource.RLIM_INFINITY:
+        with suppress(OSError):  # where there is no /proc
+            allowed -= int(Path("/proc/self/statm").read_text().split()[0]) * page
+        limits.append(max(allowed, 0))
+    return min(limits)
+
+
+def check_memory(what: str, size: int) -> None:
+    """Raise UserError where `size` bytes, as declared, are more than half of memory_limit. what: begins the message."""
+    if size > memory_limit() // 2:
+        raise UserError(
+            f"{what} would take {size / 2**30:,.1f} GiB, and this process may take {memory_limit() / 2**30:,.1f} GiB: "
+            f"it is damaged, or it needs a machine with more memory."
+        )

@@ -1,7 +1,5 @@
 """HDF5 files that others may have made: damaged or crafted ones are refused by name, before they take memory."""
 
-import os
-import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +8,12 @@ from typing import Any
 import h5py
 import numpy as np
 
+from data.files import check_memory
 from settings import UserError
 
 # What h5py and NumPy raise on damaged content.
 DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, ArithmeticError)
 MOST_OBJECTS = 100  # in the root of a file: those of this project have 12 at most
-MEMORY_SHARE = 0.5  # of the machine's memory that one column of a file, or one row of sound, may take
 
 Columns = Mapping[str, tuple[str, int]]  # name: kinds of NumPy's dtypes that are allowed, number of dimensions
 
@@ -79,7 +77,7 @@ KINDS = {"SO": "texts", "biuf": "numbers", "iu": "whole numbers", "f": "float nu
 def read_column(file: h5py.File, name: str) -> np.ndarray:
     """A whole column. Raises UserError where it would take too much memory, or was never written in full."""
     column = file[name]
-    check_size(file, name, column.size * column.dtype.itemsize)
+    check_memory(f"{file.filename}: {name}", column.size * column.dtype.itemsize)
     check_written(file, name)
     return column[:]
 
@@ -94,23 +92,6 @@ def check_written(file: h5py.File, name: str) -> None:
             f"{file.filename}: {name} declares {declared:,} bytes and the file holds {held:,}: it is not complete. "
             f"Make it again."
         )
-
-
-def check_size(file: h5py.File, name: str, size: int) -> None:
-    """Raise UserError where so many bytes are more than a part of a file may take of this machine's memory."""
-    most = int(MEMORY_SHARE * memory_limit())
-    if size > most:
-        raise UserError(
-            f"{file.filename}: {name} would take {size / 2**30:,.1f} GiB at once, more than half of this machine's "
-            f"memory ({most / 2**30:.1f} GiB): the file is damaged, or needs a larger machine."
-        )
-
-
-def memory_limit() -> int:
-    """Bytes of memory that this process may take: the machine's, or the limit that it was given."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return there if allowed == resource.RLIM_INFINITY else min(there, allowed)
 
 
 def texts(values: Any) -> list[str]:

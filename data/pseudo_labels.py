@@ -18,8 +18,8 @@ from typing import Any, Optional
 import h5py
 import numpy as np
 
-from data.files import AUDIO_SUFFIXES, whole_file
-from data.hdf5 import check_size, check_written, open_hdf5, reading, texts
+from data.files import AUDIO_SUFFIXES, check_memory, whole_file
+from data.hdf5 import check_written, open_hdf5, reading, texts
 from settings import UserError
 
 PUBLISHED_CLASSES = 447  # of the published logits, and the first and last of them
@@ -99,7 +99,7 @@ class TeacherLogits:
             known = texts(file.attrs["labels"]) if "labels" in file.attrs else None
             seconds = float(file.attrs.get("clip_seconds", PUBLISHED_SECONDS))
             self.step_seconds = float(file.attrs.get("step_seconds", seconds / self.steps))
-            check_size(file, "a clip of strong_logits", 2 * count * self.steps)
+            check_memory(f"{file.filename}: a clip of strong_logits", 2 * count * self.steps)
             check_written(file, "strong_logits")
         self._columns = self._place_classes(list(labels), known, count)
 

@@ -46,9 +46,14 @@ class GroundTruth:
 
     @classmethod
     def build(cls, table: pd.DataFrame, durations: dict[str, float], labels: Sequence[str]) -> "GroundTruth":
-        """Raises UserError for a table without events, and for clips without a duration."""
+        """Raises UserError for a table without events, clips without a duration, and names that cannot be measured."""
         if len(table) == 0:
             raise UserError("The ground truth has no events: there is nothing to evaluate against.")
+        wrong = next((label for label in labels if "\\" in label), None)
+        if wrong is not None:
+            raise UserError(
+                f"The class {wrong} has a backslash in its name, which sed_scores_eval cannot take: rename it."
+            )
         check_clips(table, durations, "The ground truth")
         seconds = np.array(list(durations.values()), dtype=np.float64)
         return cls(list(durations), seconds, list(labels), join_overlapping(table))

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import pandas as pd
 from scipy.ndimage import median_filter
 
+from data.files import check_memory
 from data.tables import EVENT_COLUMNS
-from settings import Config, UserError, section
+from settings import SHORT, Config, UserError, section
 
 DEFAULT_THRESHOLD = 0.5
+LONGEST_FILTER, MOST_PARTS = 9_999, 1_000  # frames of a median filter; parts of a frame
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class PostProcessing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         for name, kind in PER_CLASS.items():
-            values = np.atleast_1d(np.asarray(getattr(self, name)))
+            values = _numbers(name, getattr(self, name))
             if len(values) not in (1, len(self.labels)):
                 raise UserError(
                     f"{name} has {len(values)} values: give 1, or one for each of the {len(self.labels)} classes "
@@ -75,10 +78,14 @@ class PostProcessing:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PostProcessing":
-        """The inverse of as_dict. Raises UserError for other fields."""
-        known = {field.name for field in fields(cls)}
-        if set(content) - known or "labels" not in content:
-            raise UserError(f"A post-processing has the fields {', '.join(known)}, not {', '.join(content)}.")
+        """The inverse of as_dict. Raises UserError for other fields, and for values of a wrong type."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(content, Mapping) or set(content) - set(known) or "labels" not in content:
+            given = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+            raise UserError(f"A post-processing has the fields {', '.join(known)}, not {given:.200}.")
+        labels, source = content["labels"], content.get("source", "")
+        if not isinstance(labels, (list, tuple)) or not all(isinstance(each, str) for each in (*labels, source)):
+            raise UserError("The labels of a post-processing are a list of names, and its source is text.")
         return cls(**content)
 
 
@@ -106,18 +113,39 @@ PER_CLASS: dict[str, type] = {
 }
 
 
+def read_postprocessing(content: Any, path: str | Path) -> PostProcessing:
+    """What a file says, as PostProcessing.as_dict gave it. Raises UserError, with the file's name, for others."""
+    try:
+        return PostProcessing.from_dict(content)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: its entry postprocessing cannot be used. {error}") from None
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    """(1,) or (K,) finite numbers. Raises UserError for anything else."""
+    try:
+        values = np.atleast_1d(np.asarray(given, dtype=np.float64))
+    except (TypeError, ValueError):
+        values = np.full(1, np.nan)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise UserError(f"{name} = {SHORT.repr(given)} is not allowed: give finite numbers.")
+    return values
+
+
 def _check_ranges(post: PostProcessing) -> None:
-    if not np.isfinite(post.thresholds).all():
-        raise UserError(f"thresholds {post.thresholds} must be finite numbers.")
-    if any(length < 1 or length % 2 == 0 for length in post.median_filter):
-        raise UserError(f"median_filter {post.median_filter}: lengths are odd numbers of frames, 1 for no filter.")
+    if any(length < 1 or length % 2 == 0 or length > LONGEST_FILTER for length in post.median_filter):
+        raise UserError(
+            f"median_filter {SHORT.repr(post.median_filter)}: lengths are odd numbers of frames, 1 for no filter, at "
+            f"most {LONGEST_FILTER}."
+        )
     if any(not 0 <= seconds < np.inf for seconds in (*post.minimum_duration, *post.maximum_gap)):
         raise UserError(
             f"minimum_duration {post.minimum_duration} and maximum_gap {post.maximum_gap} are seconds, 0 or more."
         )
-    if int(post.interpolation) != post.interpolation or post.interpolation < 1:
+    if post.interpolation not in range(1, MOST_PARTS + 1):
         raise UserError(
-            f"interpolation = {post.interpolation} is not allowed: give 1 for none, or the parts of a frame."
+            f"interpolation = {SHORT.repr(post.interpolation)} is not allowed: give 1 for none, or the parts of a "
+            f"frame, at most {MOST_PARTS}."
         )
 
 
@@ -168,6 +196,7 @@ def smooth_scores(
     if interpolation == 1:
         return scores
     frames = scores.shape[1]
+    check_memory(f"Scores of {len(scores)} clips with interpolation = {interpolation}", scores.nbytes * interpolation)
     place = np.clip((np.arange(frames * interpolation) + 0.5) / interpolation - 0.5, 0, frames - 1)
     before = np.minimum(place.astype(int), max(frames - 2, 0))
     share = (place - before)[None, :, None].astype(scores.dtype)

@@ -25,7 +25,7 @@ import pandas as pd
 
 from data.files import whole_file
 from data.hdf5 import Columns, check_columns, open_hdf5, read_column, reading, texts
-from evaluation.postprocess import PostProcessing
+from evaluation.postprocess import PostProcessing, read_postprocessing
 from settings import WITH_COMMAS, UserError
 
 COLUMNS: Columns = {  # kinds of NumPy's dtypes, dimensions
@@ -35,7 +35,6 @@ COLUMNS: Columns = {  # kinds of NumPy's dtypes, dimensions
 }  # fmt: skip
 OF_CLIPS = ("audio_name", "clipwise", "target", "duration", "framewise", "clip_index")
 LONGEST_SECONDS = 86_400.0  # of a clip
-MOST_PARTS = 1000  # of a frame, by interpolation
 
 EventList = list[tuple[int, float, float]]  # class index, onset and offset in seconds
 
@@ -199,6 +198,9 @@ def _read(path: Path) -> Scores:
             attributes={key: value for key, value in file.attrs.items() if key not in own},
             path=path,
         )
+        stored = found.attributes.get("postprocessing")
+        if stored:
+            read_postprocessing(json.loads(str(stored)), path).for_labels(found.labels)
         fault = next(_faults(found), None)
         if fault:
             raise UserError(f"{path} is no valid score file: {fault}. Test again.")
@@ -238,8 +240,6 @@ def _faults(scores: Scores) -> Iterator[str]:
     for label, onset, offset in itertools.chain(*(scores.events or [])):
         if not (0 <= label < classes and 0 <= onset <= offset < np.inf):
             yield f"an event has class {label} of {classes}, from {onset:g} to {offset:g} s"
-    if scores.postprocessing and scores.postprocessing.interpolation > MOST_PARTS:
-        yield f"its post-processing cuts a frame into more than {MOST_PARTS} parts"
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:

@@ -18,7 +18,6 @@ from inference.onnx_runtime import load_onnx
 from inference.windows import OverlapAverage, Window, cut_windows, into_bins, pool_sound
 from model import Network
 from model.checkpoint import LoadReport
-from model.known import find_checkpoint
 from model.opening import open_network
 from settings import Config, UserError
 
@@ -204,20 +203,23 @@ class Tagger:
         published one) takes them from config.py and `given`, as in {"dataset_type": "audioset"}. Raises UserError
         where the file is missing or does not fit.
         """
-        file, known = find_checkpoint(path)
-        given = {**known, **(given or {})}
-        if file.suffix == ".onnx":
-            loaded = load_onnx(file, given)
-            return cls(loaded.network, loaded.settings, loaded.labels, postprocessing=loaded.postprocessing)
-        found = open_network(file, given)
-        tagger = cls(
-            found.network,
-            found.settings,
-            found.labels,
-            found.report,
-            precision=precision,
-            postprocessing=found.checkpoint.postprocessing,
-        )
+        if Path(path).suffix == ".onnx":
+            loaded = load_onnx(path, dict(given or {}))
+            tagger = cls(loaded.network, loaded.settings, loaded.labels, postprocessing=loaded.postprocessing)
+        else:
+            found = open_network(path, given)
+            tagger = cls(
+                found.network,
+                found.settings,
+                found.labels,
+                found.report,
+                precision=precision,
+                postprocessing=found.checkpoint.postprocessing,
+            )
+        if tagger.calibrated is not None:
+            from evaluation.postprocess import read_postprocessing
+
+            read_postprocessing(tagger.calibrated, path)
         return tagger.to(device)
 
     def to(self, device: str) -> "Tagger":

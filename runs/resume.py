@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Optional
 
-from model.checkpoint import Checkpoint, read_checkpoint
+from model.checkpoint import Checkpoint, check_resumable, read_checkpoint
 from settings import TRAINED_SECTIONS, Config, UserError, section
 from training.callbacks import checkpoint_folder
 from training.devices import is_first_process
@@ -37,4 +37,5 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
     if changed:
         was = ", ".join(f"{name} = {then[name]!r} (now {now[name]!r})" for name in changed)
         raise UserError(f"The run to resume has {was}: give the same settings, or another --exp_name.")
+    check_resumable(resumed)
     return resumed

@@ -198,8 +198,20 @@ def test_a_checkpoint_brings_what_it_was_trained_with(name: str) -> None:
     assert getattr(resolve({}, checkpoint=saved), name) == value
     assert getattr(resolve({name: value}, checkpoint=saved), name) == value
     if name in section(*NETWORK_SECTIONS, "split"):
+        other = {"depth": "5", "dim": "64"} if isinstance(value, dict) else getattr(resolve(), name)
         with pytest.raises(UserError, match=f"{name} = .* contradicts the checkpoint, .*{name} = "):
-            resolve({name: getattr(resolve(), name)}, checkpoint=saved)
+            resolve({name: other}, checkpoint=saved)
+
+
+def test_encoder_options_count_key_by_key() -> None:
+    saved = {"encoder": "ast", "encoder_options": {"dim": "128", "time_stride": "10"}}
+    given = {"encoder_options": "dim=128,heads=2"}
+    assert resolve(given, checkpoint=saved).encoder_options == {"dim": "128", "time_stride": "10", "heads": "2"}
+    other = {"encoder_options": "time_stride=16"}
+    with pytest.raises(UserError, match="time_stride"):
+        resolve(other, checkpoint=saved)
+    tuned = resolve(other, checkpoint=saved, fine_tuning=True)
+    assert tuned.encoder_options == {"dim": "128", "time_stride": "16"}
 
 
 def test_a_checkpoint_leaves_the_rest_to_config() -> None:

@@ -189,7 +189,7 @@ def test_a_checkpoint_keeps_what_it_had(untrained: Path) -> None:
     Path("second.ckpt").hardlink_to(untrained)
     store_in_checkpoint(untrained, "postprocessing", {"labels": ["a"], "thresholds": [0.5]})
     content = torch.load(untrained, weights_only=True)
-    assert set(content) == {"state_dict", "settings", "labels", "postprocessing"}
+    assert set(content) == {"state_dict", "settings", "labels", "postprocessing", "digests"}
     assert read_checkpoint("second.ckpt").postprocessing is None
     assert not list(Path().glob("*.partial"))
     save_safetensors(Path("n.safetensors"), content["state_dict"], settings={}, labels=[], frontend={})

@@ -170,8 +170,9 @@ def test_settings_that_a_checkpoint_decides(tmp_path: Path) -> None:
     for found, wanted in (
         (resolve(checkpoint=decided_settings(checkpoint, "auto")), (16000, 160000, 48)),
         (resolve(checkpoint=decided_settings(checkpoint, "settings")), (32000, 320000, 48)),
-        (resolve_with_frontend(given), (32000, 320000, 96)),
-        (resolve_with_frontend({**given, "frontend_from": "checkpoint"}), (16000, 160000, 96)),
+        (resolve_with_frontend(given), (32000, 320000, 48)),
+        (resolve_with_frontend({**given, "htsat_dim": "32"}), (32000, 320000, 32)),
+        (resolve_with_frontend({**given, "frontend_from": "checkpoint"}), (16000, 160000, 48)),
     ):
         assert (found.sample_rate, found.clip_samples, found.htsat_dim) == wanted
 

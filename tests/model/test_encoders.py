@@ -14,6 +14,7 @@ from inference.onnx_runtime import OnnxNetwork, open_session
 from model import Network, build_model
 from model.checkpoint import load_network, read_checkpoint
 from model.export import Probabilities, build_onnx, join, save_onnx
+from model.foreign import WRAPPERS
 from model.opening import open_network
 from model.registry import ENCODERS, encoder_module, read_options
 from sed_model import at_rate_of, build_wrapper
@@ -81,6 +82,7 @@ def test_full_sizes_are_those_of_the_registry(name: str) -> None:
     assert row.sample_rate == settings.sample_rate == network.sample_rate
     assert (network.frame_seconds or None) == row.frame_seconds
     assert (network.num_classes, network.clip_samples) == (527, 10 * row.sample_rate)
+    assert not any(key.startswith(WRAPPERS) for key in network.state_dict()), "a name that is taken for a wrapper"
 
 
 @every_case

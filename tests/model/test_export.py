@@ -249,5 +249,21 @@ def test_files_that_are_no_export(exported: Path, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "bare.onnx")
     with pytest.raises(UserError, match="no export of this project: its metadata has no settings, labels, frontend"):
         load_onnx(tmp_path / "bare.onnx")
+    entries = {"labels": ["[" * 10**5, '["a"]'], "settings": ["3"]}
+    for name, text in ((name, text) for name, texts in entries.items() for text in texts):
+        model = onnx.load(exported / "model.onnx")
+        onnx.helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, name: text})
+        onnx.save(model, tmp_path / "changed.onnx")
+        with pytest.raises(UserError, match=rf"changed\.onnx.*{name}"):
+            load_onnx(tmp_path / "changed.onnx")
+    for number, name in enumerate(("clipwise", "framewise", "embedding")):
+        model = onnx.load(exported / "model.onnx")
+        del model.graph.output[number]
+        onnx.save(model, tmp_path / "fewer.onnx")
+        if name == "framewise":  # as of an encoder without a time axis
+            assert load_onnx(tmp_path / "fewer.onnx").network.frames == 0
+            continue
+        with pytest.raises(UserError, match=rf"fewer\.onnx.*{name}"):
+            load_onnx(tmp_path / "fewer.onnx")
     with pytest.raises(UserError, match="takes waveform of shape"):
         load_onnx(exported / "model.onnx").network.probabilities(noise(1, 16000))

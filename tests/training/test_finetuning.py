@@ -8,7 +8,7 @@ import torch
 from model import build_model
 from sed_model import SEDWrapper, parameter_groups
 from settings import resolve
-from tests.helpers import TINY, TINY_FLAGS, call, last_checkpoint, save_network
+from tests.helpers import SMALL, TINY, TINY_FLAGS, call, last_checkpoint, save_network
 from utils import int16_to_float32
 
 
@@ -50,6 +50,21 @@ def test_only_the_classifier_learns(
     changed = {k for k, v in after.items() if k not in before or not torch.equal(v, before[k])}
     assert changed == {f"sed_model.{learned}weight", f"sed_model.{learned}bias"}
     assert ("sed_model.tscam_conv.weight" in after) == (flag == "freeze_backbone")
+
+
+def test_a_training_begins_with_the_sizes_of_its_file(
+    demo_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a reduced network, without a flag; and of a published file by its known name."""
+    monkeypatch.chdir(demo_workspace)
+    monkeypatch.setenv("HTSAT_CHECKPOINTS", str(tmp_path))
+    start = save_network(tmp_path / "small.ckpt", **SMALL)
+    save_network(tmp_path / "HTSAT_AudioSet_Saved_1.ckpt", **SMALL)
+    words = ["train", "--accelerator", "cpu", "--max_epoch", "1", "--debug", "True", "--batch_size", "4"]
+    for name, path in (("sizes", start), ("known", "htsat-audioset")):
+        call(*words, "--exp_name", name, "--resume_checkpoint", path)
+        found = last_checkpoint(name)["settings"]
+        assert (found["htsat_depth"], found["htsat_spec_size"], found["clip_samples"]) == ([1, 1], 64, 8000)
 
 
 def test_a_frozen_backbone_is_the_same_in_training() -> None:
