@@ -1,8 +1,11 @@
 """Data and a trained run that several tests share."""
 
+import io
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 # Before torch is imported: the tests run on all cores side by side (make test), each on one.
@@ -11,9 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from filelock import FileLock
 
+import main
 from prepare import demo
 from settings import resolve
-from tests.helpers import TINY_FLAGS, run_python
+from tests.helpers import TINY_FLAGS
 
 STORE = Path("workspace", "data", "demo", "demo.h5")
 
@@ -66,8 +70,11 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Pa
 
     def make(folder: Path) -> None:
         link_store(demo_data, folder)
-        done = run_python("main.py", "train", "--max_epoch", "2", *TINY_FLAGS, cwd=folder)
-        (folder / "train.log").write_text(done.stdout)
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["main.py", "train", "--max_epoch", "2", *TINY_FLAGS])
+            assert main.main() == 0
+        (folder / "train.log").write_text(printed.getvalue())
 
     return made_once(tmp_path_factory, "trained_run", make)
 

@@ -33,6 +33,9 @@ SIZES: dict[str, dict[str, str]] = {  # of each encoder: the settings of a tiny 
         "accelerator": "cpu",
     },
 }
+ONE_STAGE = {  # 32 steps of 10 s, as TINY, from an eighth of the frames
+    **TINY, "htsat_depth": "1", "htsat_num_head": "1", "htsat_spec_size": "64", "mel_bins": "32", "hop_size": "2560",
+}  # fmt: skip
 SMALL = {  # for clips of a quarter of a second, of 32 kHz
     **TINY, "htsat_depth": "1,1", "htsat_num_head": "1,2", "htsat_spec_size": "64", "mel_bins": "32",
     "clip_samples": "8000", "performance": "manual",
@@ -66,8 +69,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 
 
 def save_network(path: Path, labels: Sequence[str] = LABELS, *, seed: int = 0, **changes: Any) -> Path:
-    """Write a network of TINY (and `changes`) with random weights as a checkpoint."""
-    settings = resolve({**TINY, **changes})
+    """Write a network of its encoder's SIZES (and `changes`) with random weights as a checkpoint."""
+    settings = resolve({**SIZES[changes.get("encoder", "htsat")], **changes})
     torch.manual_seed(seed)
     network = build_model(settings)
     weights = {f"sed_model.{key}": value for key, value in network.state_dict().items()}

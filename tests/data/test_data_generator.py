@@ -62,9 +62,7 @@ def test_handles_do_not_travel(store: Path) -> None:
     assert torch.equal(copy[3]["waveform"], first)
 
 
-@pytest.mark.parametrize(
-    "method", ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))]
-)
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_every_way_to_start_a_worker_reads(store: Path, method: str) -> None:
     dataset = read(store)
     expected = dataset.__getitems__([0, 1])["waveform"]  # the parent's handle is open

@@ -12,7 +12,7 @@ import fl_evaluate
 import main
 from data.clip_store import Clip, ClipStoreWriter, Event
 from data.labels import audioset_mids, published_labels
-from evaluation.mapping import load_mapping, mapping_labels
+from evaluation.mapping import load_mapping
 from evaluation.scores import load_scores
 from inference import Tagger
 from prepare.desed import LABELS as DESED
@@ -63,7 +63,6 @@ def test_names_ids_and_numbers(tmp_path: Path) -> None:
     path = write_mapping(tmp_path / "m.json", {"talk": ["Speech", "/m/05zppz", 2], "bark": {"from": ["/m/05tny_"]}})
     mapping = load_mapping(path, AUDIOSET, audioset_mids())
     assert (mapping.labels, mapping.groups, mapping.thresholds) == (("talk", "bark"), ((0, 1, 2), (75,)), None)
-    assert mapping_labels(path) == ["talk", "bark"]
     assert mapping.in_order(["bark", "talk"]).groups == ((75,), (0, 1, 2))
     with pytest.raises(UserError, match="bark, meow"):
         mapping.in_order(["bark", "meow"])

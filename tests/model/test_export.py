@@ -213,20 +213,6 @@ def test_made_up_sounds_differ_and_stay_in_range() -> None:
     assert len({round(float(sound.std()), 4) for sound in sounds}) == 4
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "export needs a checkpoint"),
-        (["--formats", "onnx,tflite"], "'onnx,tflite' is not allowed: give some of safetensors,onnx,onnx-mel"),
-        (["--clips", "0"], "--clips 0 is not allowed"),
-        (["--resume_checkpoint", "nowhere.ckpt"], "There is no checkpoint nowhere.ckpt"),
-    ],
-)
-def test_mistakes_are_told(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert main.main(["export", *words]) == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_missing_packages_are_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

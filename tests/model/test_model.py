@@ -136,11 +136,11 @@ def test_kept_bias_follows_the_weights() -> None:
 
 
 def test_gather_is_a_change_of_order() -> None:
-    now, wanted = window_order(16, 8, 0), window_order(16, 8, 4)
+    now, wanted = window_order(8, 4, 0), window_order(8, 4, 2)
     index = change_of_order(now, wanted)
-    tokens = torch.randn(2, 256, 3, dtype=torch.float64)  # row by row
+    tokens = torch.randn(2, 64, 1, dtype=torch.float64)  # row by row
     assert torch.equal(gather(tokens[:, now], index), tokens[:, wanted])
-    assert torch.autograd.gradcheck(lambda x: gather(x, index[:256]), tokens.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: gather(x, index[:64]), tokens.requires_grad_())
 
 
 def test_drop_path_keeps_the_mean() -> None:

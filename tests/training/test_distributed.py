@@ -5,12 +5,13 @@ import os
 import socket
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from data.clip_store import Clip, ClipStoreWriter
+from data.clip_store import Clip, ClipStoreWriter, Event
 from model import build_model
 from prepare.demo import LABELS
 from settings import resolve
@@ -28,17 +29,18 @@ TOLERANCE = 1e-5  # absolute; the weights have a standard deviation of 0.02 or m
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 clips to train, 10 steps an epoch; 7 to test, which neither 2 nor 4 processes share evenly."""
+    """40 clips to train, 10 steps an epoch; 7 to test, which neither 2 nor 4 processes share evenly; in few/ one."""
     folder = tmp_path_factory.mktemp("distributed")
-    store = folder / "workspace" / "data" / "demo" / "demo.h5"
-    store.parent.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    with ClipStoreWriter(store, clip_samples=8000, sample_rate=32000, labels=LABELS) as writer:
-        for split, count in (("train", STEPS // 2 * BATCH_SIZE), ("validation", 5), ("test", 7)):
-            for number in range(count):
+    sizes = {"demo": {"train": STEPS // 2 * BATCH_SIZE, "validation": 5, "test": 7}, "few": {"test": 1}}
+    for name, splits in sizes.items():
+        store = folder / "workspace" / "data" / name / "demo.h5"
+        store.parent.mkdir(parents=True)
+        with ClipStoreWriter(store, clip_samples=8000, sample_rate=32000, labels=LABELS) as writer:
+            for split, number in ((split, number) for split, count in splits.items() for number in range(count)):
                 tone = 3000 * np.sin(np.arange(8000) * (0.02 + 0.01 * (number % 10)))
-                waveform = (tone + rng.normal(0, 300, 8000)).astype(np.int16)
-                writer.add(Clip(f"{split}_{number}.wav", waveform, [number % 10], split=split))
+                waveform, events = (tone + rng.normal(0, 300, 8000)).astype(np.int16), [Event(number % 10, 0.0, 0.2)]
+                writer.add(Clip(f"{split}_{number}.wav", waveform, [number % 10], split=split, events=events))
     return folder
 
 
@@ -61,7 +63,9 @@ def one_of(rank: int, world: int, port: int, folder: str) -> None:
     call("train", *flags(PLAIN), "--devices", str(world), "--exp_name", name)
     last = f"workspace/runs/{name}/checkpoints/last.ckpt"
     tested = {"accelerator": "cpu", "devices": world, "batch_size": BATCH_SIZE, "performance": "manual"}
-    call("test", "--resume_checkpoint", last, *flags(tested))
+    words = ["test", "--resume_checkpoint", last, "--fl_local", "True", *flags(tested)]
+    call(*words)
+    call(*words, "--dataset_path", "workspace/data/few", "--test_file", "few")
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +93,20 @@ def test_the_same_weights_as_one_process(workspace: Path, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_same_metrics_as_one_process(runs: dict[int, Path], world: int) -> None:
+def test_the_same_scores_as_one_process(runs: dict[int, Path], world: int) -> None:
+    with h5py.File(runs[1] / "scores" / "test.h5") as a, h5py.File(runs[world] / "scores" / "test.h5") as b:
+        assert a["audio_name"][:].tolist() == b["audio_name"][:].tolist()
+        np.testing.assert_allclose(a["framewise"][:], b["framewise"][:], atol=1e-5)
     one, several = (json.loads((runs[n] / "scores" / "test.json").read_text())["metrics"] for n in (1, world))
     assert [metric["name"] for metric in one] == ["mAP", "mAUC", "d_prime"]
     assert one[0]["clips"] == 7
     for first, second in zip(one, several, strict=True):
         assert second["value"] == pytest.approx(first["value"], abs=1e-6)
         assert {**second, "value": 0, "interval": 0} == {**first, "value": 0, "interval": 0}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_process_without_clips(runs: dict[int, Path], world: int) -> None:
+    """One test clip: the processes without clips wait for nothing and count nothing."""
+    (mean_ap, *_) = json.loads((runs[world] / "scores" / "few.json").read_text())["metrics"]
+    assert (mean_ap["value"], mean_ap["clips"], mean_ap["classes"]) == (1.0, 1, 1)
