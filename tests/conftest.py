@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,9 +18,15 @@ from filelock import FileLock
 import main
 from prepare import demo
 from settings import resolve
-from tests.helpers import TINY_FLAGS
+from tests.helpers import LEAN_FLAGS
 
 STORE = Path("workspace", "data", "demo", "demo.h5")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that the workers of pytest-xdist end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -63,7 +70,7 @@ def demo_workspace(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) ->
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
-    """A folder that no test changes, with the run workspace/runs/htsat_demo: two epochs on the demo, sizes of TINY.
+    """A folder that no test changes, with the run workspace/runs/htsat_demo: two epochs on the demo, sizes of LEAN.
 
     train.log has what `train` printed.
     """
@@ -72,7 +79,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Pa
         link_store(demo_data, folder)
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
             patch.chdir(folder)
-            patch.setattr(sys, "argv", ["main.py", "train", "--max_epoch", "2", *TINY_FLAGS])
+            patch.setattr(sys, "argv", ["main.py", "train", "--max_epoch", "2", *LEAN_FLAGS])
             assert main.main() == 0
         (folder / "train.log").write_text(printed.getvalue())
 

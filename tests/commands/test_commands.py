@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import fl_evaluate
 import main
 from commands import results
-from tests.helpers import TINY_FLAGS, call, refused
+from tests.helpers import LEAN_FLAGS, call, refused
 
 BEST = Path("workspace/runs/htsat_demo/checkpoints/best.ckpt")
 SCORES = Path("workspace/runs/htsat_demo/scores")
@@ -41,39 +40,26 @@ def test_train_leaves_a_run_that_explains_itself(trained_run: Path) -> None:
     assert checkpoint["settings"]["htsat_dim"] == 16
     assert len(checkpoint["labels"]) == 10
     assert checkpoint["frontend"]["sample_rate"] == 32000
-    assert "| `max_epoch` | 2 |" in (run / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("trained")
 def test_a_second_run_does_not_mix_with_the_first(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--resume auto" in refused(capsys, "train", *TINY_FLAGS)
-    call("train", "--max_epoch", "2", "--resume", "auto", *TINY_FLAGS)  # complete: nothing to do
-    other = [*TINY_FLAGS, "--max_epoch", "3", "--resume", "auto", "--htsat_dim", "32"]
+    assert "--resume auto" in refused(capsys, "train", *LEAN_FLAGS)
+    call("train", "--max_epoch", "2", "--resume", "auto", *LEAN_FLAGS)  # complete: nothing to do
+    other = [*LEAN_FLAGS, "--max_epoch", "3", "--resume", "auto", "--htsat_dim", "32"]
     assert "htsat_dim" in refused(capsys, "train", *other)
 
 
 @pytest.mark.usefixtures("trained")
 def test_test_and_localize(capsys: pytest.CaptureFixture[str]) -> None:
     call("test", "--resume_checkpoint", BEST, "--fl_local", "True", "--accelerator", "cpu")
-    said = capsys.readouterr().out
-    assert [word for word in ("mAP", "mAUC", "d_prime", "held_out", "keys matched, 100.0%") if word not in said] == []
+    printed = capsys.readouterr().out
+    for word in ("mAP", "mAUC", "d_prime", "held_out", "keys matched, 100.0%"):
+        assert word in printed, word
     metrics = json.loads((SCORES / "test.json").read_text())["metrics"]
     assert [(metric["name"], metric["clips"]) for metric in metrics] == [("mAP", 3), ("mAUC", 3), ("d_prime", 3)]
     with h5py.File(SCORES / "test.h5") as store:
         assert store["framewise"].shape == (3, 32, 10)
-
-    assert fl_evaluate.main(["--fl_threshold", "0.1", "--pictures", "1", "--resamples", "50", "--report"]) == 0
-    said = capsys.readouterr().out
-    assert [word for word in ("psds_eval", "sed_scores_eval", "macro", "siren", "interval") if word not in said] == []
-    lines = (SCORES / "test_events.tsv").read_text().splitlines()
-    assert lines[0] == "filename\tonset\toffset\tevent_label"
-    names = [metric["name"] for metric in json.loads((SCORES / "test_detection.json").read_text())["metrics"]]
-    assert names[:4] == ["intersection F1", "intersection F1", "collar F1", "collar F1, onset only"]
-    areas = {"PSDS1", "PSDS1, macro mean", "PSDS2"}
-    assert set(names[4:]) == {"segment F1", "segment error rate", *areas, "clip F1", "clip mAP"}
-    assert (SCORES / "test_report.html").read_text().count("<audio") == 3
-    (picture,) = (SCORES / "test_pictures").iterdir()
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_bug_shows_its_traceback_and_a_mistake_one_message(
@@ -97,6 +83,12 @@ def test_a_bug_shows_its_traceback_and_a_mistake_one_message(
         (["export", "--resume_checkpoint", "nowhere.ckpt"], "nowhere.ckpt"),
         (["export", "--formats", "onnx,tflite"], "tflite"),
         (["export", "--clips", "0"], "--clips 0"),
+        (["serve", "--port", "65536"], "port 65536"),
+        (["serve", "--most_seconds", "0"], "most_seconds = 0.0"),
+        (["serve", "--most_megabytes", "nan"], "most_megabytes = nan"),
+        (["serve", "--most_waiting", "-1"], "most_waiting = -1"),
+        (["listen", "--rate", "16000"], "--rate"),
+        (["listen", "--pcm", "s16le"], "--resume_checkpoint"),
         (["esm_test"], "--esm_model_pathes"),
         (["weight_average", "--wa_folder", "nowhere"], "nowhere"),
         (["prepare", "--dataset_type", "esc-50"], "--raw"),
@@ -133,9 +125,9 @@ def test_mistakes_are_explained(
     assert named in refused(capsys, *words)
 
 
-def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["trian"]):
+def test_what_the_parser_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["trian"], ["listen", "--pcm", "mp3"]):
         with pytest.raises(SystemExit) as left:
             main.main(words)
         assert left.value.code == 2
-    assert "trian" in capsys.readouterr().err
+        assert not words or words[-1] in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_fine_tuned_from(trained: tuple[str, Path]) -> None:
     """Without naming the encoder: the checkpoint brings it. A classifier alone, then all layers at their own rates."""
     name, checkpoint = trained
     sizes = {key: value for key, value in SIZES[name].items() if not key.startswith("encoder")}
-    start = ["train", *flags(sizes), "--max_epoch", "1", "--resume_checkpoint", checkpoint]
+    start = ["train", *flags(sizes), "--max_epoch", "1", "--resume_checkpoint", str(checkpoint)]
     call(*start, "--exp_name", f"frozen_{name}", "--freeze_backbone", "True")
     before = torch.load(checkpoint, weights_only=True)["state_dict"]
     after = last_checkpoint(f"frozen_{name}")["state_dict"]

@@ -9,13 +9,7 @@ import pytest
 from scipy.signal import medfilt
 
 from data.clip_store import SPLITS
-from evaluation.postprocess import (
-    PostProcessing,
-    active_runs,
-    choose_postprocessing,
-    decode_events,
-    smooth_scores,
-)
+from evaluation.postprocess import PostProcessing, active_runs, choose_postprocessing, decode_events, smooth_scores
 from prepare.demo import LABELS, synthesize_clip
 from settings import UserError, resolve
 from tests.evaluation.examples import STEP, clip_names, measured, on_grid, rows, score_store

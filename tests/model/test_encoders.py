@@ -182,15 +182,6 @@ def test_layers_go_from_the_input_to_the_classifier(case: str) -> None:
 
 
 @every_case
-def test_a_state_dict_is_the_whole_network(case: str) -> None:
-    network, other = tiny(case), build_model(resolve(CASES[case])).eval()
-    other.load_state_dict(network.state_dict())
-    with torch.inference_mode():
-        for ours, theirs in zip(other(sound(network)), network(sound(network)), strict=True):
-            assert torch.equal(ours, theirs)
-
-
-@every_case
 @pytest.mark.parametrize("prefix", ["sed_model.", "module.", ""])
 def test_a_published_file_tells_its_encoder(case: str, prefix: str, tmp_path: Path) -> None:
     """By its keys. What its shapes do not tell must be given."""
@@ -284,6 +275,7 @@ def test_training_augments_nothing_in_the_network(case: str) -> None:
 
 
 @every_encoder
+@pytest.mark.slow
 def test_eight_clips_are_learned_by_heart(name: str) -> None:
     settings = resolve({**CASES[name], "encoder": name, "classes_num": 8, "mixup_alpha": 0.0, "spec_augment": False})
     torch.manual_seed(0)

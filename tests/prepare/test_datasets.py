@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import main
-from tests.helpers import ROOT, TINY_FLAGS
+from tests.helpers import ROOT, SMALL_FLAGS
 from tests.prepare.raw_data import RAW_DATA, SPEECH, write_sound, write_text
 
 RATE = ("--sample_rate", "8000")
@@ -23,8 +23,7 @@ def run(command: str, name: str, flags: dict[str, Any] | None = None, *settings:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "clips"),
-    [("esc-50", ("--esc_fold", "4"), 1), ("scv2", (), 3), ("folder", (), 2)],
+    ("name", "settings", "clips"), [("esc-50", ("--esc_fold", "4"), 1), ("scv2", (), 3), ("folder", (), 2)]
 )
 def test_single_label(
     name: str, settings: tuple[str, ...], clips: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -32,7 +31,7 @@ def test_single_label(
     monkeypatch.chdir(tmp_path)
     run("prepare", name, RAW_DATA[name](tmp_path), *RATE)
     run("check", name, None, *settings)
-    run("train", name, None, *settings, "--max_epoch", "1", *TINY_FLAGS)
+    run("train", name, None, *settings, "--max_epoch", "1", *SMALL_FLAGS)
     run("compress", name)
     (folder,) = Path("workspace/runs").iterdir()
     run("test", name, {"resume_checkpoint": folder / "checkpoints" / "best.ckpt"}, "--accelerator", "cpu")
@@ -62,7 +61,7 @@ def test_audioset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found["counts"].sum(), (found["counts"] > 0).sum()) == (12, 3)
     run("check", "audioset", None, *place)
     run("compress", "audioset", None, *place)
-    run("train", "audioset", None, *place, "--max_epoch", "1", "--num_workers", "0", *TINY_FLAGS)
+    run("train", "audioset", None, *place, "--max_epoch", "1", "--num_workers", "0", *SMALL_FLAGS)
     best = {"resume_checkpoint": "workspace/runs/htsat_audioset/checkpoints/best.ckpt"}
     run("test", "audioset", best, *place, "--num_workers", "0", "--tta_shifts", "0,100", "--accelerator", "cpu")
     summary = json.loads(Path("workspace/runs/htsat_audioset/scores/test.json").read_text())

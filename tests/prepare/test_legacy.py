@@ -265,13 +265,14 @@ def test_files_that_are_no_legacy_files(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path / "esc-50-data.npy", [[clip(1), clip(2)], [clip(3)], [clip(4)]])
-    data = ["import_legacy", "--dataset_path", tmp_path / "data", "--dataset_type"]
+    data = ("import_legacy", "--dataset_path", str(tmp_path / "data"), "--dataset_type")
     call(*data, "esc-50", "--legacy", path)
     table = read_store_table(tmp_path / "data" / "esc-50.h5")
     assert (table.fold.tolist(), table.labels) == ([1, 1, 2, 3], LABELS)
     assert "4 clips" in capsys.readouterr().out
-    flags = [word for split in ("train", "test") for word in ("--legacy", save(tmp_path / f"{split}.npy", [clip(1)]))]
-    call(*data, "folder", "--classes_num", "60", "--legacy_splits", "train, test", *flags)
+    files = [str(save(tmp_path / f"{split}.npy", [clip(1)])) for split in ("train", "test")]
+    flags = ["--legacy_splits", "train, test", "--legacy", files[0], "--legacy", files[1]]
+    call(*data, "folder", "--classes_num", "60", *flags)
     table = read_store_table(tmp_path / "data" / "folder.h5")
     assert (table.split.tolist(), table.labels[59]) == ([b"train", b"test"], "class 59")
     assert "audioset" in refused(capsys, *data, "audioset", "--legacy", path)

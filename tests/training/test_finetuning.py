@@ -48,18 +48,6 @@ def test_only_the_classifier_learns(demo_workspace: Path, tmp_path: Path, monkey
     assert "sed_model.tscam_conv.weight" not in after
 
 
-def test_a_frozen_backbone_is_the_same_in_training() -> None:
-    network = build_model(resolve({**TINY, "linear_probe": True, "resume_checkpoint": "start.ckpt"}))
-    network.freeze_backbone()
-    network.train()
-    waveform = torch.randn(2, 32000)
-    with torch.no_grad():
-        first, second = (network(waveform).clip_logits for _ in range(2))
-    assert torch.equal(first, second)
-    assert network.training
-    assert network.get_submodule("head").training
-
-
 @pytest.mark.parametrize("batch_size", [4, 32])
 def test_shifts_as_one_batch(batch_size: int) -> None:
     """The paper's ten shifts: the mean of ten single passes, in one piece (32) and in several (4)."""

@@ -21,7 +21,7 @@ from model import build_model
 from model.checkpoint import read_checkpoint
 from sed_model import FrameSEDWrapper, SEDWrapper, build_wrapper
 from settings import Config, UserError, resolve
-from tests.helpers import ONE_STAGE, call, flags, last_checkpoint
+from tests.helpers import LEAN, LEAN_FLAGS, call, last_checkpoint
 
 RATE = 8
 
@@ -117,7 +117,7 @@ def test_batches_have_the_shares_that_were_asked_for() -> None:
 
 
 def tiny(workspace: Path, **changes: Any) -> Config:
-    values = {**ONE_STAGE, "workspace": str(workspace / "workspace"), "loss_type": "frame_bce", "spec_augment": False}
+    values = {**LEAN, "workspace": str(workspace / "workspace"), "loss_type": "frame_bce", "spec_augment": False}
     return resolve({**values, "mixup_alpha": 0.0, **changes})
 
 
@@ -311,7 +311,7 @@ def test_processes_learn_from_all_their_clips_alike(demo_workspace: Path, monkey
 def test_the_command_trains_and_resumes(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With everything at once; a resumed run ends with the weights of an unbroken one, teacher and all."""
     monkeypatch.chdir(demo_workspace)
-    words = ["train", *flags(ONE_STAGE), "--loss_type", "weak_strong_bce", "--mean_teacher", "1"]
+    words = ["train", *LEAN_FLAGS, "--loss_type", "weak_strong_bce", "--mean_teacher", "1"]
     words += ["--mixup_alpha", "0.5", "--enable_time_shift", "True", "--filter_augment", "3", "--mix_style", "0.5"]
     words += ["--balanced_data", "True", "--balanced_by", "frames", "--sequence_head", "gru", "--sequence_dim", "8"]
     words += ["--lr_scheduler_epoch", "2,2,2", "--max_epoch", "2"]

@@ -44,6 +44,7 @@ def test_parts_must_divide_the_batch() -> None:
         device_count(resolve({**TINY, "accumulate_batches": 2, "devices": 4}))
 
 
+@pytest.mark.slow
 def test_compiled_stages_are_the_same_network() -> None:
     """Names of the weights, outputs and gradients; with a backend that traces as inductor's does, and compiles not."""
     settings = resolve({**SMALL, "htsat_drop_path": 0.0, "spec_augment": False})

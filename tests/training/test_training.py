@@ -9,7 +9,7 @@ from data_generator import load_training_data
 from model import build_model
 from sed_model import SEDWrapper
 from settings import UserError
-from tests.helpers import SMALL_FLAGS, TINY_FLAGS, call, last_checkpoint, run_python, tiny
+from tests.helpers import LEAN_FLAGS, SMALL_FLAGS, call, last_checkpoint, run_python, tiny
 
 
 def test_recipe_of_the_optimizer(demo_workspace: Path) -> None:
@@ -36,7 +36,7 @@ def test_augmentations_of_the_settings(demo_workspace: Path) -> None:
 def test_token_labels_train(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo_workspace)
     words = ["--max_epoch", "1", "--exp_name", "token", "--debug", "True", "--enable_token_label", "True"]
-    call("train", *TINY_FLAGS, *words, "--balanced_data", "True", "--class_filter", "siren,bell,hum")
+    call("train", *LEAN_FLAGS, *words, "--balanced_data", "True", "--class_filter", "siren,bell,hum")
 
 
 def test_a_broken_loss_stops_the_run(demo_workspace: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_broken_loss_stops_the_run(demo_workspace: Path) -> None:
 
 def test_the_same_seed_gives_the_same_weights(trained_run: Path, trained: Path) -> None:
     """In another process and another folder."""
-    call("train", *TINY_FLAGS, "--max_epoch", "2", "--exp_name", "again")
+    call("train", *LEAN_FLAGS, "--max_epoch", "2", "--exp_name", "again")
     first = last_checkpoint("htsat_demo", trained_run)["state_dict"]
     second = last_checkpoint("again", trained)["state_dict"]
     assert all(torch.equal(value, second[key]) for key, value in first.items())
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_weights(trained_run: Path, trained: Path) 
 
 def test_mixed_precision_trains(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo_workspace)
-    call("train", *TINY_FLAGS, "--max_epoch", "1", "--precision", "bf16-mixed", "--exp_name", "bf16", "--debug", "True")
+    call("train", *LEAN_FLAGS, "--max_epoch", "1", "--precision", "bf16-mixed", "--exp_name", "bf16", "--debug", "True")
     assert all(value.isfinite().all() for value in last_checkpoint("bf16")["state_dict"].values())
 
 
