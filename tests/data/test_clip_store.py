@@ -80,9 +80,9 @@ def test_nothing_is_left_half_written(tmp_path: Path) -> None:
 
 def test_bad_clips_are_refused(tmp_path: Path) -> None:
     with ClipStoreWriter(tmp_path / "s.h5", clip_samples=10, sample_rate=100, labels=["a"]) as writer:
-        with pytest.raises(ValueError, match="no samples"):
+        with pytest.raises(UserError, match="no samples"):
             writer.add(Clip("x", np.ones(0, np.int16), [0]))
-        with pytest.raises(ValueError, match="the classes are 0 to 0"):
+        with pytest.raises(UserError, match="the classes are 0 to 0"):
             writer.add(Clip("x", np.ones(5, np.int16), [1]))
 
 
@@ -94,17 +94,17 @@ def test_fingerprint_changes_with_the_clips(tmp_path: Path) -> None:
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="There is no file"):
+    with pytest.raises(UserError, match="There is no file"):
         open_store(tmp_path / "missing.h5")
     (tmp_path / "text.h5").write_text("no HDF5")
-    with pytest.raises(ValueError, match="cannot be read as HDF5"):
+    with pytest.raises(UserError, match="cannot be read as HDF5"):
         open_store(tmp_path / "text.h5")
     write(tmp_path / "store.h5")
     whole = (tmp_path / "store.h5").read_bytes()
     (tmp_path / "cut.h5").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut off"):
+    with pytest.raises(UserError, match="cut off"):
         read_store_table(tmp_path / "cut.h5")
-    with pytest.raises(ValueError, match="lacks hdf5_path"):
+    with pytest.raises(UserError, match="lacks hdf5_path"):
         read_index_table(tmp_path / "store.h5", tmp_path)
 
 

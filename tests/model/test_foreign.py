@@ -27,7 +27,7 @@ from inference import Tagger
 from model import Outputs
 from model.checkpoint import load_network, read_checkpoint, save_safetensors, store_in_checkpoint
 from model.encoders.htsat import HTSAT_Swin_Transformer, attention_heads
-from model.foreign import OWN, PICKLES, identify, plain
+from model.foreign import OWN, PICKLES, plain
 from model.frontend import LogMel
 from settings import UserError, resolve, section
 from tests.helpers import TINY, TINY_FLAGS
@@ -371,13 +371,6 @@ def test_clap_brings_its_sizes_and_front_end(tmp_path: Path, small: Weights) -> 
     assert (found.htsat_dim, found.htsat_depth, found.htsat_num_head) == (16, [1, 1, 1, 1], [1, 2, 4, 8])
     assert tagger.labels[0] == "Speech"
     assert tagger.tag(np.zeros(48000, np.float32)).clipwise.shape == (527,)
-
-
-def test_what_has_no_weights_is_told() -> None:
-    empty: list[dict[Any, Any]] = [{}, {"epoch": 3}, {"state_dict": {}}, {3: torch.zeros(1)}]
-    for content in empty:
-        with pytest.raises(UserError, match="no weights"):
-            identify(content)
 
 
 def test_train_from_imagenet(

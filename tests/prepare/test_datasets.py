@@ -12,7 +12,7 @@ import pytest
 
 import main
 from prepare.esc50 import LABELS
-from tests.helpers import ROOT, TINY_FLAGS
+from tests.helpers import ROOT, SMALL_FLAGS
 from tests.prepare.raw_data import RAW_DATA, SPEECH, write_sound, write_text
 
 RATE = ("--sample_rate", "8000")
@@ -41,7 +41,7 @@ def test_single_label(
             write_sound(flags["raw"] / "audio" / f"{number}.wav")
     run("prepare", name, flags, *RATE)
     run("check", name, None, *settings)
-    run("train", name, None, *settings, "--max_epoch", "1", *TINY_FLAGS)
+    run("train", name, None, *settings, "--max_epoch", "1", *SMALL_FLAGS)
     run("compress", name)
     (folder,) = Path("workspace/runs").iterdir()
     run("test", name, {"resume_checkpoint": folder / "checkpoints" / "best.ckpt"}, "--accelerator", "cpu")
@@ -71,7 +71,7 @@ def test_audioset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found["counts"].sum(), (found["counts"] > 0).sum()) == (12, 3)
     run("check", "audioset", None, *place)
     run("compress", "audioset", None, *place)
-    run("train", "audioset", None, *place, "--max_epoch", "1", "--num_workers", "0", *TINY_FLAGS)
+    run("train", "audioset", None, *place, "--max_epoch", "1", "--num_workers", "0", *SMALL_FLAGS)
     best = {"resume_checkpoint": "workspace/runs/htsat_audioset/checkpoints/best.ckpt"}
     run("test", "audioset", best, *place, "--num_workers", "0", "--tta_shifts", "0,100", "--accelerator", "cpu")
     summary = json.loads(Path("workspace/runs/htsat_audioset/scores/test.json").read_text())
