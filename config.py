@@ -4,8 +4,8 @@ Each setting is one annotated assignment and one comment, which is also the flag
 be computed from those above: they follow a flag too (`--dataset_type scv2` moves sample_rate, hop_size, ...). Prepared
 data bring classes_num, task and their sample rate (data_rate): what stands here counts where there are none.
 A comment line names the section of the settings below it, which says what they belong to (settings.section): a
-checkpoint brings data set, split, clips, encoder, front-end and network; run, machine and the commands are no part of
-an experiment. A section like `network, htsat` is that of one encoder. After a change of names or types:
+checkpoint brings data set, split, clips, encoder, front-end, sizes and network; run, machine and the commands are no
+part of an experiment. A section like `network, htsat` is that of one encoder. After a change of names or types:
 `python settings.py`, which writes config_fields.pyi for type checkers.
 After an edit in a notebook, restart or reload: a running session keeps the values that it has imported.
 """
@@ -24,6 +24,8 @@ Decay = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[
     str, Field(pattern=r"^[^/\\\x00-\x1f\x7f]*[^./\\\x00-\x1f\x7f ][^/\\\x00-\x1f\x7f]*$")
 ]  # of one file or folder
+Layers = Annotated[int, Field(ge=1, le=100)]
+Side = Annotated[int, Field(ge=1, le=2048)]
 
 # --- data set --------------------------------------------------------------------------------------------------------
 dataset_type: Literal[  # which data set
@@ -127,21 +129,23 @@ loss_type: Literal["clip_bce", "clip_ce", "asl_loss", "frame_bce", "weak_strong_
     "clip_ce" if task == "single_label" and dataset_type != "scv2" else "clip_bce"
 )
 sequence_head: Literal["none", "gru", "attention", "transformer"] = "none"  # layers over the steps of the frame scores
-sequence_layers: PositiveInt = 2  # sequence_head: how many
+sequence_layers: Layers = 2  # sequence_head: how many
 sequence_dim: PositiveInt = 256  # sequence_head: channels
 
-# --- network, htsat --------------------------------------------------------------------------------------------------
-enable_tscam: bool = not linear_probe  # token-semantic convolution; without it a linear layer on the averaged tokens
-enable_repeat_mode: bool = False  # a quarter of the spectrogram four times, instead of the fold in time
-htsat_attn_heatmap: bool = False  # weight the frame scores with the last stage's attention
-htsat_spec_size: PositiveInt = 256  # height and width of the folded spectrogram
+# --- sizes, htsat ----------------------------------------------------------------------------------------------------
+htsat_spec_size: Side = 256  # height and width of the folded spectrogram
 htsat_patch_size: PositiveInt = 4  # side of a patch
 htsat_stride: PositiveInt = 4  # stride of the patches
 htsat_time_stride: PositiveInt = htsat_stride  # stride of the patches in time; half of htsat_stride: steps half as long
 htsat_window_size: PositiveInt = 8  # side of an attention window in tokens
 htsat_dim: PositiveInt = 96  # channels of the first stage, doubled by each further one
-htsat_depth: list[PositiveInt] = [2, 2, 6, 2]  # blocks of each stage
+htsat_depth: list[Layers] = [2, 2, 6, 2]  # blocks of each stage
 htsat_num_head: list[PositiveInt] = [4, 8, 16, 32]  # attention heads of each stage
+
+# --- network, htsat --------------------------------------------------------------------------------------------------
+enable_tscam: bool = not linear_probe  # token-semantic convolution; without it a linear layer on the averaged tokens
+enable_repeat_mode: bool = False  # a quarter of the spectrogram four times, instead of the fold in time
+htsat_attn_heatmap: bool = False  # weight the frame scores with the last stage's attention
 htsat_readout_stage: PositiveInt = len(htsat_depth)  # stage whose steps the frame scores have: the last, or a finer one
 htsat_drop_path: FractionBelowOne = 0.1  # stochastic depth of the last block, rising linearly from 0 at the first
 

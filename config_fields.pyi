@@ -10,6 +10,8 @@ Range = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Shifts = Annotated[list[int], Field(min_length=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern='^[^/\\\\\\x00-\\x1f\\x7f]*[^./\\\\\\x00-\\x1f\\x7f ][^/\\\\\\x00-\\x1f\\x7f]*$')]
+Layers = Annotated[int, Field(ge=1, le=100)]
+Side = Annotated[int, Field(ge=1, le=2048)]
 class ConfigFields(BaseModel):
     dataset_type: Literal['demo', 'audioset', 'audioset-strong', 'esc-50', 'scv2', 'desed', 'folder', 'soundscapes']
     task: Literal['multilabel', 'single_label']
@@ -63,19 +65,19 @@ class ConfigFields(BaseModel):
     classes_num: PositiveInt
     loss_type: Literal['clip_bce', 'clip_ce', 'asl_loss', 'frame_bce', 'weak_strong_bce']
     sequence_head: Literal['none', 'gru', 'attention', 'transformer']
-    sequence_layers: PositiveInt
+    sequence_layers: Layers
     sequence_dim: PositiveInt
-    enable_tscam: bool
-    enable_repeat_mode: bool
-    htsat_attn_heatmap: bool
-    htsat_spec_size: PositiveInt
+    htsat_spec_size: Side
     htsat_patch_size: PositiveInt
     htsat_stride: PositiveInt
     htsat_time_stride: PositiveInt
     htsat_window_size: PositiveInt
     htsat_dim: PositiveInt
-    htsat_depth: list[PositiveInt]
+    htsat_depth: list[Layers]
     htsat_num_head: list[PositiveInt]
+    enable_tscam: bool
+    enable_repeat_mode: bool
+    htsat_attn_heatmap: bool
     htsat_readout_stage: PositiveInt
     htsat_drop_path: FractionBelowOne
     weight_averaging: Literal['none', 'ema', 'last_epochs']

@@ -17,15 +17,18 @@ from data.clip_store import (
     UNLABELLED,
     WEAK,
     ClipTable,
+    Waveforms,
     labelling,
     open_store,
     read_index_table,
     read_store_table,
+    same_classes,
     store_path,
 )
+from data.hdf5 import check_written, reading
 from data.pseudo_labels import TeacherLogits
 from data.samplers import BalancedSampler, EpochSampler, FrameBalancedSampler, LabellingSampler, ShardSampler
-from settings import FRAME_LOSSES, Config, UserError
+from settings import FRAME_LOSSES, WITH_COMMAS, Config, UserError
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, Any]
@@ -45,14 +48,24 @@ def load_table(
         table = _split_table(settings, split, store or store_path(settings.dataset_path, settings.dataset_type))
     if not other_classes:
         check_classes(table, settings.classes_num)
-    for path in table.paths:
-        open_store(path).close()  # a file that is gone or cut off is found now, not in the middle of an epoch
+    for number, path in enumerate(table.paths):
+        _check_sound(path, table.row[table.path_number == number])
     if split == "train" and settings.class_filter:
         wanted = table.targets[:, _class_numbers(settings.class_filter, table)]
         table = table.select(np.asarray(wanted.any(axis=1)))
     if len(table) == 0:
         raise UserError(f"{table.paths[0]} has no clips for {split}.")
     return table
+
+
+def _check_sound(path: Path, rows: np.ndarray) -> None:
+    """Raise UserError where a store is gone, cut off or lacks rows: now, not in the middle of an epoch."""
+    with open_store(path) as file, reading(path):
+        there = len(Waveforms(file))
+        if len(rows) and not 0 <= rows.min() <= rows.max() < there:
+            raise UserError(f"{path} has {there} rows of sound; an index names row {rows.max()}. Make the index again.")
+        if "waveform" in file:
+            check_written(file, "waveform")
 
 
 def check_classes(table: ClipTable, classes_num: int) -> None:
@@ -71,7 +84,7 @@ def _class_numbers(names: Sequence[str], table: ClipTable) -> list[int]:
     unknown = [name for name in names if name not in numbers]
     if unknown:
         known = f"0 to {classes - 1}" + (f", or {', '.join(labels[:20])}" if labels else "")
-        raise UserError(f"class_filter names {', '.join(unknown)}; the classes are {known}.")
+        raise UserError(f"class_filter names {', '.join(unknown)}; the classes are {known}. {WITH_COMMAS}")
     return [numbers[name] for name in names]
 
 
@@ -103,6 +116,36 @@ def _split_table(settings: Config, split: Split, store: Path) -> ClipTable:
         return table.select(table.fold == following)
     held_out = [settings.esc_fold] if settings.protocol == "paper" else [settings.esc_fold, following]
     return table.select(~np.isin(table.fold, held_out))
+
+
+def hopeless(settings: Config, tables: Mapping[Any, ClipTable]) -> list[str]:
+    """Why a training on the classes of these clips cannot succeed, or a test on them tell anything; [] where it can.
+
+    A loss on frames learns from when a class sounds: check_times looks at that.
+    """
+    found = []
+    for split, table in tables.items():
+        if settings.loss_type in FRAME_LOSSES or not same_classes(table):
+            continue
+        names = [table.labels[k] if table.labels else f"class {k}" for k in np.flatnonzero(table.targets.any(axis=0))]
+        found.append(
+            f"All {len(table)} clips for {split} in {table.paths[0]} have the same classes "
+            f"({', '.join(names[:5]) or 'none'}): there is nothing to tell apart. Give this split clips of other "
+            f"classes, or without any."
+        )
+    return found
+
+
+def check_single_label(tables: Mapping[Split, ClipTable]) -> None:
+    """Raise UserError where a clip has not exactly one class."""
+    for split, table in tables.items():
+        wrong = np.flatnonzero(table.targets.sum(axis=1) != 1)
+        if len(wrong):
+            raise UserError(
+                f"{len(wrong)} of {len(table)} clips for {split} in {table.paths[0]} have not exactly one class, as "
+                f"{table.names[wrong[0]].decode()}, where task = single_label: correct their labels, or prepare them "
+                f"with --task multilabel."
+            )
 
 
 def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:
@@ -364,7 +407,14 @@ def load_training_data(settings: Config, splits: Sequence[Split] = ("train", "va
     """
     tables = {split: load_table(settings, split) for split in splits}
     if settings.loss_type not in FRAME_LOSSES:
-        return SEDDataModule(settings, without_unlabelled(settings, tables), replace_unreadable=True)
+        tables = without_unlabelled(settings, tables)
+    if settings.task == "single_label":
+        check_single_label(tables)
+    reasons = hopeless(settings, tables)
+    if reasons:
+        raise UserError(" ".join(reasons))
+    if settings.loss_type not in FRAME_LOSSES:
+        return SEDDataModule(settings, tables, replace_unreadable=True)
     check_times(settings, tables)
     teacher = open_teacher(settings, tables["train"]) if settings.teacher_path else None
     return SEDDataModule(settings, tables, frames=True, teacher=teacher, replace_unreadable=True)

@@ -1,8 +1,10 @@
 """Run one command: python main.py COMMAND [--setting value ...]. `python main.py --help` lists the commands."""
 
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from commands.command_line import build_parser
@@ -18,13 +20,27 @@ RESUMED = {
     "prepare": "The same command starts anew; only AudioSet's packing resumes after the last whole file.",
     "compress": "The same command resumes: compressed stores stay as they are.",
 }
+WIDTH = "1000"  # characters of a line in a file or a pipe
 STARTS_ANEW = "No file was left half-written; the same command starts anew."
+
+
+@contextmanager
+def wide_tables() -> Iterator[None]:
+    """Where no terminal shows them, rich's tables are as wide as their content: 80 columns would cut them."""
+    narrow = "COLUMNS" in os.environ or sys.stdout.isatty()
+    if not narrow:
+        os.environ["COLUMNS"] = WIDTH
+    try:
+        yield
+    finally:
+        if not narrow:
+            os.environ.pop("COLUMNS", None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0; 1 where some files could not be read (predict); 2 for a mistake in what was given; 130 when interrupted.
+    0; 1 where some files could not be read (predict, prepare); 2 for a mistake in what was given; 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), None)
@@ -36,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = values.pop("command")
         given = {k.removeprefix("setting_"): values.pop(k) for k in list(values) if k.startswith("setting_")}
         check_values(given)  # before anything heavy is imported
-        with explained(Path("An output"), FULL):  # of those that name none, as what is printed
+        with wide_tables(), explained(Path("An output"), FULL):  # of those that name none, as what is printed
             return importlib.import_module(f"commands.{command}").run(given, **values) or 0
     except UserError as error:
         # torch puts a traceback in front of the message of a DataLoader's worker.

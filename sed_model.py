@@ -31,6 +31,7 @@ from utils import do_mixup, get_mix_lambda, int16_to_float32
 Batch = dict[str, Any]
 ScoreMapping = Callable[[np.ndarray], np.ndarray]  # scores (..., K) of a network's classes -> of the data's
 CHECK_LOSS_EVERY = 50  # steps: it makes the CPU wait for a GPU, and a loss that is not finite stays so
+WARM_UP_EPOCHS = 3
 
 
 def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: Sequence[float]) -> float:
@@ -39,12 +40,35 @@ def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: 
     The plateaus last up to and including their epoch of lr_scheduler_epoch. As the published code has it, the decay
     ends at 0.03, which lies above lr_rate[0] = 0.02: the rate rises after the last plateau.
     """
-    if epoch < 3:
+    if epoch < WARM_UP_EPOCHS:
         return lr_rate[epoch]
     for last_epoch, rate in zip(lr_scheduler_epoch, reversed(lr_rate), strict=True):
         if epoch <= last_epoch:
             return rate
     return max(lr_rate[0] * 0.98**epoch, 0.03)
+
+
+def schedule_warnings(settings: Config) -> list[str]:
+    """Where the run ends before its warm-up or a plateau, or a plateau ends before the warm-up."""
+    ends, epochs = settings.lr_scheduler_epoch, settings.max_epoch
+    if epochs <= WARM_UP_EPOCHS:
+        return [
+            f"max_epoch = {epochs}: the run ends with the {WARM_UP_EPOCHS} warm-up epochs of lr_rate. Train longer."
+        ]
+    found = []
+    starts = [WARM_UP_EPOCHS, *(max(end + 1, WARM_UP_EPOCHS) for end in ends[:2])]
+    for start, end, scale in zip(starts, ends, reversed(settings.lr_rate), strict=True):
+        if end < start:
+            found.append(
+                f"lr_scheduler_epoch = {ends}: no epoch has the scale {scale:g}, whose last epoch {end} comes before "
+                f"its first, {start} (counted from 0)."
+            )
+        elif start >= epochs:
+            found.append(
+                f"max_epoch = {epochs}: the plateau of scale {scale:g} would begin after epoch {start}, beyond the "
+                f"end. Lower lr_scheduler_epoch = {ends}."
+            )
+    return found
 
 
 def parameter_groups(network: Network, rate: float, layer_decay: float) -> list[dict[str, Any]]:
@@ -357,7 +381,12 @@ class SEDWrapper(Evaluation):
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed optimizer keeps its moments; learning rates, decay and arithmetic are those of the settings."""
+        """A resumed optimizer keeps its moments; learning rates, decay and arithmetic are those of the settings.
+
+        Buffers that follow from the sizes are computed, never read.
+        """
+        computed = {k: v for k, v in self.state_dict().items() if k.endswith(self.sed_model.computed)}
+        checkpoint["state_dict"].update({k: v for k, v in computed.items() if k in checkpoint["state_dict"]})
         fresh = self.configure_optimizers()
         groups, schedule = fresh["optimizer"].state_dict()["param_groups"], fresh["lr_scheduler"]
         states = zip(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []), strict=True)
@@ -485,11 +514,11 @@ class FrameSEDWrapper(SEDWrapper):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checkpoints of earlier versions call the mean teacher's copy teacher.network."""
-        super().on_load_checkpoint(checkpoint)
         weights: dict[str, Tensor] = checkpoint["state_dict"]
         for key in [key for key in weights if key.startswith("teacher.network.")]:
             weights[key.replace("teacher.network.", "teacher.module.")] = weights.pop(key)
             weights.setdefault("teacher.n_averaged", torch.tensor(checkpoint["global_step"]))
+        super().on_load_checkpoint(checkpoint)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         waveform = self.sound(batch)

@@ -7,8 +7,10 @@ own values count least; then those of the prepared data, of a checkpoint, and of
 
 import ast
 import difflib
+import json
 import os
 import re
+import reprlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -29,7 +31,7 @@ FIELDS_PATH = CONFIG_PATH.with_name("config_fields.pyi")
 SECTION_LINE = re.compile(r"# --- (.+?) -+")
 
 # Sections of config.py. A checkpoint's weights determine the first ones; the others say what they were trained on.
-NETWORK_SECTIONS = ("encoder", "front-end", "network")
+NETWORK_SECTIONS = ("encoder", "front-end", "sizes", "network")
 TRAINED_SECTIONS = (*NETWORK_SECTIONS, "data set", "split", "clips")
 # Of other commands than train.
 OTHER_SECTIONS = ("test", "localization", "event detection", "predict", "esm_test", "weight_average")
@@ -38,7 +40,11 @@ NOT_THE_EXPERIMENT = ("run", "machine", *OTHER_SECTIONS)
 # Errors of pydantic in words.
 REASONS = {"string_pattern_mismatch": "it is the name of one file or folder, without / and \\, and not . or .."}
 Facts = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # values of all settings -> those that prepared data determine
+WITH_COMMAS = """Names with commas are given as a JSON list: '["Speech, male", "Dog"]'."""
+FINITE = ConfigDict(allow_inf_nan=False)  # of every float, in lists too
 FRAME_LOSSES = ("frame_bce", "weak_strong_bce")  # those that learn from event times
+SHORT = reprlib.Repr()  # of values in messages: one from a file may be of any size and depth
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
 
 
 class UserError(ValueError):
@@ -86,21 +92,46 @@ class Setting:
         if isinstance(value, str):
             value = self._parse(value)
         try:
-            return TypeAdapter(self.type).validate_python(value)
+            return TypeAdapter(self.type, config=FINITE).validate_python(value)
         except ValidationError as error:
             reasons = "; ".join(REASONS.get(e["type"], e["msg"]) for e in error.errors())
-            raise UserError(f"{self.name} = {value!r} is not allowed: {reasons}. ({self.comment})") from None
+            raise UserError(f"{self.name} = {SHORT.repr(value)} is not allowed: {reasons}. ({self.comment})") from None
 
     def _parse(self, text: str) -> Any:
-        """Text of the command line: None for an optional setting, a list as 1,2,3 or [1, 2, 3], a dict as a=1,b=2."""
+        """Text of the command line: None for an optional setting, a list as in `split_list`, a dict as a=1,b=2."""
         if self.is_optional and text in ("None", "none", ""):
             return None
         if get_origin(self.type) is dict:
+            if text.startswith("{") and '"' in text:
+                return _parse_json(text, dict, '{"a": "1", "b": "2"}')
             pairs = [pair.partition("=") for pair in text.strip("{} ").split(",") if pair.strip()]
             return {name.strip(): value.strip() for name, _, value in pairs}
-        if not self.is_list:
-            return text
-        return [part.strip().strip("'\"") for part in text.strip("[] ").split(",") if part.strip()]
+        return split_list(text) if self.is_list else text
+
+
+def split_list(text: str) -> list[str]:
+    """Several values in one text: 1,2,3 or [1, 2, 3], or a JSON list, in which a value may hold commas.
+
+    Raises UserError for a list of quoted values that is no JSON.
+    """
+    text = text.strip()
+    if text.startswith("[") and '"' in text:
+        found = _parse_json(text, list, '["Speech, male", "Dog"]')
+        if any(isinstance(value, (list, dict)) or value is None for value in found):
+            raise UserError(f"{text} holds more than texts and numbers. {WITH_COMMAS}")
+        return [value if isinstance(value, str) else json.dumps(value) for value in found]
+    return [part.strip().strip("'\"") for part in text.strip("[] ").split(",") if part.strip()]
+
+
+def _parse_json(text: str, kind: type, example: str) -> Any:
+    """A JSON list or object. Raises UserError for other text."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{text} is no JSON: {error}. Give it as {example}.") from None
+    if not isinstance(found, kind):
+        raise UserError(f"{text} is no JSON {kind.__name__}. Give it as {example}.")
+    return found
 
 
 @cache
@@ -234,19 +265,22 @@ def resolve(
     *,
     checkpoint: Optional[Mapping[str, Any]] = None,
     facts: Optional[Facts] = None,
+    fine_tuning: bool = False,
 ) -> Config:
     """Settings of a run: config.py, then what the prepared data say, then a checkpoint, then what is given.
 
     given: {name: value}, as from flags. checkpoint: the settings saved in one; those of TRAINED_SECTIONS count, and
     exp_name, so that what is made of a checkpoint goes into the folder of its run. facts: what the data say, by all
-    values without them (data/facts.py). Raises UserError for unknown names, wrong values, values that do not fit
-    together, and flags that contradict the checkpoint or the data.
+    values without them (data/facts.py). fine_tuning: other sizes than the checkpoint's may be given. Raises UserError
+    for unknown names, wrong values, values that do not fit together, and flags that contradict the checkpoint or the
+    data. Of a dictionary (encoder_options) each key counts by itself.
     """
     known = all_settings()
     given = check_values(given or {})
     session = _edited_in_session(_execute({}))
     session = {name: known[name].check(value) for name, value in session.items()}
-    trained = _trained(checkpoint or {}, given, {**session, **given})
+    trained = _trained(checkpoint or {}, given, {**session, **given}, fine_tuning)
+    given = {k: {**trained.get(k, {}), **v} if isinstance(v, dict) else v for k, v in given.items()}
     values = _execute({**session, **trained, **given})
     if facts is not None:
         of_data = facts(values)
@@ -260,11 +294,14 @@ def resolve(
     return config
 
 
-def _trained(checkpoint: Mapping[str, Any], given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+def _trained(
+    checkpoint: Mapping[str, Any], given: Mapping[str, Any], chosen: Mapping[str, Any], fine_tuning: bool
+) -> dict[str, Any]:
     """The settings that a checkpoint determines; for another data set than its own, not its split.
 
     chosen: what is given or edited: where it says nothing of the place of the data, they are where the training found
-    them, if they still are. Raises UserError where `given` contradicts its network or its split.
+    them, if they still are. Raises UserError where `given` contradicts its network or its split; for fine-tuning,
+    sizes may be others.
     """
     names = {*section(*TRAINED_SECTIONS), "exp_name"}
     if not chosen.keys() & {"workspace", "dataset_path", "dataset_type"}:
@@ -275,15 +312,19 @@ def _trained(checkpoint: Mapping[str, Any], given: Mapping[str, Any], chosen: Ma
         raise UserError(f"The checkpoint has settings that are not allowed: {error}") from None
     if trained.get("dataset_type") != given.get("dataset_type", trained.get("dataset_type")):
         trained = {name: value for name, value in trained.items() if name not in section("split")}
-    fixed = {name: trained[name] for name in section(*NETWORK_SECTIONS, "split") if name in trained}
+    sizes = (*section("sizes"), "encoder_options") if fine_tuning else ()
+    fixed = {name: trained[name] for name in section(*NETWORK_SECTIONS, "split") if name in trained.keys() - sizes}
     _check_given(given, fixed, "the checkpoint, which was trained with")
     return trained
 
 
 def _check_given(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    """Raise UserError where a given value is not the known one."""
+    """Raise UserError where a given value is not the known one; of dictionaries, that of a key that both have."""
     for name, value in known.items():
-        if name in given and given[name] != value:
+        if name not in given:
+            continue
+        wanted = {**value, **given[name]} if isinstance(value, dict) else given[name]
+        if wanted != ({**given[name], **value} if isinstance(value, dict) else value):
             raise UserError(
                 f"{name} = {given[name]!r} contradicts {where} {name} = {value!r}. Leave {name} out: it is known."
             )

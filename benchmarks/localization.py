@@ -28,8 +28,9 @@ from rich.table import Table
 
 from benchmarks.data_stores import seconds
 from data.labels import audioset_mids, published_labels
+from data.tables import EVENT_COLUMNS
 from evaluation.mapping import ClassMapping, load_mapping
-from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
+from evaluation.postprocess import PostProcessing
 
 STEPS, REPEATS = 32, 32  # HTS-AT's own frames in 10 s, and how often the published map repeats each
 CLIP_SECONDS = 10.0

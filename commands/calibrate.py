@@ -41,9 +41,9 @@ def run(given: dict[str, Any], calibrate_for: Objective, scores: Optional[str] =
         _check_split(found, file)
         _check_network(found, file, checkpoint)
         fitted = calibrate(found, calibrate_for, _start(found, given, calibrated=checkpoint.postprocessing is not None))
-        store_in_checkpoint(path, "postprocessing", fitted.post.as_dict())
+        store_in_checkpoint(checkpoint.path, "postprocessing", fitted.post.as_dict())
     print_calibrated(fitted, calibrate_for, len(found.names))
-    print(f"Stored in {path}: test puts it into its score file, and fl_evaluate.py uses it.")
+    print(f"Stored in {checkpoint.path}: test puts it into its score file, and fl_evaluate.py uses it.")
 
 
 def _start(scores: Scores, given: dict[str, Any], *, calibrated: bool) -> PostProcessing:

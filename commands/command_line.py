@@ -1,19 +1,30 @@
 """The table of commands, and the parser made of it: python main.py COMMAND [--setting value ...]."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
 from prepare.adapters import all_flags
 from settings import all_settings, resolve, unknown_setting
 
-DESCRIPTION = "HTS-AT on the command line. Each setting of config.py is a flag: --max_epoch 5."
+DESCRIPTION = (
+    "HTS-AT on the command line. Each setting of config.py is a flag: --max_epoch 5. Several values are given with "
+    """commas, or as a JSON list: --fl_class_num '["Speech, male", "Dog"]'."""
+)
 
 Arguments = list[tuple[str, dict[str, Any]]]
 
 # command: (help, its own arguments beside the settings)
 COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
-    "prepare": ("make the clip store of a data set", all_flags),
+    "prepare": (
+        "make the clip store of a data set",
+        lambda: [
+            *all_flags(),
+            ("--name", {"help": "name of the data set: into <workspace>/data/NAME", "metavar": "NAME"}),
+            ("--overwrite", {"help": "replace a store that is there", "action": "store_true"}),
+        ],
+    ),
     "encoders": ("list the encoders and their options", []),
     "train": ("train a network, or resume a run (--resume auto)", []),
     "test": ("evaluate a checkpoint (--resume_checkpoint PATH)", []),
@@ -201,9 +212,17 @@ def build_parser(chosen: str | None) -> Parser:
         )
         if name == chosen:
             for flag, options in arguments() if callable(arguments) else arguments:
-                command.add_argument(flag, **options)
+                number = {"type": finite_number} if options.get("type") is float else {}
+                command.add_argument(flag, **{**options, **number})
             add_settings(command)
     return parser
+
+
+def finite_number(text: str) -> float:
+    """A number of the command line; NaN and infinity are none."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -212,6 +231,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings (config.py)")
     for setting in all_settings().values():
         choices = [str(v) for v in get_args(setting.type)] if "Literal" in str(setting.type) else []
-        shown = f"{{{','.join(choices)}}}" if choices else "VALUE,..." if setting.is_list else "VALUE"
+        shown = f"{{{','.join(choices)}}}" if choices else 'VALUE,...|["VALUE",...]' if setting.is_list else "VALUE"
         text = f"{setting.comment} [{defaults[setting.name]}]".replace("%", "%%")
         group.add_argument(f"--{setting.name}", metavar=shown, help=text, dest=f"setting_{setting.name}")

@@ -30,13 +30,12 @@ from runs.measure import (
 )
 from runs.records import BYTES_PER_TRAINED_PARAMETER, device_name
 from runs.resume import find_resumed
-from sed_model import SEDWrapper, build_wrapper, learning_rate_scale
+from sed_model import WARM_UP_EPOCHS, SEDWrapper, build_wrapper, learning_rate_scale, schedule_warnings
 from settings import Config, UserError, resolve
 from training.devices import device_count, on_gpu, total_memory
 from training.performance import settle
 
 RECIPE_RATE, RECIPE_BATCH = 1e-3, 128  # paper, section 3.1
-WARM_UP_EPOCHS = 3
 FLOAT32, MOMENTS = 4, 2  # bytes of a number; AdamW keeps two for each weight
 READ_CLIPS = 64  # for the disk's rate
 
@@ -200,29 +199,6 @@ def rate(settings: Config, epoch: int) -> float:
     return settings.learning_rate * learning_rate_scale(epoch, settings.lr_scheduler_epoch, settings.lr_rate)
 
 
-def schedule_warnings(settings: Config) -> list[str]:
-    """Where the run ends before its warm-up or a plateau, or a plateau ends before the warm-up."""
-    ends, epochs = settings.lr_scheduler_epoch, settings.max_epoch
-    if epochs <= WARM_UP_EPOCHS:
-        return [
-            f"max_epoch = {epochs}: the run ends with the {WARM_UP_EPOCHS} warm-up epochs of lr_rate. Train longer."
-        ]
-    found = []
-    starts = [WARM_UP_EPOCHS, *(max(end + 1, WARM_UP_EPOCHS) for end in ends[:2])]
-    for start, end, scale in zip(starts, ends, reversed(settings.lr_rate), strict=True):
-        if end < start:
-            found.append(
-                f"lr_scheduler_epoch = {ends}: no epoch has the scale {scale:g}, whose last epoch {end} comes before "
-                f"its first, {start} (counted from 0)."
-            )
-        elif start >= epochs:
-            found.append(
-                f"max_epoch = {epochs}: the plateau of scale {scale:g} would begin after epoch {start}, beyond the "
-                f"end. Lower lr_scheduler_epoch = {ends}."
-            )
-    return found
-
-
 # --- disk -----------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +348,7 @@ def print_plan(settings: Config, plan: Plan, device: str) -> None:
     table = Table(title=f"Plan of {escape(settings.exp_name)}", show_header=False, title_justify="left")
     for name, text in (("device", device), *plan.rows):
         table.add_row(name, escape(text))
-    Console(width=120).print(table)
+    Console().print(table)
     for message in plan.warnings:
         print(f"warning: {message}")
     for message in plan.problems:

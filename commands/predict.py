@@ -2,18 +2,21 @@
 
 import os
 import shutil
+import stat
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.files import AUDIO_SUFFIXES
+from data.finding import FoundAudio, counted
+from data.progress import ProgressLines
 from inference import Tagged, Tagger
 from inference.loading import event_processing, load_tagger
 from inference.outputs import STANDARD_INPUT, Outputs, Source, Wanted, sources_of
-from model.known import find_checkpoint
+from model.registry import find_checkpoint
 from settings import UserError, requested
 
 ENDED_BY_READER = 141  # exit status of a program that SIGPIPE ends, in a shell
@@ -37,7 +40,8 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
         tagger.batch_size = tagger.settings.batch_size
     file = find_checkpoint(path)[0]
     with tempfile.TemporaryDirectory() as folder:
-        sources = collect(files, Path(folder), by_place=bool(chosen.audacity or chosen.plot))
+        left_out, kinds = FoundAudio(), Counter[str]()
+        sources = collect(files, Path(folder), left_out, by_place=bool(chosen.audacity or chosen.plot))
         processing = event_processing(tagger) if chosen.with_events and tagger.has_frames else None
         try:
             with Outputs(
@@ -46,18 +50,28 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
                 done = outputs.done
                 if done:
                     print(f"{len(done)} files were done before the interruption.", file=sys.stderr)
-                failed = tag_sources(tagger, [source for source in sources if source.key not in done], outputs)
+                failed = tag_sources(tagger, [source for source in sources if source.key not in done], outputs, kinds)
                 lacking = outputs.lacking
         except BrokenPipeError:  # the reader of standard output, as head, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at the end
             return ENDED_BY_READER
     if chosen.paths():
         print(f"Written: {', '.join(chosen.paths().values())}", file=sys.stderr)
-    if failed:
-        print(f"{failed} of {len(sources)} files could not be read.", file=sys.stderr)
+    print(summary(len(sources), failed, kinds, left_out), file=sys.stderr)
     if lacking:
         print(f"Labels or pictures of {len(lacking)} files could not be written: {lacking[0]}, ...", file=sys.stderr)
     return 1 if failed or lacking else 0
+
+
+def summary(files: int, failed: int, kinds: "Counter[str]", left_out: FoundAudio) -> str:
+    """How many files were read and how many not, what was odd about them, and what was left out of the folders."""
+    lines = [f"{failed} of {files} files could not be read." if failed else f"Files: {files}, all read."]
+    if kinds:
+        lines.append(f"Warnings: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}.")
+    lines += [f"not looked into: {path}: {reason}" for path, reason in left_out.skipped]
+    if left_out.others:
+        lines.append(f"Left out: other files: {counted(left_out.others)}.")
+    return "\n".join(lines)
 
 
 def check_runtime(runtime: str, path: str) -> None:
@@ -74,8 +88,8 @@ def check_runtime(runtime: str, path: str) -> None:
         raise UserError(f"{path} is run by onnxruntime: for --runtime torch give the checkpoint that it came from.")
 
 
-def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any) -> int:
-    """Tag, print and write each recording; returns how many failed."""
+def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any, kinds: "Counter[str]") -> int:
+    """Tag, print and write each recording; returns how many failed. kinds: counts what is odd about sounds."""
     wanted, failed = outputs.wanted, 0
     with progress_bar(len(sources)) as bar:
         tagging = tagger.tag_files(
@@ -89,6 +103,9 @@ def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any) -> int:
                 failed += 1
                 continue
             print_tags(source.name, found, wanted.top_k)
+            for remark in found.remarks:
+                print(f"warning: {source.name}: {remark.text}", file=sys.stderr)
+                kinds[remark.kind] += 1
             if wanted.bins is not None:
                 window = tagger.settings.clip_samples / tagger.settings.sample_rate
                 found = found.in_bins(window / wanted.bins, wanted.bins_by)
@@ -97,21 +114,27 @@ def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any) -> int:
 
 
 def print_tags(name: str, tagged: Tagged, count: int) -> None:
-    lines = [f"{name} ({tagged.duration:.2f} s)", *(f"  {score:.3f}  {label}" for label, score in tagged.top(count))]
-    print("\n".join(lines), flush=True)
+    tags = [f"  {score:.3f}  {label}" for label, score in tagged.top(count)]
+    print("\n".join([f"{name} ({tagged.duration:.2f} s)", *(["  silent"] if tagged.silent else tags)]), flush=True)
 
 
-def collect(files: list[str], folder: Path, *, by_place: bool) -> list[Source]:
-    """The recordings that were given. Standard input (-) is copied into a file of `folder`.
+def collect(files: list[str], folder: Path, left_out: FoundAudio, *, by_place: bool) -> list[Source]:
+    """The recordings that were given. Standard input (-) and pipes are copied into files of `folder`.
 
-    by_place: whether each writes a file of its own. Raises UserError where two of these files have one name.
+    left_out: see sources_of. by_place: whether each writes a file of its own. Raises UserError where two of these files
+    have one name.
     """
-    sources = list(sources_of([name for name in files if name != STANDARD_INPUT], AUDIO_SUFFIXES))
-    if STANDARD_INPUT in files:
-        kept = folder / "standard_input"
+    read_once = [name for name in dict.fromkeys(files) if name == STANDARD_INPUT or is_pipe(name)]
+    sources = list(sources_of([name for name in files if name not in read_once], left_out))
+    for name in read_once:
+        kept = folder / ("standard_input" if name == STANDARD_INPUT else f"pipe_{Path(name).name}")
         with kept.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-        sources.append(Source(kept, STANDARD_INPUT, kept.name))
+            if name == STANDARD_INPUT:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            else:
+                with open(name, "rb") as pipe:
+                    shutil.copyfileobj(pipe, file)
+        sources.append(Source(kept, name, kept.name, copied=True))
     places: dict[str, str] = {}
     for source in sources if by_place else ():
         other = places.setdefault(source.place, source.name)
@@ -122,21 +145,46 @@ def collect(files: list[str], folder: Path, *, by_place: bool) -> list[Source]:
     return sources
 
 
+def is_pipe(name: str) -> bool:
+    """Whether a path can be read only once, as <(...) of a shell."""
+    try:
+        kind = os.stat(name).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)
+
+
 class Bar:
-    """Progress of a run: nothing here, for pipes and log files."""
+    """Progress of a run: a line every ten seconds, for pipes and log files."""
+
+    def __init__(self, files: int) -> None:
+        self.files, self.done, self.seconds = files, 0, 0.0
+        self.lines = ProgressLines()
 
     def advance(self, seconds: float) -> None:
         """So many more seconds of sound have been scored."""
+        self.seconds += seconds
+        self.show()
 
     def next_file(self) -> None:
         """A file is done."""
+        self.done += 1
+        self.show()
+
+    def show(self) -> None:
+        self.lines.show(f"{self.done} of {self.files} files, {self.shown_seconds()} of sound")
+
+    def shown_seconds(self) -> str:
+        """Hours, minutes, seconds."""
+        whole = int(self.seconds)
+        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 @contextmanager
 def progress_bar(files: int) -> Iterator[Bar]:
-    """A bar over the files on a terminal, with the duration that was scored so far; nothing elsewhere."""
+    """A bar over the files on a terminal, with the duration that was scored so far; elsewhere lines."""
     if not sys.stderr.isatty():
-        yield Bar()
+        yield Bar(files)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -151,14 +199,9 @@ def progress_bar(files: int) -> Iterator[Bar]:
 
 class _Rich(Bar):
     def __init__(self, progress: Any, files: int) -> None:
-        self.progress, self.seconds = progress, 0.0
-        self.task = progress.add_task("0:00:00", total=files)
+        super().__init__(files)
+        self.progress = progress
+        self.task = progress.add_task(self.shown_seconds(), total=files)
 
-    def advance(self, seconds: float) -> None:
-        self.seconds += seconds
-        whole = int(self.seconds)
-        shown = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-        self.progress.update(self.task, description=shown)
-
-    def next_file(self) -> None:
-        self.progress.advance(self.task)
+    def show(self) -> None:
+        self.progress.update(self.task, description=self.shown_seconds(), completed=self.done)

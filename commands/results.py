@@ -13,7 +13,7 @@ from data.files import whole_file
 from runs.ledger import MetricRecord, Result, Spread, newest, over_seeds, read_results
 from settings import UserError, resolve
 
-WIDTH = 160  # characters of a line in a file or a pipe; a terminal has its own width
+WIDTH = 1000  # characters of a line in a file or a pipe; a terminal has its own width
 TSV_COLUMNS = (
     "date", "dataset_type", "esc_fold", "split", "protocol", "kind", "random_seed", "metric", "value", "low", "high",
     "level", "resamples", "criterion", "clips", "tta_shifts", "class_mapping", "precision", "frontend",

@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from data.audio import read_audio
+from data.levels import Remark
 from inference import Tagged, Tagger
 from inference.loading import event_processing, load_tagger
 from inference.pictures import sound_of_file
@@ -35,6 +36,13 @@ INSTALL = "pip install fastapi uvicorn"
 PAGE = Path(__file__).with_name("serve.html")
 MOST_CLASSES = 10  # with a strip of their own on the page, beside those with events
 UPLOAD_SECONDS = 120  # after which an upload that does not end is given up
+GRACE_SECONDS = 5.0  # that an upload may pause, or be slow in the beginning
+SLOW_SECONDS = 0.5  # after which a slow upload gives way to another one, where there are too many
+LEAST_RATE = 10_000  # bytes a second: a slower upload is given up
+CHECK_SECONDS = 0.5  # between two looks at an upload
+MOST_UPLOADS = 16  # at once
+HEAD_SECONDS = 10.0  # after which a connection without a whole request is closed
+ANSWER_SECONDS = 60.0  # after which an answer that is not taken is given up
 BODY = "application/octet-stream"  # other sites' pages cannot send this kind without asking first, which is refused
 HEADERS = {
     "Cache-Control": "no-store",
@@ -91,7 +99,48 @@ def run(given: dict[str, Any], host: str, port: int, **limits: Any) -> None:
         if host not in ("127.0.0.1", "localhost", "::1"):
             print("Whoever reaches this address can use the page: it asks for no password.", file=sys.stderr)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once the last answer is given
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listening])
+            config = uvicorn.Config(app, log_level="warning", server_header=False, http=closing_protocol())
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+def closing_protocol() -> "type[asyncio.Protocol]":
+    """uvicorn's HTTP, which waits for requests and for readers without end, with a limit for both."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class ClosingProtocol(H11Protocol):
+        """Closes a connection that has not sent a whole request, or does not take its answer, after some seconds."""
+
+        timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._close_after(HEAD_SECONDS)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._close_after(None)  # a request has come; its body is `receive`'s
+            elif self.timer is None:
+                self._close_after(HEAD_SECONDS)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._close_after(ANSWER_SECONDS)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._close_after(None)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._close_after(None)
+            super().connection_lost(exc)
+
+        def _close_after(self, seconds: float | None) -> None:
+            if self.timer is not None:
+                self.timer.cancel()
+            self.timer = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+
+    return ClosingProtocol
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -112,7 +161,7 @@ def build_app(tagger: Tagger, limits: Limits, host: str = "127.0.0.1") -> "FastA
     from fastapi.responses import HTMLResponse, JSONResponse
 
     worker = ThreadPoolExecutor(max_workers=1)
-    queue = Queue(limits.most_waiting)
+    queue, uploads = Queue(limits.most_waiting), Uploads(MOST_UPLOADS)
     processing = event_processing(tagger)
 
     @contextlib.asynccontextmanager
@@ -129,6 +178,8 @@ def build_app(tagger: Tagger, limits: Limits, host: str = "127.0.0.1") -> "FastA
             response = await forward(request)
         except RefusedError as refused:
             response = JSONResponse({"detail": refused.reason}, refused.status)
+            if refused.status == 408:  # what is still to come is not read
+                response.headers["Connection"] = "close"
         response.headers.update(HEADERS)
         return response
 
@@ -157,28 +208,86 @@ def build_app(tagger: Tagger, limits: Limits, host: str = "127.0.0.1") -> "FastA
 
     @app.post("/tag")
     async def tag(request: Request) -> Response:
-        with queue, tempfile.TemporaryDirectory(prefix="htsat_") as folder:
+        queue.check()
+        with tempfile.TemporaryDirectory(prefix="htsat_") as folder:
             path = Path(folder) / "upload"
-            try:
-                await asyncio.wait_for(receive(request, path, limits), UPLOAD_SECONDS)
-            except asyncio.TimeoutError:
-                raise RefusedError(408, f"The upload took longer than {UPLOAD_SECONDS} s.") from None
-            loop = asyncio.get_running_loop()
-            content = await loop.run_in_executor(worker, tag_upload, tagger, processing, path, limits)
+            await uploads.run(lambda upload: receive(request, path, limits, upload))
+            with queue:
+                loop = asyncio.get_running_loop()
+                content = await loop.run_in_executor(worker, tag_upload, tagger, processing, path, limits)
         return Response(content, media_type="application/json")
 
     return app
 
 
+class Upload:
+    """The progress of an upload, in the seconds of the event loop's clock."""
+
+    def __init__(self) -> None:
+        self.size, self.begin = 0, asyncio.get_running_loop().time()
+        self.last = self.begin
+
+    def add(self, size: int) -> None:
+        self.size, self.last = self.size + size, asyncio.get_running_loop().time()
+
+    def too_slow(self, grace: float = GRACE_SECONDS) -> bool:
+        """Whether it pauses, or is slow, for longer than it may."""
+        now = asyncio.get_running_loop().time()
+        seconds = now - self.begin
+        return (
+            seconds > UPLOAD_SECONDS
+            or now - self.last > grace
+            or (seconds > grace and self.size < LEAST_RATE * seconds)
+        )
+
+
+class Uploads:
+    """The uploads at one time: at most so many, of which slow ones are given up, and give way to others before."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.open: dict[asyncio.Future[None], Upload] = {}
+
+    async def run(self, write: Callable[[Upload], Coroutine[Any, Any, None]]) -> None:
+        """Await an upload. Raises RefusedError where it is too slow, or has no room."""
+        if len(self.open) >= self.most:
+            self._make_room()
+        upload = Upload()
+        task = asyncio.ensure_future(write(upload))
+        self.open[task] = upload
+        try:
+            while not task.done() and not upload.too_slow():
+                await asyncio.wait({task}, timeout=CHECK_SECONDS)
+        finally:
+            del self.open[task]
+            task.cancel()
+            await asyncio.wait({task})
+        if task.cancelled():
+            raise RefusedError(
+                408, f"The upload is slower than {LEAST_RATE / 1000:g} kB/s, or takes over {UPLOAD_SECONDS} s."
+            )
+        task.result()
+
+    def _make_room(self) -> None:
+        slow = [task for task, upload in self.open.items() if upload.too_slow(SLOW_SECONDS)]
+        if not slow:
+            raise RefusedError(503, "Too many sounds are being uploaded: try again in a while.")
+        slow[0].cancel()
+
+
 class Queue:
-    """At most 1 + most_waiting requests at once, counted from before their uploads on: memory and disk are bounded."""
+    """At most 1 + most_waiting sounds at once, which are tagged one by one."""
 
     def __init__(self, most_waiting: int) -> None:
         self.places = 1 + most_waiting
 
-    def __enter__(self) -> None:
+    def check(self) -> None:
+        """Raises RefusedError where there is no place."""
         if self.places == 0:
             raise RefusedError(503, "Too many sounds are waiting: try again in a while.")
+
+    def __enter__(self) -> None:
+        self.check()
         self.places -= 1
 
     def __exit__(self, *error: object) -> None:
@@ -201,8 +310,8 @@ def check_sender(host: str, origin: str | None, served: str) -> None:
         raise RefusedError(403, f"Requests from {origin} are not answered.")
 
 
-async def receive(request: "Request", path: Path, limits: Limits) -> None:
-    """Write a request's body into `path`, as far as the limit goes."""
+async def receive(request: "Request", path: Path, limits: Limits, upload: Upload) -> None:
+    """Write a request's body into `path`, as far as the limit goes. upload: counts each block."""
     from starlette.requests import ClientDisconnect
 
     if request.headers.get("content-type") != BODY:
@@ -216,6 +325,7 @@ async def receive(request: "Request", path: Path, limits: Limits) -> None:
         with path.open("wb") as file:
             async for block in request.stream():
                 size += len(block)
+                upload.add(len(block))
                 if size > limits.most_bytes:
                     raise too_large
                 file.write(block)
@@ -225,12 +335,11 @@ async def receive(request: "Request", path: Path, limits: Limits) -> None:
 
 def tag_upload(tagger: Tagger, processing: "PostProcessing", path: Path, limits: Limits) -> bytes:
     """Tag a file; returns `answer`. Raises RefusedError for a file that is no sound or too long."""
-    rate = tagger.settings.sample_rate
+    rate, remarks = tagger.settings.sample_rate, list[Remark]()
     try:
-        waveform = read_audio(path, rate, seconds=limits.most_seconds + 1)
+        waveform = read_audio(path, rate, seconds=limits.most_seconds + 1, remarks=remarks)
     except UserError as error:
-        reason = str(error).replace(f"Error opening b'{path}': ", "").replace(str(path), "The file")
-        raise RefusedError(415, reason) from None
+        raise RefusedError(415, str(error).replace(str(path), "The file")) from None
     if len(waveform) > limits.most_seconds * rate:
         raise RefusedError(422, f"The sound is longer than the {limits.most_seconds:g} s that are taken here.")
     try:
@@ -239,6 +348,7 @@ def tag_upload(tagger: Tagger, processing: "PostProcessing", path: Path, limits:
         raise RefusedError(422, str(error)) from None
     sound = sound_of_file(path, tagger.settings, tagged.duration)
     content = answer(tagged, processing) | {"spectrogram": picture(sound.logmel, sound.band_hz)}
+    content["remarks"] = [remark.text for remark in remarks]
     return json.dumps(content, allow_nan=False).encode()
 
 

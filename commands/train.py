@@ -12,10 +12,11 @@ from data.labels import published_labels
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
+from model.foreign import OWN
 from runs.card import CARD, write_run_card
 from runs.records import print_first_page, save_provenance
-from runs.resume import find_resumed, resumes, say_changes, with_recorded
-from sed_model import build_wrapper
+from runs.resume import best_checkpoint, find_resumed, resumes, say_changes, with_recorded
+from sed_model import build_wrapper, schedule_warnings
 from settings import Config, UserError, place_flags, resolve
 from training.callbacks import checkpoint_folder, restore_best
 from training.devices import is_first_process, process_count
@@ -44,7 +45,7 @@ def train(settings: Config, performance: Performance) -> None:
     splits: tuple[Split, ...] = ("train", "validation", "test") if settings.watch_test else ("train", "validation")
     data = load_training_data(settings, splits)
     more = say_changes(resumed, settings, data.identity, process_count(settings)) if resumed else {}
-    best = resumed.best if resumed else None
+    best = best_checkpoint(resumed.content) if resumed else None
     if best and is_first_process():
         restore_best(checkpoint_folder(settings), best[0])
     if done >= settings.max_epoch:
@@ -78,6 +79,8 @@ def train(settings: Config, performance: Performance) -> None:
     compile_network(network, performance.compile_mode)
     more["performance"] = str(performance)
     wrapper = build_wrapper(network, settings, labels)
+    if is_first_process():
+        print(end="".join(f"warning: {message}\n" for message in schedule_warnings(settings)))
     print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
     save_provenance(settings, data, **more)
     trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(process_count(settings)))
@@ -117,7 +120,7 @@ def checkpoint_bytes(network: nn.Module) -> int:
 
 
 def resolve_with_frontend(given: dict[str, Any]) -> Config:
-    """The settings, with the encoder of the checkpoint to fine-tune from, and its front-end if frontend_from says so.
+    """The settings, with encoder and sizes of the checkpoint to fine-tune from, its front-end if frontend_from says so.
 
     Raises UserError where there are two files of weights to start from.
     """
@@ -132,7 +135,13 @@ def resolve_with_frontend(given: dict[str, Any]) -> Config:
         return settings
     start = read_checkpoint(path)
     decided = decided_settings(start, settings.frontend_from, fine_tuning=True)
-    return resolve(given, checkpoint=decided, facts=store_facts)
+    settings = resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
+    if start.kind != OWN:
+        return settings
+    own = resolve(checkpoint=start.settings)
+    clip_samples = own.clip_samples * settings.sample_rate // own.sample_rate  # as many seconds
+    decided = {"clip_samples": clip_samples, **decided}
+    return resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
 
 
 def starting_weights(settings: Config) -> Optional[Checkpoint]:

@@ -12,25 +12,36 @@ older stores have none). A file of PANNs has none of these additions and is a va
 import hashlib
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, get_args
 
 import h5py
 import numpy as np
 import soundfile
 
-from data.files import whole_hdf5
+from data.files import check_memory, whole_hdf5
+from data.hdf5 import Columns, check_columns, open_hdf5, read_column, reading, texts
 from settings import UserError
 
 BLOCK_ROWS = 4096  # clips looked through at once: 2 MB of AudioSet's targets, which a processor's cache holds
 UNREADABLE = -1  # index of a clip that could not be read, in evaluation
 PANNS_SAMPLE_RATE = 32000  # of the files that PANNs' scripts pack, which do not name it
 SPLITS = ("train", "validation", "test")
+EVENT_COLUMNS = ("event_clip", "event_class", "event_onset", "event_offset")
+COLUMNS: Columns = {  # of a store or an index: kinds of NumPy's dtypes, dimensions
+    "waveform": ("i", 2), "waveform_flac": ("O", 1), "audio_name": ("SO", 1), "target": ("biuf", 2),
+    "real_len": ("iu", 1), "fold": ("iu", 1), "split": ("SO", 1), "labelling": ("iu", 1), "hdf5_path": ("SO", 1),
+    "index_in_hdf5": ("iu", 1), "event_clip": ("iu", 1), "event_class": ("iu", 1), "event_onset": ("f", 1),
+    "event_offset": ("f", 1),
+}  # fmt: skip
+RATES = (100, 4_000_001)  # Hz that a store may have, as data.audio reads
 LARGEST_FOLD = 127  # of int8
+LEAST_SECONDS = 0.01  # of a clip, a segment and an event: one hop of the front-end; less is left by rounded times
+END_TOLERANCE = 0.5  # seconds that an event may reach beyond the end of its clip, as annotations round
 # Annotation of a clip: none; its classes; all its events with their times (perhaps no event).
 UNLABELLED, WEAK, STRONG = 0, 1, 2
 Task = Literal["single_label", "multilabel"]  # exactly one class a clip, or any number
@@ -62,9 +73,20 @@ class ClipStoreWriter:
     """Writes a store under a temporary name; it takes its own name when the `with` block ends without an error."""
 
     def __init__(
-        self, path: Path, *, clip_samples: int, sample_rate: int, labels: Sequence[str], **attributes: str
+        self,
+        path: Path,
+        *,
+        clip_samples: int,
+        sample_rate: int,
+        labels: Sequence[str],
+        used_labels: bool = False,
+        **attributes: str,
     ) -> None:
-        """clip_samples: longest clip in samples. attributes: dataset_type, task, source, licence."""
+        """clip_samples: longest clip in samples. used_labels: whether a class that no clip has is left out at the end.
+
+        attributes: dataset_type, task, source, licence.
+        """
+        self.used_labels = used_labels
         self.path = path
         self.clip_samples, self.labels = clip_samples, list(labels)
         self.attributes: dict[str, Any] = {"sample_rate": sample_rate, "labels": self.labels, **attributes}
@@ -111,9 +133,13 @@ class ClipStoreWriter:
         """The columns beside the waveforms, unless an error ends the writing."""
         if kind is not None:
             return
+        targets = np.array(self.targets, dtype=bool).reshape(len(self.rows), len(self.labels))
+        kept = np.flatnonzero(targets.any(axis=0) | (not self.used_labels))
+        number = {int(old): new for new, old in enumerate(kept)}
+        self.attributes["labels"] = self.labels = [self.labels[k] for k in kept]
         names, lengths, folds, splits = zip(*self.rows, strict=True) if self.rows else ((), (), (), ())
         self.file["audio_name"] = np.array([name.encode() for name in names], dtype="S")
-        self.file["target"] = np.array(self.targets, dtype=bool).reshape(len(names), len(self.labels))
+        self.file["target"] = targets[:, kept]
         self.file["real_len"] = np.array(lengths, dtype=np.int32)
         self.file["fold"] = np.array(folds, dtype=np.int8)
         self.file["split"] = np.array([split.encode() for split in splits], dtype="S10")
@@ -121,7 +147,7 @@ class ClipStoreWriter:
         self.file["labelling"] = np.array([usual if x is None else x for x in self.labelling], dtype=np.int8)
         clips, labels, onsets, offsets = zip(*self.events, strict=True) if self.events else ((), (), (), ())
         self.file["event_clip"] = np.array(clips, dtype=np.int32)
-        self.file["event_class"] = np.array(labels, dtype=np.int16)
+        self.file["event_class"] = np.array([number[label] for label in labels], dtype=np.int16)
         self.file["event_onset"] = np.array(onsets, dtype=np.float64)
         self.file["event_offset"] = np.array(offsets, dtype=np.float64)
         self.file.attrs.update(self.attributes)
@@ -195,6 +221,11 @@ class ClipTable:
         return digest.hexdigest()[:16]
 
 
+def same_classes(table: ClipTable) -> bool:
+    """Whether all clips have the same classes: then a network has nothing to tell apart."""
+    return set(table.targets.sum(axis=0).tolist()) <= {0, len(table)}
+
+
 def labelling(table: ClipTable) -> np.ndarray:
     """(N,) annotation of each clip: STRONG, WEAK or UNLABELLED."""
     return np.full(len(table), WEAK, dtype=np.int8) if table.labelling is None else table.labelling
@@ -211,7 +242,8 @@ def class_index(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     Class k has the clips clips[starts[k]:starts[k + 1]], in ascending order. K is at most 32,767.
     """
     rows, classes = targets.shape
-    assert classes <= np.iinfo(np.int16).max, "classes are sorted as int16"
+    if classes > np.iinfo(np.int16).max:
+        raise ValueError(f"{classes} classes: they are sorted as int16, which counts {np.iinfo(np.int16).max}.")
     clips, labels = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.int16)]
     for start in range(0, rows, BLOCK_ROWS):
         place = np.flatnonzero(targets[start : start + BLOCK_ROWS]).astype(np.int32)
@@ -225,22 +257,46 @@ def class_index(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def open_store(path: Path, *keys: str) -> h5py.File:
-    """Open a store or index for reading. Raises UserError where it is missing, cut off, or lacks one of `keys`."""
+    """Open a store or index for reading.
+
+    Raises UserError where it is missing, damaged, lacks one of `keys`, or has columns of another kind or length.
+    """
     if not path.is_file():
         raise UserError(
             f"There is no file {path}. Make it with `python main.py prepare --dataset_type ...`, or say with "
             f"--dataset_path where the prepared data lies."
         )
+    file = open_hdf5(path)
     try:
-        file = h5py.File(path, "r", rdcc_nbytes=0)  # rows are read once, at random: a cache would only copy them
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as HDF5; it may be cut off: prepare it again. ({error})") from None
-    lacking = [key for key in keys if key not in file]
-    if lacking:
-        found = ", ".join(file)
+        with reading(path):
+            lacking = [key for key in keys if key not in file]
+            if lacking:
+                raise UserError(
+                    f"{path} lacks {', '.join(lacking)}; it has {', '.join(file)}. It is no {'/'.join(keys)} file."
+                )
+            _check_layout(file)
+    except BaseException:
         file.close()
-        raise UserError(f"{path} lacks {', '.join(lacking)}; it has {found}. It is no {'/'.join(keys)} file.")
+        raise
     return file
+
+
+def _check_layout(file: h5py.File) -> None:
+    """Raise UserError for columns of another kind than this format's, or with another number of rows."""
+    check_columns(file, COLUMNS, rows={})
+    first = next((name for name in COLUMNS if name in file and not name.startswith("event_")), None)
+    events = [name for name in COLUMNS if name.startswith("event_") and name in file]
+    if first is not None:
+        clips = dict.fromkeys(COLUMNS, file[first].shape[0])
+        rows = clips | (dict.fromkeys(events, file[events[0]].shape[0]) if events else {})
+        check_columns(file, COLUMNS, rows=rows)
+    if events and len(events) != len(EVENT_COLUMNS):
+        raise UserError(f"{file.filename} has {', '.join(events)} alone; events need {', '.join(EVENT_COLUMNS)}.")
+    waveform = file.get("waveform")
+    if waveform is not None and waveform.dtype.itemsize != 2:
+        raise UserError(f"{file.filename}: waveform is {waveform.dtype}, where int16 is needed: prepare it again.")
+    if "waveform_flac" in file and h5py.check_vlen_dtype(file["waveform_flac"].dtype) != np.uint8:
+        raise UserError(f"{file.filename}: waveform_flac is no column of FLAC files in bytes: prepare it again.")
 
 
 class Waveforms:
@@ -251,7 +307,13 @@ class Waveforms:
         self.flac: Optional[h5py.Dataset] = file.get("waveform_flac")
         if self.rows is None and self.flac is None:
             raise UserError(f"{file.filename} has neither waveform nor waveform_flac: it is no clip store.")
-        self.real_len = file["real_len"][:] if "real_len" in file else None
+        self.path = Path(file.filename)
+        self.rate = read_rate(file) or PANNS_SAMPLE_RATE
+        self.real_len = read_column(file, "real_len") if "real_len" in file else None
+        if self.rows is not None:  # HDF5 takes a chunk at once
+            check_memory(
+                f"{file.filename}: a row of waveform", 2 * max(self.width, int(np.prod(self.rows.chunks or 1)))
+            )
 
     @property
     def width(self) -> int:
@@ -265,7 +327,7 @@ class Waveforms:
     def read_into(self, row: int, waveform: np.ndarray) -> int:
         """Fill the beginning of (samples,) int16 with a clip, as much as fits; returns how many samples those are.
 
-        Raises UserError or OSError where the row cannot be read.
+        Raises UserError where the row cannot be read.
         """
         if self.rows is None:
             sound = self.read(row)[: len(waveform)]
@@ -275,54 +337,155 @@ class Waveforms:
         length = min(length, len(waveform))
         # What rows.read_direct does, at half its cost: it takes longer to describe a row than to read one.
         selected = self.rows.id.get_space()
-        selected.select_hyperslab((row, 0), (1, length))
-        self.rows.id.read(h5py.h5s.create_simple((length,)), selected, waveform[:length])
+        with reading(self.path):
+            selected.select_hyperslab((row, 0), (1, length))
+            self.rows.id.read(h5py.h5s.create_simple((length,)), selected, waveform[:length])
         return length
 
     def read(self, row: int) -> np.ndarray:
-        """(samples,) int16 of a clip, whole. Raises UserError or OSError where it cannot be read."""
-        if self.rows is not None:
-            return self.rows[row, : None if self.real_len is None else int(self.real_len[row])]
+        """(samples,) int16 of a clip, whole. Raises UserError where it cannot be read."""
+        with reading(self.path):
+            if self.rows is not None:
+                return self.rows[row, : None if self.real_len is None else int(self.real_len[row])]
+            return self._decode(row)
+
+    def _decode(self, row: int) -> np.ndarray:
+        """(samples,) int16 of a row of FLAC, which must be as long as the store says before it takes memory."""
         assert self.flac is not None
         try:
-            return soundfile.read(io.BytesIO(self.flac[row].tobytes()), dtype="int16")[0]
+            with soundfile.SoundFile(io.BytesIO(self.flac[row].tobytes())) as sound:
+                length = sound.frames if self.real_len is None else int(self.real_len[row])
+                if (sound.channels, sound.frames, sound.samplerate) != (1, length, self.rate):
+                    raise UserError(
+                        f"Row {row} holds {sound.channels} channels of {sound.frames} samples at {sound.samplerate} "
+                        f"Hz, where the store says 1 of {length} at {self.rate} Hz: prepare it again."
+                    )
+                check_memory(f"{self.flac.file.filename}: row {row} of waveform_flac", 2 * length)
+                samples = sound.read(dtype="int16")
         except soundfile.LibsndfileError as error:
-            raise UserError(f"Row {row} is damaged: {error}") from None
+            raise UserError(f"Row {row} is damaged: {error.error_string}") from None
+        if len(samples) != length:
+            raise UserError(f"Row {row} is damaged: {len(samples)} of its {length} samples can be decoded.")
+        return samples
 
 
 def read_store_table(path: Path) -> ClipTable:
-    """The table of one store: all its clips, in the order of the file."""
-    with open_store(path, "audio_name", "target") as file:
-        Waveforms(file)  # a file of anything else is refused
-        count = len(file["audio_name"])
+    """The table of one store: all its clips, in the order of the file.
+
+    Raises UserError where the file is missing or damaged, or holds what no store may (check_store).
+    """
+    with open_store(path, "audio_name", "target") as file, reading(path):
+        waveforms = Waveforms(file)  # a file of anything else is refused
+        names = _names(file)
+        count = len(names)
         attributes = {key: str(file.attrs[key]) for key in ("dataset_type", "source", "licence") if key in file.attrs}
-        return ClipTable(
+        table = ClipTable(
             paths=[path],
-            names=file["audio_name"][:],
-            targets=file["target"][:].astype(bool),
+            names=names,
+            targets=_targets(file),
             path_number=np.zeros(count, dtype=np.int64),
             row=np.arange(count),
-            fold=file["fold"][:] if "fold" in file else np.zeros(count, dtype=np.int8),
-            split=file["split"][:] if "split" in file else np.zeros(count, dtype="S10"),
-            labels=[str(label) for label in file.attrs.get("labels", [])],
-            sample_rate=int(file.attrs["sample_rate"]) if "sample_rate" in file.attrs else None,
+            fold=read_column(file, "fold") if "fold" in file else np.zeros(count, dtype=np.int8),
+            split=read_column(file, "split").astype("S10") if "split" in file else np.zeros(count, dtype="S10"),
+            labels=texts(file.attrs.get("labels", [])),
+            sample_rate=read_rate(file),
             task=file.attrs.get("task"),
             attributes=attributes,
             labelling=_read_labelling(file, count),
-            events=[_read_event_table(file, count)],
         )
+        fault = next(_faults(table, waveforms, file), None)
+        if fault:
+            raise UserError(f"{path} is no valid clip store: {fault}. Prepare it again.")
+        return replace(table, events=[_read_event_table(file, count)])
+
+
+def read_rate(file: h5py.File) -> Optional[int]:
+    """Hz of a store; None where it does not say. Raises UserError for anything but a whole number of Hz."""
+    rate = file.attrs.get("sample_rate")
+    if rate is not None and not (np.ndim(rate) == 0 and np.isreal(rate) and rate in range(*RATES)):
+        raise UserError(
+            f"{file.filename}: sample_rate is {rate}, where a whole number of Hz is needed: prepare it again."
+        )
+    return None if rate is None else int(rate)
+
+
+def _names(file: h5py.File) -> np.ndarray:
+    """(N,) bytes. Raises UserError where one is no UTF-8."""
+    names = read_column(file, "audio_name").astype("S")
+    try:
+        b"\n".join(names.tolist()).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{file.filename}: a name in audio_name is no text in UTF-8.") from None
+    return names
+
+
+def _targets(file: h5py.File) -> np.ndarray:
+    """(N, K) bool. Raises UserError for other numbers than 0 and 1."""
+    targets = read_column(file, "target")
+    if targets.dtype != bool and not np.isin(targets, (0, 1)).all():
+        raise UserError(f"{file.filename}: target holds other numbers than 0 and 1.")
+    return targets.astype(bool)
+
+
+def _faults(table: ClipTable, waveforms: Waveforms, file: h5py.File) -> Iterator[str]:
+    """What is wrong in the values of a store, most important first; each relies on those before."""
+    rows, classes = table.targets.shape
+    if len(waveforms) != rows:
+        yield f"its sound has {len(waveforms)} rows, and there are {rows} clips"
+    if table.labels and len(table.labels) != classes:
+        yield f"labels names {len(table.labels)} classes, and target has {classes}"
+    if len(set(table.labels)) != len(table.labels) or not all(map(str.strip, table.labels)):
+        yield f"labels has an empty name, or one twice: {table.labels[:5]}"
+    if table.task not in (None, *get_args(Task)):
+        yield f"task is {table.task!r}, where {' or '.join(get_args(Task))} is needed"
+    lengths = waveforms.real_len
+    wrong = [] if lengths is None else np.flatnonzero((lengths < 0) | (lengths > (waveforms.width or np.inf)))
+    if len(wrong):
+        yield f"real_len of row {wrong[0]} is {lengths[wrong[0]]}, and rows have room for {waveforms.width} samples"
+    known = table.labelling if table.labelling is not None else np.zeros(0)
+    if not np.isin(known, (UNLABELLED, WEAK, STRONG)).all():
+        yield f"labelling must be {UNLABELLED}, {WEAK} or {STRONG}, and is up to {known.max()}"
+    if (table.fold < 0).any():
+        yield f"fold must be 0 or more, and is {table.fold.min()}"
+    strange = set(np.unique(table.split).tolist()) - {b"", *(split.encode() for split in SPLITS)}
+    if strange:
+        yield f"split must be {', '.join(SPLITS)}, and is {min(strange).decode(errors='replace')!r}"
+    if "event_clip" in file:
+        yield from _event_faults(table, waveforms, *(read_column(file, name) for name in EVENT_COLUMNS))
+
+
+def _event_faults(
+    table: ClipTable, waveforms: Waveforms, clip: np.ndarray, label: np.ndarray, onset: np.ndarray, offset: np.ndarray
+) -> Iterator[str]:
+    """What is wrong in the events: (E,) row of the clip, class, onset and offset in seconds."""
+
+    def first(what: str, wrong: np.ndarray) -> Iterator[str]:
+        for event in np.flatnonzero(wrong)[:1]:
+            yield (
+                f"{wrong.sum()} of {len(clip)} events {what}, as the one of clip {clip[event]}, class {label[event]}, "
+                f"from {onset[event]:g} to {offset[event]:g} s"
+            )
+
+    rows, classes = table.targets.shape
+    yield from first("belong to a clip that is not there", (clip < 0) | (clip >= rows))
+    yield from first("have a class that is not there", (label < 0) | (label >= classes))
+    times = np.isfinite(onset) & np.isfinite(offset) & (onset >= 0) & (onset <= offset)
+    yield from first("are not in order, 0 <= onset <= offset", ~times)
+    if waveforms.real_len is not None:
+        end = waveforms.real_len[clip] / table.waveform_rate
+        yield from first(f"end more than {END_TOLERANCE:g} s after their clip", offset > end + END_TOLERANCE)
+    yield from first("have a class that their clip has not", ~table.targets[clip, label])
 
 
 def _read_labelling(file: h5py.File, count: int) -> np.ndarray:
     """(N,) annotation of each clip; without the column STRONG in a store with events, WEAK in one without."""
     if "labelling" in file:
-        return file["labelling"][:]
+        return read_column(file, "labelling")
     return np.full(count, STRONG if len(file.get("event_clip", ())) else WEAK, dtype=np.int8)
 
 
 def _read_event_table(file: h5py.File, count: int) -> EventTable:
-    names = ("event_clip", "event_class", "event_onset", "event_offset")
-    clip, label, onset, offset = (file[name][:] if name in file else np.zeros(0) for name in names)
+    clip, label, onset, offset = (read_column(file, name) if name in file else np.zeros(0) for name in EVENT_COLUMNS)
     order = np.argsort(clip, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(clip.astype(np.int64), minlength=count))])
     return EventTable(starts, label[order].astype(np.int64), onset[order], offset[order])
@@ -333,11 +496,10 @@ def read_index_table(path: Path, root: Path) -> ClipTable:
 
     Paths in the index are taken from `root` where they are relative or no longer exist.
     """
-    with open_store(path, "audio_name", "target", "hdf5_path", "index_in_hdf5") as file:
-        unique, path_number = _numbered(file["hdf5_path"][:])
-        names, targets, row = file["audio_name"][:], file["target"][:].astype(bool), file["index_in_hdf5"][:]
-        sample_rate = int(file.attrs["sample_rate"]) if "sample_rate" in file.attrs else None
-        task = file.attrs.get("task")
+    with open_store(path, "audio_name", "target", "hdf5_path", "index_in_hdf5") as file, reading(path):
+        unique, path_number = _numbered(read_column(file, "hdf5_path").astype("S"))
+        names, targets, row = _names(file), _targets(file), read_column(file, "index_in_hdf5")
+        sample_rate, task = read_rate(file), file.attrs.get("task")
     return ClipTable(
         paths=[_relocate(Path(name.decode()), root) for name in unique],
         names=names,

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, get_args
 
 import h5py
 
-from data.clip_store import Task, open_store, store_path
+from data.clip_store import Task, open_store, read_rate, store_path
+from data.hdf5 import read_column, reading
 from settings import UserError
 
 
@@ -19,15 +20,14 @@ def store_facts(values: Mapping[str, Any]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        with open_store(path, "target") as file:
-            rate = file.attrs.get("sample_rate")
+        with open_store(path, "target") as file, reading(path):
             facts = {
                 "classes_num": file["target"].shape[1],
                 "task": _task(file, values["dataset_type"]),
-                "data_rate": None if rate is None else int(rate),
+                "data_rate": read_rate(file),
             }
             return {name: value for name, value in facts.items() if value is not None}
-    except (UserError, OSError, LookupError):
+    except UserError:
         return {}
 
 
@@ -48,10 +48,10 @@ def _places(values: Mapping[str, Any]) -> list[Path]:
 def _task(file: h5py.File, dataset_type: str) -> Optional[Task]:
     """The task that a store says; in older ones it shows in clips that have one class each, and no event times."""
     if "task" in file.attrs:
-        return file.attrs["task"]
+        return next((task for task in get_args(Task) if task == file.attrs["task"]), None)
     single = dataset_type in ("esc-50", "scv2")  # where clips have several classes, that is a mistake for `check`
     if not (single or dataset_type == "folder") or len(file.get("event_clip", ())):
         return "multilabel"
-    if (file["target"][:].sum(axis=1) == 1).all():
+    if (read_column(file, "target").sum(axis=1) == 1).all():
         return "single_label"
     return None if single else "multilabel"

@@ -1,6 +1,6 @@
-"""A file is written whole or not at all, and by one process at a time.
+"""What reading and writing files share: a file is written whole or not at all, by one process at a time.
 
-It has another name first, which it changes for its own at the end.
+It has another name first, which it changes for its own at the end; it is read only if memory holds it.
 """
 
 import errno
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     import h5py
 
 # Endings of audio files that libsndfile reads.
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".aifc", ".oga", ".wave", ".bwf",
+    ".rf64", ".snd", ".mp2", ".mpga",
+)  # fmt: skip
 
 REMEDIES = {
     errno.ENOSPC: "make room on this disk, or write to another",
@@ -44,6 +48,7 @@ REMEDIES = {
     errno.EISDIR: "give the name of a file",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no error of reading has these numbers
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # limits of a container
 KEPT_CHARACTERS = 40  # of the name, in the temporary one: the longest name that is allowed stays so
 PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.partial")  # as whole_file names it
 LONGEST_NAME = 255  # bytes, where the file system does not say it
@@ -294,3 +299,27 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def memory_limit() -> int:
+    """Bytes that this process may take: those of the machine, or less where its container or ulimit allows less."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    limits = [os.sysconf("SC_PHYS_PAGES") * page]
+    for file in CGROUPS:
+        with suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int(Path(file).read_text()))
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if allowed != resource.RLIM_INFINITY:
+        with suppress(OSError):  # where there is no /proc
+            allowed -= int(Path("/proc/self/statm").read_text().split()[0]) * page
+        limits.append(max(allowed, 0))
+    return min(limits)
+
+
+def check_memory(what: str, size: int) -> None:
+    """Raise UserError where `size` bytes, as declared, are more than half of memory_limit. what: begins the message."""
+    if size > memory_limit() // 2:
+        raise UserError(
+            f"{what} would take {size / 2**30:,.1f} GiB, and this process may take {memory_limit() / 2**30:,.1f} GiB: "
+            f"it is damaged, or it needs a machine with more memory."
+        )

@@ -6,7 +6,6 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from settings import UserError
 from utils import do_mixup
 
 TICKS = 1 << 16  # parts of a step: whole numbers add up alike in any order and on any device
@@ -28,7 +27,7 @@ class Events:
     def __post_init__(self) -> None:
         lengths = [len(self.clip), len(self.label), len(self.onset), len(self.offset)]
         if len(set(lengths)) != 1:
-            raise UserError(f"Events need a clip, a label, an onset and an offset each, not {lengths} of them.")
+            raise ValueError(f"Events need a clip, a label, an onset and an offset each, not {lengths} of them.")
 
     def to(self, device: torch.device | str) -> "Events":
         """The same events on another device."""
@@ -69,7 +68,7 @@ def resample_steps(
     """
     _check_grid(steps, seconds)
     if length is not None and not 0 < length <= seconds:
-        raise UserError(f"length = {length} s is not allowed: give more than 0 and at most the {seconds} s there are.")
+        raise ValueError(f"length = {length} s is not allowed: give more than 0 and at most the {seconds} s there are.")
     frames = values.shape[1]
     width = frames * ((length or seconds) / seconds) / steps
     start = -shift.to(values.device).float() * (frames / seconds)
@@ -91,7 +90,7 @@ def step_shares(start: Tensor, width: float, *, frames: int, steps: int) -> Tens
 
 def _check_grid(steps: int, seconds: float) -> None:
     if steps < 1 or not seconds > 0:
-        raise UserError(f"{steps} steps of {seconds} s together are no grid: give at least 1 step and more than 0 s.")
+        raise ValueError(f"{steps} steps of {seconds} s together are no grid: give at least 1 step and more than 0 s.")
 
 
 def _ticks(times: Tensor, steps: int, seconds: float) -> Tensor:

@@ -18,7 +18,8 @@ from typing import Any, Optional
 import h5py
 import numpy as np
 
-from data.files import AUDIO_SUFFIXES, whole_hdf5
+from data.files import AUDIO_SUFFIXES, check_memory, whole_hdf5
+from data.hdf5 import check_written, open_hdf5, reading, texts
 from settings import UserError
 
 PUBLISHED_CLASSES = 447  # of the published logits, and the first and last of them
@@ -93,12 +94,14 @@ class TeacherLogits:
         self.path, self.classes = Path(path), len(labels)
         self._file: Optional[h5py.File] = None
         self._process = os.getpid()
-        with self._opened() as file:
+        with self._opened() as file, reading(self.path):
             self._check(file)
             self.clips, count, self.steps = file["strong_logits"].shape
-            known = [str(label) for label in file.attrs["labels"]] if "labels" in file.attrs else None
+            known = texts(file.attrs["labels"]) if "labels" in file.attrs else None
             seconds = float(file.attrs.get("clip_seconds", PUBLISHED_SECONDS))
             self.step_seconds = float(file.attrs.get("step_seconds", seconds / self.steps))
+            check_memory(f"{file.filename}: a clip of strong_logits", 2 * count * self.steps)
+            check_written(file, "strong_logits")
         self._columns = self._place_classes(list(labels), known, count)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,10 +113,7 @@ class TeacherLogits:
                 f"There is no file {self.path}: teacher_path names a teacher's frame logits, which `python main.py "
                 f"teach` writes."
             )
-        try:
-            return h5py.File(self.path, "r", rdcc_nbytes=0)  # clips are read at random: a cache would only copy them
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read as HDF5; it may be cut off. ({error})") from None
+        return open_hdf5(self.path)
 
     def _check(self, file: h5py.File) -> None:
         """Raise UserError where a file has not the layout of a teacher's logits."""
@@ -235,6 +235,8 @@ class TeacherLogits:
             logits = self._file["strong_logits"][row]
         except OSError as error:
             raise UserError(f"{self.path}: row {row} is damaged. ({error})") from None
+        if not np.isfinite(logits).all():
+            raise UserError(f"{self.path}: row {row} holds NaN or infinite logits: let the teacher write it again.")
         return logits if self._columns is None else logits[self._columns]
 
 

@@ -1,10 +1,9 @@
-"""Tables of events and durations in DCASE's format (tab-separated): read, checked, and as arrays.
+"""Tables of events and durations in DCASE's format: read, checked, and as arrays.
 
 Events: filename, onset, offset (seconds), event_label; a row with nothing but a filename is a clip without events.
 Durations: filename, duration (seconds), one row for each clip of the data set.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from evaluation.postprocess import EVENT_COLUMNS
+from data.clip_store import END_TOLERANCE
+from data.tables import EVENT_COLUMNS, parse_event, read_table, require_columns
 from settings import UserError
 
 SHOWN = 4  # names or lines in a message
@@ -46,9 +46,14 @@ class GroundTruth:
 
     @classmethod
     def build(cls, table: pd.DataFrame, durations: dict[str, float], labels: Sequence[str]) -> "GroundTruth":
-        """Raises UserError for a table without events, and for clips without a duration."""
+        """Raises UserError for a table without events, clips without a duration, and names that cannot be measured."""
         if len(table) == 0:
             raise UserError("The ground truth has no events: there is nothing to evaluate against.")
+        wrong = next((label for label in labels if "\\" in label), None)
+        if wrong is not None:
+            raise UserError(
+                f"The class {wrong} has a backslash in its name, which sed_scores_eval cannot take: rename it."
+            )
         check_clips(table, durations, "The ground truth")
         seconds = np.array(list(durations.values()), dtype=np.float64)
         return cls(list(durations), seconds, list(labels), join_overlapping(table))
@@ -85,36 +90,29 @@ class GroundTruth:
 
 
 def read_events(path: Path) -> pd.DataFrame:
-    """A table of events with EVENT_COLUMNS.
-
-    Raises UserError, with the lines, for missing columns, times that are no numbers or negative, empty fields, and
-    events that do not end after they begin.
-    """
-    text = _read_text(path, EVENT_COLUMNS)
-    text = text[~(text.onset.isna() & text.offset.isna() & text.event_label.isna())]
-    for column in ("filename", "event_label"):
-        _refuse(path, text[column].isna(), f"{column} is empty")
-    onset = _numbers(path, text, "onset")
-    offset = _numbers(path, text, "offset")
-    _refuse(path, onset < 0, "the onset is negative")
-    _refuse(path, offset <= onset, "the event does not end after it begins")
-    table = pd.DataFrame(
-        {"filename": text.filename, "onset": onset, "offset": offset, "event_label": text.event_label},
-        columns=EVENT_COLUMNS,
-    )
-    return table.reset_index(drop=True)
+    """A table of events with EVENT_COLUMNS. Raises UserError, with the line, as data.tables.parse_event."""
+    columns, rows = read_table(path, empty=True)
+    require_columns(path, columns, EVENT_COLUMNS)
+    events = [(row.cells["filename"], parse_event(row)) for row in rows]
+    found = [(name, event.onset, event.offset, event.label) for name, event in events if event is not None]
+    return pd.DataFrame(found, columns=EVENT_COLUMNS).astype({"onset": np.float64, "offset": np.float64})
 
 
 def read_durations(path: Path) -> dict[str, float]:
-    """{filename: seconds}. Raises UserError, with the lines, for durations that are not allowed, and repeated clips."""
-    text = _read_text(path, ["filename", "duration"])
-    _refuse(path, text.filename.isna(), "filename is empty")
-    seconds = _numbers(path, text, "duration")
-    _refuse(path, seconds <= 0, "the duration is not above 0 s")
-    _refuse(path, text.filename.duplicated(), "the clip is in the table twice")
-    if len(text) == 0:
-        raise UserError(f"{path} names no clips.")
-    return dict(zip(text.filename.tolist(), seconds.tolist(), strict=True))
+    """{filename: seconds}. Raises UserError, with the line, for durations that are not allowed, and repeated clips."""
+    columns, rows = read_table(path)
+    require_columns(path, columns, ("filename", "duration"))
+    durations: dict[str, float] = {}
+    for row in rows:
+        name, seconds = row.cells["filename"], row.number("duration")
+        if not name:
+            raise UserError(f"{row.place}: the filename is empty.")
+        if seconds <= 0:
+            raise UserError(f"{row.place}: the duration is not above 0 s.")
+        if name in durations:
+            raise UserError(f"{row.place}: {name} is in the table twice.")
+        durations[name] = seconds
+    return durations
 
 
 def check_clips(table: pd.DataFrame, durations: dict[str, float], what: str) -> None:
@@ -125,6 +123,18 @@ def check_clips(table: pd.DataFrame, durations: dict[str, float], what: str) -> 
         raise UserError(
             f"{what} has events in clips without a duration: {', '.join(unknown[:SHOWN])}{more}. Add them to the "
             f"durations of {len(durations)} clips ({next(iter(durations))}, ...), or remove the events."
+        )
+
+
+def check_ends(table: pd.DataFrame, durations: dict[str, float], what: str) -> None:
+    """Raise UserError for an event that ends more than END_TOLERANCE after its clip. what: the table."""
+    end = table.filename.map(durations)
+    late = table[table.offset > end + END_TOLERANCE]
+    if len(late):
+        name, onset, offset, label = late.iloc[0][EVENT_COLUMNS]
+        raise UserError(
+            f"{what} has {len(late)} events that end after their clip, as {label} from {onset:g} to {offset:g} s in "
+            f"{name}, which is {durations[name]:g} s long: correct the event or the duration."
         )
 
 
@@ -144,44 +154,3 @@ def join_overlapping(table: pd.DataFrame, *, touching: bool = False) -> pd.DataF
     first = np.concatenate([[True], apart | (kind[1:] != kind[:-1])])
     last = np.concatenate([first[1:], [True]])
     return events[first].assign(offset=latest[last]).reset_index(drop=True)
-
-
-def _read_text(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """The columns of a table as text, NaN for empty fields; the index is the line's number in the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of lines with more fields than the first one
-            text = pd.read_csv(
-                path,
-                sep="\t",
-                dtype=str,
-                keep_default_na=False,
-                na_values=[""],
-                skip_blank_lines=False,
-                index_col=False,
-            )
-    except OSError as error:
-        raise UserError(f"The table {path} cannot be read: {error.strerror}.") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a tab-separated table: {error}.") from None
-    missing = [column for column in columns if column not in text.columns]
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}: its first line has {', '.join(map(str, text.columns))}. Give a "
-            f"tab-separated table with {', '.join(columns)}."
-        )
-    text.index = text.index + 2
-    return text[list(columns)].dropna(how="all")
-
-
-def _numbers(path: Path, text: pd.DataFrame, column: str) -> pd.Series:
-    values = pd.to_numeric(text[column], errors="coerce")
-    _refuse(path, ~np.isfinite(values), f"{column} is not a finite number of seconds")
-    return values.astype(np.float64)
-
-
-def _refuse(path: Path, wrong: pd.Series, reason: str) -> None:
-    if wrong.any():
-        lines = wrong.index[wrong].tolist()
-        more = ", ..." if len(lines) > SHOWN else ""
-        raise UserError(f"{path}, line {', '.join(map(str, lines[:SHOWN]))}{more}: {reason}.")

@@ -57,11 +57,6 @@ class ClassMapping:
         return ClassMapping(self.name, tuple(labels), tuple(self.groups[k] for k in place), thresholds)
 
 
-def mapping_labels(which: str) -> list[str]:
-    """The classes of a mapping. which: published, reviewed, or a JSON file."""
-    return list(_read(which))
-
-
 def load_mapping(which: str, sources: Sequence[str], mids: Sequence[str] = ()) -> ClassMapping:
     """A mapping from the classes `sources`. which: published, reviewed, or a JSON file; mids: their AudioSet ids.
 

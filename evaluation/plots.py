@@ -21,6 +21,8 @@ from evaluation.scores import EventList
 
 TRUE_COLOUR, FOUND_COLOUR, SCORE_COLOUR = "#3aa883", "#d1495b", "#2b3a55"
 MOST_SHOWN = 8  # classes of a clip, each with a strip of its own
+WIDTH, WIDEST = 5.4, 36.0  # inches of a clip's figure, and of that of a long recording
+SECONDS_IN_WIDTH = 60.0  # a longer recording has a wider figure
 MOST_CURVES = 12  # classes whose curves stay distinguishable
 MOST_COLUMNS = 1000  # of a waveform of any length
 BINS = 32  # of a histogram
@@ -57,6 +59,7 @@ class ClipView:
     found: EventList
     sound: Optional[ClipSound] = None
     truth_known: bool = True
+    title: str = ""
 
     @property
     def shown(self) -> list[int]:
@@ -110,7 +113,9 @@ def clip_figure(view: ClipView) -> Figure:
     shown = view.shown
     heights = [*([0.95, 1.5] if view.sound is not None else []), *([0.85] * len(shown))]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, sum(heights) + 0.75), layout="constrained")
+        figure = Figure(figsize=(_width(view.duration), sum(heights) + 0.75), layout="constrained")
+        if view.title:
+            figure.suptitle(view.title)
         axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
         if view.sound is not None:
             _draw_sound(figure, axes[0], axes[1], view.sound, view.duration)
@@ -130,11 +135,18 @@ def clip_figure(view: ClipView) -> Figure:
     return figure
 
 
-def tags_figure(tags: Sequence[tuple[str, float]], sound: ClipSound, duration: float) -> Figure:
+def _width(duration: float) -> float:
+    """Inches of a figure over so many seconds: in half an hour, events are not to be a barcode."""
+    return float(np.clip(WIDTH * duration / SECONDS_IN_WIDTH, WIDTH, WIDEST))
+
+
+def tags_figure(tags: Sequence[tuple[str, float]], sound: ClipSound, duration: float, title: str = "") -> Figure:
     """Waveform and log-mel spectrogram of a clip of `duration` seconds, and its tags as bars (class, score 0 to 1)."""
     with matplotlib.rc_context(STYLE):
         heights = [0.95, 1.5, 0.5 + 0.2 * len(tags)]
-        figure = Figure(figsize=(5.4, sum(heights) + 0.75), layout="constrained")
+        figure = Figure(figsize=(_width(duration), sum(heights) + 0.75), layout="constrained")
+        if title:
+            figure.suptitle(title)
         axes = figure.subplots(3, 1, height_ratios=heights)
         axes[0].sharex(axes[1])
         _draw_sound(figure, axes[0], axes[1], sound, duration)

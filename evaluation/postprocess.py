@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import pandas as pd
 from scipy.ndimage import median_filter
 
-from settings import Config, UserError, section
+from data.files import check_memory
+from data.tables import EVENT_COLUMNS
+from settings import SHORT, Config, UserError, section
 
-EVENT_COLUMNS = ["filename", "onset", "offset", "event_label"]
 DEFAULT_THRESHOLD = 0.5
+LONGEST_FILTER, MOST_PARTS = 9_999, 1_000  # frames of a median filter; parts of a frame
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class PostProcessing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         for name, kind in PER_CLASS.items():
-            values = np.atleast_1d(np.asarray(getattr(self, name)))
+            values = _numbers(name, getattr(self, name))
             if len(values) not in (1, len(self.labels)):
                 raise UserError(
                     f"{name} has {len(values)} values: give 1, or one for each of the {len(self.labels)} classes "
@@ -75,10 +78,14 @@ class PostProcessing:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PostProcessing":
-        """The inverse of as_dict. Raises UserError for other fields."""
-        known = {field.name for field in fields(cls)}
-        if set(content) - known or "labels" not in content:
-            raise UserError(f"A post-processing has the fields {', '.join(known)}, not {', '.join(content)}.")
+        """The inverse of as_dict. Raises UserError for other fields, and for values of a wrong type."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(content, Mapping) or set(content) - set(known) or "labels" not in content:
+            given = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+            raise UserError(f"A post-processing has the fields {', '.join(known)}, not {given:.200}.")
+        labels, source = content["labels"], content.get("source", "")
+        if not isinstance(labels, (list, tuple)) or not all(isinstance(each, str) for each in (*labels, source)):
+            raise UserError("The labels of a post-processing are a list of names, and its source is text.")
         return cls(**content)
 
 
@@ -106,24 +113,58 @@ PER_CLASS: dict[str, type] = {
 }
 
 
+def read_postprocessing(content: Any, path: str | Path) -> PostProcessing:
+    """What a file says, as PostProcessing.as_dict gave it. Raises UserError, with the file's name, for others."""
+    try:
+        return PostProcessing.from_dict(content)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: its entry postprocessing cannot be used. {error}") from None
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    """(1,) or (K,) finite numbers. Raises UserError for anything else."""
+    try:
+        values = np.atleast_1d(np.asarray(given, dtype=np.float64))
+    except (TypeError, ValueError):
+        values = np.full(1, np.nan)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise UserError(f"{name} = {SHORT.repr(given)} is not allowed: give finite numbers.")
+    return values
+
+
 def _check_ranges(post: PostProcessing) -> None:
-    if not np.isfinite(post.thresholds).all():
-        raise UserError(f"thresholds {post.thresholds} must be finite numbers.")
-    if any(length < 1 or length % 2 == 0 for length in post.median_filter):
-        raise UserError(f"median_filter {post.median_filter}: lengths are odd numbers of frames, 1 for no filter.")
+    if any(length < 1 or length % 2 == 0 or length > LONGEST_FILTER for length in post.median_filter):
+        raise UserError(
+            f"median_filter {SHORT.repr(post.median_filter)}: lengths are odd numbers of frames, 1 for no filter, at "
+            f"most {LONGEST_FILTER}."
+        )
     if any(not 0 <= seconds < np.inf for seconds in (*post.minimum_duration, *post.maximum_gap)):
         raise UserError(
             f"minimum_duration {post.minimum_duration} and maximum_gap {post.maximum_gap} are seconds, 0 or more."
         )
-    if int(post.interpolation) != post.interpolation or post.interpolation < 1:
+    if post.interpolation not in range(1, MOST_PARTS + 1):
         raise UserError(
-            f"interpolation = {post.interpolation} is not allowed: give 1 for none, or the parts of a frame."
+            f"interpolation = {SHORT.repr(post.interpolation)} is not allowed: give 1 for none, or the parts of a "
+            f"frame, at most {MOST_PARTS}."
         )
 
 
 def frame_edges(frames: int, seconds_per_frame: float, duration: float) -> np.ndarray:
     """(frames + 1,) times in seconds at which the frames of a clip begin, and the last one ends."""
-    return np.minimum(np.arange(frames + 1) * seconds_per_frame, duration)
+    return _begin_times(np.arange(frames + 1), frames, seconds_per_frame, np.float64(duration), seconds_per_frame / 2)
+
+
+def _begin_times(
+    number: np.ndarray, frames: int, seconds_per_frame: float, durations: np.ndarray, half: float
+) -> np.ndarray:
+    """Seconds at which frames begin; those from the end of their clip on, at its end.
+
+    The last frame ends with the clip: a rest of less than half a frame belongs to the one before. frames: of the
+    scores, which cover the clip or, where it is longer by over `half` seconds, its beginning.
+    """
+    inside = np.maximum(np.floor(durations / seconds_per_frame + 0.5 + 1e-9), 1)
+    last = np.where(durations - frames * seconds_per_frame < half, np.minimum(inside, frames), inside)
+    return np.where(number >= last, durations, number * seconds_per_frame)
 
 
 def active_runs(active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -155,6 +196,7 @@ def smooth_scores(
     if interpolation == 1:
         return scores
     frames = scores.shape[1]
+    check_memory(f"Scores of {len(scores)} clips with interpolation = {interpolation}", scores.nbytes * interpolation)
     place = np.clip((np.arange(frames * interpolation) + 0.5) / interpolation - 0.5, 0, frames - 1)
     before = np.minimum(place.astype(int), max(frames - 2, 0))
     share = (place - before)[None, :, None].astype(scores.dtype)
@@ -164,7 +206,7 @@ def smooth_scores(
 def _hold_last(framewise: np.ndarray, durations: np.ndarray, seconds_per_frame: float) -> np.ndarray:
     """A copy in which the frames after a clip's end repeat its last one."""
     frames = framewise.shape[1]
-    last = np.clip(np.ceil(durations / seconds_per_frame - 1e-9).astype(int) - 1, 0, frames - 1)
+    last = np.clip(np.floor(durations / seconds_per_frame + 0.5 + 1e-9).astype(int) - 1, 0, frames - 1)
     if (last == frames - 1).all():
         return framewise.copy()
     return np.take_along_axis(framewise, np.minimum(np.arange(frames), last[:, None])[:, :, None], axis=1)
@@ -195,7 +237,7 @@ def decode_events(
     step = seconds_per_frame / interpolation
     clip, label, start, stop = active_runs(scores > np.asarray(thresholds))
     ends = np.asarray(durations, dtype=np.float64)[clip]
-    onset, offset = np.minimum(start * step, ends), np.minimum(stop * step, ends)
+    onset, offset = (_begin_times(k, scores.shape[1], step, ends, seconds_per_frame / 2) for k in (start, stop))
     inside = offset > onset
     columns = [clip[inside], label[inside], onset[inside], offset[inside]]
     columns = _join_close(*columns, gaps=np.broadcast_to(maximum_gap, classes))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from data.tables import read_table, require_columns
 from evaluation.postprocess import frame_edges
 from evaluation.scores import Scores
 from settings import UserError
@@ -60,11 +61,9 @@ def import_tables(folder: Path, truth: Scores) -> Scores:
     A clip's score is the highest of its frames. Raises UserError, with their names, for clips and classes that are on
     one side only, and for frames of different lengths (the last one of a clip may be shorter).
     """
-    from sed_scores_eval.base_modules.io import read_sed_scores
-
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: --import_scores names a folder of <clip>.tsv files.")
-    tables: dict[str, pd.DataFrame] = read_sed_scores(folder)
+    tables = {path.stem: _read_scores(path) for path in sorted(folder.glob("*.tsv"))}
     names = [table_name(name) for name in truth.names]
     if set(names) != tables.keys():
         ours, theirs = sorted(set(names) - tables.keys()), sorted(tables.keys() - set(names))
@@ -85,6 +84,14 @@ def import_tables(folder: Path, truth: Scores) -> Scores:
         name: value for name, value in truth.attributes.items() if name not in ("postprocessing", "run_id", "weights")
     }
     return replace(truth, framewise=framewise, clipwise=framewise.max(axis=1), seconds_per_frame=step, attributes=kept)
+
+
+def _read_scores(path: Path) -> pd.DataFrame:
+    """onset, offset and a column a class, one row a frame. Raises UserError, with the line, for other than numbers."""
+    columns, rows = read_table(path)
+    require_columns(path, columns, ("onset", "offset"))
+    order = ["onset", "offset", *(name for name in columns if name not in ("onset", "offset"))]
+    return pd.DataFrame([[row.number(name) for name in order] for row in rows], columns=order)
 
 
 def _frame_seconds(tables: Mapping[str, pd.DataFrame]) -> float:

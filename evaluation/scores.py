@@ -11,20 +11,29 @@ window_size, ...).
 A test divided among several jobs (test_shard) leaves <name>.shard1of4.h5, ...: load_scores joins them.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
-import h5py
 import numpy as np
 import pandas as pd
 
 from data.files import whole_hdf5
-from evaluation.postprocess import PostProcessing
-from settings import UserError
+from data.hdf5 import Columns, check_columns, open_hdf5, read_column, reading, texts
+from evaluation.postprocess import PostProcessing, read_postprocessing
+from settings import WITH_COMMAS, UserError
+
+COLUMNS: Columns = {  # kinds of NumPy's dtypes, dimensions
+    "audio_name": ("SO", 1), "clipwise": ("f", 2), "target": ("biuf", 2), "duration": ("f", 1), "framewise": ("f", 3),
+    "clip_index": ("iu", 1), "event_clip": ("iu", 1), "event_class": ("iu", 1), "event_onset": ("f", 1),
+    "event_offset": ("f", 1),
+}  # fmt: skip
+OF_CLIPS = ("audio_name", "clipwise", "target", "duration", "framewise", "clip_index")
+LONGEST_SECONDS = 86_400.0  # of a clip
 
 EventList = list[tuple[int, float, float]]  # class index, onset and offset in seconds
 
@@ -94,7 +103,8 @@ class Scores:
         unknown = [name for name in names if name not in self.labels]
         if unknown:
             raise UserError(
-                f"{self.source} has no class {', '.join(unknown)}; its classes are {', '.join(self.labels)}."
+                f"{self.source} has no class {', '.join(unknown)}; its classes are {', '.join(self.labels)}. "
+                f"{WITH_COMMAS}"
             )
         place = [self.labels.index(name) for name in names]
         number = {old: new for new, old in enumerate(place)}
@@ -166,31 +176,69 @@ def load_scores(path: Path) -> Scores:
 
 
 def _read(path: Path) -> Scores:
-    try:
-        with h5py.File(path, "r") as file:
-            names = [name.decode() for name in file["audio_name"][:]]
-            events: Optional[list[EventList]] = None
-            if "event_clip" in file:
-                events = [[] for _ in names]
-                columns = (file[f"event_{name}"][:].tolist() for name in ("clip", "class", "onset", "offset"))
-                for clip, label, onset, offset in zip(*columns, strict=True):
-                    events[clip].append((label, onset, offset))
-            own = ("labels", "seconds_per_frame")
-            return Scores(
-                names=names,
-                clipwise=file["clipwise"][:],
-                targets=file["target"][:],
-                durations=file["duration"][:],
-                labels=[str(label) for label in file.attrs["labels"]],
-                framewise=file["framewise"][:] if "framewise" in file else None,
-                seconds_per_frame=float(file.attrs["seconds_per_frame"]),
-                events=events,
-                clip_index=file["clip_index"][:] if "clip_index" in file else None,
-                attributes={key: value for key, value in file.attrs.items() if key not in own},
-                path=path,
-            )
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path} is no score file, or it is cut off: {error}") from None
+    with open_hdf5(path) as file, reading(path):
+        lacking = [name for name in ("audio_name", "clipwise", "target", "duration") if name not in file]
+        if lacking or "labels" not in file.attrs:
+            raise UserError(f"{path} is no score file: it lacks {', '.join([*lacking, 'labels'])}.")
+        clips = len(file["audio_name"])
+        check_columns(file, COLUMNS, rows=dict.fromkeys(OF_CLIPS, clips))
+        column = {name: read_column(file, name) for name in COLUMNS if name in file}
+        own = ("labels", "seconds_per_frame")
+        found = Scores(
+            names=[name.decode() for name in column["audio_name"].tolist()],
+            clipwise=column["clipwise"],
+            targets=column["target"],
+            durations=column["duration"],
+            labels=texts(file.attrs["labels"]),
+            framewise=column.get("framewise"),
+            seconds_per_frame=float(file.attrs["seconds_per_frame"]),
+            events=_clip_events(path, column, clips),
+            clip_index=column.get("clip_index"),
+            attributes={key: value for key, value in file.attrs.items() if key not in own},
+            path=path,
+        )
+        stored = found.attributes.get("postprocessing")
+        if stored:
+            read_postprocessing(json.loads(str(stored)), path).for_labels(found.labels)
+        fault = next(_faults(found), None)
+        if fault:
+            raise UserError(f"{path} is no valid score file: {fault}. Test again.")
+        return found
+
+
+def _clip_events(path: Path, column: dict[str, np.ndarray], clips: int) -> Optional[list[EventList]]:
+    """The events of each clip. Raises UserError where they belong to none."""
+    if "event_clip" not in column:
+        return None
+    events: list[EventList] = [[] for _ in range(clips)]
+    number = column["event_clip"]
+    if len(number) and not 0 <= number.min() <= number.max() < clips:
+        raise UserError(f"{path} is no valid score file: an event belongs to clip {number.max()} of {clips}.")
+    columns = (column[f"event_{name}"].tolist() for name in ("clip", "class", "onset", "offset"))
+    for clip, label, onset, offset in zip(*columns, strict=True):
+        events[clip].append((label, onset, offset))
+    return events
+
+
+def _faults(scores: Scores) -> Iterator[str]:
+    """What is wrong in the values of a score file, most important first; each relies on those before."""
+    clips, classes = len(scores.names), len(scores.labels)
+    if len(set(scores.labels)) != classes:
+        yield f"labels has a name twice: {scores.labels[:5]}"
+    for name, array in (("clipwise", scores.clipwise), ("target", scores.targets), ("framewise", scores.framewise)):
+        if array is not None and (len(array), array.shape[-1]) != (clips, classes):
+            yield f"{name} is of the shape {array.shape}, for {clips} clips and {classes} classes"
+        if array is not None and not np.isfinite(array).all():
+            yield f"{name} holds NaN or infinite values"
+    if not ((scores.durations > 0) & (scores.durations <= LONGEST_SECONDS)).all():
+        yield f"duration must be above 0 and at most {LONGEST_SECONDS:g} s, and is up to {scores.durations.max():g}"
+    if scores.framewise is not None:
+        covered = scores.seconds_per_frame * scores.framewise.shape[1]
+        if not scores.durations.max(initial=0) <= covered + scores.seconds_per_frame < np.inf:
+            yield f"{scores.framewise.shape[1]} frames of {scores.seconds_per_frame:g} s do not cover the clips"
+    for label, onset, offset in itertools.chain(*(scores.events or [])):
+        if not (0 <= label < classes and 0 <= onset <= offset < np.inf):
+            yield f"an event has class {label} of {classes}, from {onset:g} to {offset:g} s"
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:

@@ -8,11 +8,11 @@ from typing import Any, Optional
 import pandas as pd
 
 from evaluation.detection import System
-from evaluation.event_tables import GroundTruth, join_overlapping, read_durations, read_events
+from evaluation.event_tables import GroundTruth, check_ends, join_overlapping, read_durations, read_events
 from evaluation.postprocess import PostProcessing, choose_postprocessing, truth_table
 from evaluation.score_tables import score_tables
 from evaluation.scores import Scores, load_scores
-from settings import Config, UserError
+from settings import WITH_COMMAS, Config, UserError, split_list
 
 
 @dataclass
@@ -56,6 +56,7 @@ def task_of_tables(
         true, points = _only(settings.fl_class_num, true, points)
     everything = pd.concat([true, *(table for tables in points for table in tables)])
     truth = GroundTruth.build(true, seconds, settings.fl_class_num or sorted(set(everything.event_label)))
+    check_ends(true, seconds, str(ground_truth))
     task = Task(
         truth,
         [System(first, tuple(more)) for first, *more in points],
@@ -106,7 +107,7 @@ def task_of_scores(path: Path, compare_with: Optional[str], settings: Config) ->
 
 
 def _paths(text: str) -> list[Path]:
-    paths = [Path(part.strip()) for part in text.split(",") if part.strip()]
+    paths = [Path(part) for part in split_list(text)]
     if not paths:
         raise UserError("No table of detections is given.")
     return paths
@@ -120,7 +121,7 @@ def _only(
     if unknown:
         raise UserError(
             f"fl_class_num: {', '.join(unknown)} has no true events; the ground truth has "
-            f"{', '.join(sorted(set(true.event_label)))}."
+            f"{', '.join(sorted(set(true.event_label)))}. {WITH_COMMAS}"
         )
     return true[true.event_label.isin(labels)], [[t[t.event_label.isin(labels)] for t in tables] for tables in points]
 

@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.files import write_each, write_json, write_text
+from data.tables import EVENT_COLUMNS
 from evaluation.detection import MACRO, MICRO, DetectionMetric, MetricComparison
-from evaluation.postprocess import EVENT_COLUMNS, PostProcessing
+from evaluation.postprocess import PostProcessing
 
-WIDTH = 160  # characters of a line in a file or a pipe; a terminal has its own
+WIDTH = 1000  # characters of a line in a file or a pipe; a terminal has its own
 TSV_COLUMNS = (
     "metric", "criterion", "tool", "class", "value", "low", "high", "level", "resamples", "unit", "true_positives",
     "false_positives", "false_negatives", "positives", "note",

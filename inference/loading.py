@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from inference.tagger import Tagger
-from model.known import known_names
+from model.registry import known_names
 from settings import UserError, requested
 
 if TYPE_CHECKING:

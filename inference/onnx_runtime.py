@@ -1,7 +1,6 @@
 """A network that `python main.py export` wrote as ONNX, run by onnxruntime: the same numbers without torch's graph."""
 
 import importlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from model.checkpoint import ENTRIES, check_entry, check_labels, read_json
 from model.registry import encoder_module
 from settings import Config, UserError, resolve
 
@@ -79,12 +79,29 @@ def load_onnx(path: str | Path, given: Optional[dict[str, Any]] = None, threads:
             f"{path} is no export of this project: its metadata has no {', '.join(missing)}. `python main.py export` "
             f"writes such files from a checkpoint."
         )
-    try:
-        about = {name: json.loads(found[name]) for name in (*ABOUT, "postprocessing") if name in found}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: its metadata should be JSON: {error}") from None
+    about = {name: read_json(path, name, found[name]) for name in (*ABOUT, "postprocessing") if name in found}
+    for name, value in about.items():
+        check_entry(path, value, name, ENTRIES[name])
     settings = resolve(given or {}, checkpoint={**about["settings"], **about["frontend"]})
-    return LoadedOnnx(OnnxNetwork(session, settings), settings, list(about["labels"]), about.get("postprocessing"))
+    check_labels(path, about["labels"], settings.classes_num)
+    _check_outputs(path, session, settings)
+    return LoadedOnnx(OnnxNetwork(session, settings), settings, about["labels"], about.get("postprocessing"))
+
+
+def _check_outputs(path: Path, session: Any, settings: Config) -> None:
+    """Raise UserError for a file without the outputs of an export, or with others of their shapes."""
+    shapes = {output.name: output.shape[1:] for output in session.get_outputs()}
+    classes = settings.classes_num
+    wanted: dict[str, list[Optional[int]]] = {"clipwise": [classes], "framewise": [None, classes], "embedding": [None]}
+    if "framewise" not in shapes:  # of an encoder without a time axis
+        del wanted["framewise"]
+    for name, sizes in wanted.items():
+        shape = shapes.get(name, ())
+        if len(shape) != len(sizes) or any(size not in (None, b) for size, b in zip(sizes, shape, strict=True)):
+            raise UserError(
+                f"{path} is no export of this project, or damaged: of its outputs {', '.join(shapes)}, {name} has "
+                f"the shape {shape}, for {classes} classes."
+            )
 
 
 def open_session(path: Path, threads: int = 0) -> Any:

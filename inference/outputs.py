@@ -36,6 +36,7 @@ from data.files import (
     write_each,
     write_text,
 )
+from data.finding import FoundAudio, counted, find_audio
 from inference.tagger import Tagged
 from settings import Config, UserError, section
 
@@ -114,11 +115,12 @@ class Source:
     path: Path
     name: str
     place: str
+    copied: bool = False  # from standard input or a pipe: the path is another one in each run
 
     @property
     def key(self) -> str:
         """What identifies it in the journal: names that are no UTF-8 may look the same in outputs."""
-        return self.name if self.name == STANDARD_INPUT else str(self.path)
+        return self.name if self.copied else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,10 @@ class Result:
 
 
 def jsonl_line(result: Result) -> bytes:
-    """{file, duration, tags: [{label, score}], events: [{onset, offset, label}]}, seconds; events: with a time axis."""
+    """{file, duration, tags: [{label, score}], events: [{onset, offset, label}]}, seconds; events: with a time axis.
+
+    warnings: what is odd about the sound, where something is.
+    """
     content: dict[str, Any] = {
         "file": result.source.name,
         "duration": round(result.tagged.duration, 6),
@@ -150,6 +155,8 @@ def jsonl_line(result: Result) -> bytes:
     if result.events is not None:
         rows = result.event_rows()
         content["events"] = [{"onset": round(a, 4), "offset": round(b, 4), "label": c} for a, b, c in rows]
+    if result.tagged.remarks:
+        content["warnings"] = [remark.text for remark in result.tagged.remarks]
     return (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -411,23 +418,22 @@ class Outputs:
             store.attrs.update({"labels": self.labels, "seconds_per_frame": seconds, **frontend})
 
 
-def sources_of(files: Sequence[str], suffixes: Sequence[str]) -> Iterator[Source]:
-    """The recordings that were given, in order and each once; folders with all below them, but for hidden files.
+def sources_of(files: Sequence[str], left_out: FoundAudio) -> Iterator[Source]:
+    """The recordings that were given, in order and each once; folders with all audio below them.
 
-    Raises UserError for a folder without any.
+    left_out: takes what else lies in the folders. Raises UserError for a folder without any audio.
     """
     seen: set[str] = set()
     for name in files:
         folder, found = Path(name), [Path(name)]
         if folder.is_dir():
-            found = sorted(
-                Path(root) / file
-                for root, _, names in os.walk(folder)
-                for file in names
-                if file.lower().endswith(tuple(suffixes)) and not file.startswith(".")
-            )
+            below = find_audio(folder)
+            left_out.skipped += below.skipped
+            left_out.others += below.others
+            found = below.audio
             if not found:
-                raise UserError(f"The folder {folder} holds no audio files ({', '.join(suffixes)}).")
+                others = f": other files {counted(below.others)}" if below.others else ""
+                raise UserError(f"The folder {folder} holds no audio files{others}.")
         for path in found:
             if str(path) not in seen:
                 seen.add(str(path))

@@ -11,13 +11,14 @@ from data.audio import stream_audio
 from evaluation.plots import ClipSound, ClipView, clip_figure, save_png, tags_figure
 from evaluation.postprocess import PostProcessing
 from inference.tagger import Tagged
-from inference.windows import frame_count
+from inference.windows import frame_count, step_count
 from model.frontend import LogMel, Spectrogram
 from settings import Config
 
 MOST_COLUMNS = 3000  # of a spectrogram
 HOPS_AT_ONCE = 1024
 MOST_TAGS = 10
+MOST_LETTERS = 60  # of a name in a title
 
 
 def draw_recording(
@@ -30,18 +31,20 @@ def draw_recording(
 ) -> None:
     """Write a picture: waveform and log-mel spectrogram of `source`, frame scores, and events (onset, offset, class).
 
-    post: None for an encoder without a time axis, whose tags are drawn in place of scores and events. Raises UserError
-    where the source cannot be read.
+    Its title is the name of the picture without the ending, and the duration. post: None for an encoder without a time
+    axis, whose tags are drawn in place of scores and events. Raises UserError where the source cannot be read.
     """
     sound = sound_of_file(source, settings, tagged.duration)
+    name = "".join(letter if letter.isprintable() else "?" for letter in path.stem)
+    title = f"{name[:MOST_LETTERS]}{'...' * (len(name) > MOST_LETTERS)}, {tagged.duration:.1f} s"
     if post is None:
-        save_png(tags_figure(tagged.top(MOST_TAGS), sound, tagged.duration), path)
+        save_png(tags_figure(tagged.top(MOST_TAGS), sound, tagged.duration, title), path)
         return
     number = {label: k for k, label in enumerate(tagged.labels)}
     scores, seconds_per_frame = post.smooth(
         tagged.framewise[None], durations=np.array([tagged.duration]), seconds_per_frame=tagged.seconds_per_frame
     )
-    frames = min(scores.shape[1], frame_count(tagged.duration, seconds_per_frame))
+    frames = min(scores.shape[1], step_count(tagged.duration, seconds_per_frame))
     view = ClipView(
         duration=tagged.duration,
         labels=list(tagged.labels),
@@ -52,6 +55,7 @@ def draw_recording(
         found=[(number[label], onset, offset) for onset, offset, label in events],
         sound=sound,
         truth_known=False,
+        title=title,
     )
     save_png(clip_figure(view), path)
 

@@ -10,7 +10,7 @@ import soxr
 
 from data.audio import mono_waveform
 from inference.tagger import Tagged, Tagger
-from inference.windows import SlidingAverage, frame_count
+from inference.windows import SlidingAverage, frame_count, step_count
 from settings import UserError
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Listener:
         """Events of the frames whose delay is over."""
         step = self.window / self.frames
         until = self.samples - self.delay_seconds * self.rate
-        frames = self.scores.take(frame_count(self.samples, step) if last else int(until / step + 1e-6))
+        frames = self.scores.take(step_count(self.samples, step) if last else int(until / step + 1e-6))
         smooth = self.smoother.feed(frames, self.heard if last else None)
         return self.tracker.feed(smooth, self.heard, last)
 
@@ -236,7 +236,7 @@ class EventTracker:
         events: list[Event] = []
         for frame in scores:
             begin, end = self.position * self.step_seconds, (self.position + 1) * self.step_seconds
-            if last and begin >= heard:
+            if last and self.position >= step_count(heard, self.step_seconds):
                 break
             self._frame(frame, begin)
             self.position += 1

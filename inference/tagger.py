@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from data.audio import mono_waveform, stream_audio
+from data.levels import SILENT, TOO_LOUD, Remark
 from inference.onnx_runtime import load_onnx
-from inference.windows import OverlapAverage, Window, cut_windows, into_bins
+from inference.windows import OverlapAverage, Window, cut_windows, into_bins, pool_sound
 from model import Network
 from model.checkpoint import LoadReport
-from model.known import find_checkpoint
 from model.opening import open_network
 from settings import Config, UserError
 
@@ -49,9 +49,15 @@ class Tagged:
     framewise: np.ndarray  # (T, K) probabilities, frame t begins at t * seconds_per_frame
     embedding: np.ndarray  # (C,), the mean over the windows
     seconds_per_frame: float
-    duration: float  # seconds; the last frame may be shorter than the others
+    duration: float  # seconds; the last frame is half as long as the others to one and a half times
     labels: tuple[str, ...] = ()
     frame_embeddings: Optional[np.ndarray] = None  # (T, C), where they were asked for
+    remarks: tuple[Remark, ...] = ()  # what is odd about the sound
+
+    @property
+    def silent(self) -> bool:
+        """Whether there is nothing to be heard: no sample, or none but an offset, or no mix of the channels."""
+        return any(remark.kind in SILENT for remark in self.remarks)
 
     def top(self, count: int, labels: Optional[Sequence[str]] = None) -> list[tuple[str, float]]:
         """The `count` classes with the highest clip scores, best first."""
@@ -59,9 +65,9 @@ class Tagged:
         return [((labels or self.labels)[k], float(self.clipwise[k])) for k in best]
 
     def times(self) -> np.ndarray:
-        """(T, 2) seconds: where each frame begins and ends."""
+        """(T, 2) seconds: where each frame begins and ends; the last one with the sound."""
         begins = np.arange(len(self.framewise)) * self.seconds_per_frame
-        return np.stack([begins, np.minimum(begins + self.seconds_per_frame, self.duration)], axis=1)
+        return np.stack([begins, np.append(begins[1:], self.duration)[: len(begins)]], axis=1)
 
     def events(self, processing: "Optional[PostProcessing]" = None, name: str = "") -> "pd.DataFrame":
         """A table of events: filename (`name`), onset, offset (seconds), event_label, by class and time.
@@ -100,8 +106,9 @@ class Tagged:
 class Recording:
     """The scores of one recording, window after window: sums over the windows, and frames on one time axis."""
 
-    def __init__(self, settings: Config) -> None:
-        self.settings = settings
+    def __init__(self, settings: Config, remarks: Sequence[Remark] = ()) -> None:
+        """remarks: on the sound, complete when the last window is cut."""
+        self.settings, self.remarks = settings, remarks
         self.frames = OverlapAverage(settings.clip_samples)
         self.clipwise, self.embedding = np.zeros(0), np.zeros(0)
         self.steps, self.windows, self.samples = 0, 0, 0
@@ -114,6 +121,9 @@ class Recording:
         self.waiting -= 1
         if self.error is not None:
             return
+        if window.recording is not None and self.settings.short_clips == "pad":
+            share = window.recording / self.settings.clip_samples
+            clipwise = pool_sound(clipwise, frames, share, softmax=self.settings.loss_type == "clip_ce")
         if len(frames):
             self.steps = len(frames)
             self.frames.add(frames, window.start, window.recording)
@@ -144,6 +154,7 @@ class Recording:
             duration=self.samples / rate,
             labels=tuple(labels),
             frame_embeddings=frames[:, classes:] if frames.shape[1] > classes else None,
+            remarks=tuple(self.remarks),
         )
 
 
@@ -152,9 +163,10 @@ class Tagger:
 
     A recording is cut into windows of the length the network was trained on (clip_samples), which overlap by
     window_overlap; the last one ends with the recording, and one that is shorter than a window is filled up as the
-    network's own training clips were (short_clips). Frame scores are averaged at their absolute times, those in the
-    middle of a window counting more. The clip scores of several windows become one by clip_pooling: the highest says
-    whether a class occurs anywhere, as a clip's label does; the mean, for single_label networks, what there is most of.
+    network's own training clips were (short_clips). Of a padded one, the clip scores are those of the steps that hold
+    sound. Frame scores are averaged at their absolute times, those in the middle of a window counting more. The clip
+    scores of several windows become one by clip_pooling: the highest says whether a class occurs anywhere, as a clip's
+    label does; the mean, for single_label networks, what there is most of.
     Audio is read as it is needed: of a long file only scores are kept.
     """
 
@@ -191,20 +203,23 @@ class Tagger:
         published one) takes them from config.py and `given`, as in {"dataset_type": "audioset"}. Raises UserError
         where the file is missing or does not fit.
         """
-        file, known = find_checkpoint(path)
-        given = {**known, **(given or {})}
-        if file.suffix == ".onnx":
-            loaded = load_onnx(file, given)
-            return cls(loaded.network, loaded.settings, loaded.labels, postprocessing=loaded.postprocessing)
-        found = open_network(file, given)
-        tagger = cls(
-            found.network,
-            found.settings,
-            found.labels,
-            found.report,
-            precision=precision,
-            postprocessing=found.checkpoint.postprocessing,
-        )
+        if Path(path).suffix == ".onnx":
+            loaded = load_onnx(path, dict(given or {}))
+            tagger = cls(loaded.network, loaded.settings, loaded.labels, postprocessing=loaded.postprocessing)
+        else:
+            found = open_network(path, given)
+            tagger = cls(
+                found.network,
+                found.settings,
+                found.labels,
+                found.report,
+                precision=precision,
+                postprocessing=found.checkpoint.postprocessing,
+            )
+        if tagger.calibrated is not None:
+            from evaluation.postprocess import read_postprocessing
+
+            read_postprocessing(tagger.calibrated, path)
         return tagger.to(device)
 
     def to(self, device: str) -> "Tagger":
@@ -256,17 +271,28 @@ class Tagger:
         return default
 
     def tag_file(self, path: str | Path, *, frame_embeddings: bool = False) -> Tagged:
-        """Tag an audio file of any length, rate and number of channels. Raises UserError where it is unreadable."""
+        """Tag an audio file of any length, rate and number of channels. Raises UserError where it is unreadable.
+
+        Warns of what is odd about the sound, as silence, clipping, or an end that could not be read.
+        """
         ((_, found),) = self.tag_files([path], frame_embeddings=frame_embeddings)
-        return _raised(found)
+        tagged = _raised(found)
+        for remark in tagged.remarks:
+            warnings.warn(f"{path}: {remark.text}", stacklevel=2)
+        return tagged
 
     def tag(self, waveform: Any, sample_rate: Optional[int] = None, *, frame_embeddings: bool = False) -> Tagged:
         """Tag (samples,) or (channels, samples) audio: float in [-1, 1] or int16, an array or a tensor.
 
-        sample_rate: of the waveform in Hz; None: settings.sample_rate. Raises UserError for empty or non-finite audio.
+        sample_rate: of the waveform in Hz; None: settings.sample_rate. Warns of samples far beyond full scale; other
+        remarks stand in the result. Raises UserError for empty or non-finite audio.
         """
         ((_, found),) = self.tag_waveforms([waveform], sample_rate, frame_embeddings=frame_embeddings)
-        return _raised(found)
+        tagged = _raised(found)
+        for remark in tagged.remarks:
+            if remark.kind == TOO_LOUD:
+                warnings.warn(f"The waveform: {remark.text}", stacklevel=2)
+        return tagged
 
     def tag_files(
         self,
@@ -280,27 +306,30 @@ class Tagger:
         progress: called with the seconds of sound that each batch has gone on.
         """
         rate = self.settings.sample_rate
-        return self._tag_all(((path, stream_audio(path, rate)) for path in paths), frame_embeddings, progress)
+        found = ((path, list[Remark]()) for path in paths)
+        sounds = ((path, remarks, stream_audio(path, rate, remarks=remarks)) for path, remarks in found)
+        return self._tag_all(sounds, frame_embeddings, progress)
 
     def tag_waveforms(
         self, waveforms: Iterable[Any], sample_rate: Optional[int] = None, *, frame_embeddings: bool = False
     ) -> Iterator[tuple[int, Tagged | UserError]]:
         """Tag arrays as `tag` takes them, in order, numbered from 0."""
         rate = self.settings.sample_rate
-        sounds = ((k, _one_block(waveform, sample_rate, rate)) for k, waveform in enumerate(waveforms))
+        found = ((k, list[Remark](), waveform) for k, waveform in enumerate(waveforms))
+        sounds = ((k, remarks, _one_block(waveform, sample_rate, rate, remarks)) for k, remarks, waveform in found)
         return self._tag_all(sounds, frame_embeddings, None)
 
     def _tag_all(
         self,
-        sounds: Iterable[tuple[Name, Iterator[np.ndarray]]],
+        sounds: Iterable[tuple[Name, list[Remark], Iterator[np.ndarray]]],
         frame_embeddings: bool,
         progress: Optional[Callable[[float], None]],
     ) -> Iterator[tuple[Name, Tagged | UserError]]:
         size = self.batch_size or WINDOWS_AT_ONCE.get(self.device.type, 4)
         batch: list[tuple[Recording, Window]] = []
         open_ones: deque[tuple[Name, Recording]] = deque()  # in the order of `sounds`
-        for name, blocks in sounds:
-            recording = Recording(self.settings)
+        for name, remarks, blocks in sounds:
+            recording = Recording(self.settings, remarks)
             open_ones.append((name, recording))
             for window in self._windows(blocks, recording):
                 if recording.error is not None:
@@ -382,8 +411,10 @@ class Tagger:
             yield
 
 
-def _one_block(waveform: Any, sample_rate: Optional[int], wanted_rate: int) -> Iterator[np.ndarray]:
-    yield mono_waveform(waveform, sample_rate or wanted_rate, wanted_rate)
+def _one_block(
+    waveform: Any, sample_rate: Optional[int], wanted_rate: int, remarks: list[Remark]
+) -> Iterator[np.ndarray]:
+    yield mono_waveform(waveform, sample_rate or wanted_rate, wanted_rate, remarks)
 
 
 def _raised(found: Tagged | UserError) -> Tagged:

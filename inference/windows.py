@@ -9,6 +9,7 @@ import numpy as np
 from settings import UserError
 
 FRAMES_PUT_AWAY = 4096  # in a block of finished frames: 20 minutes
+SMALLEST, LAST_DIGIT = 1e-30, 6e-8  # of a probability in float32, and of its distance from 1
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,11 @@ class SlidingAverage:
         steps, classes = scores.shape
         step = self.window / steps
         begin = max(self.first, frame_after(start, step))
-        end = frame_after(start + self.window, step) if recording is None else frame_count(recording, step)
+        end = frame_after(start + self.window, step) if recording is None else step_count(recording, step)
         frames = np.arange(begin, end)
-        stops = (frames + 1) * step if recording is None else np.minimum((frames + 1) * step, recording)
+        stops = (frames + 1) * step
+        if recording is not None:
+            stops[-1:] = recording
         place = np.clip(np.floor(((frames * step + stops) / 2 - start) / step).astype(int), 0, steps - 1)
         weight = taper(steps)[place, None]
         missing = max(0, end - self.first - len(self.total))
@@ -131,8 +134,44 @@ class OverlapAverage(SlidingAverage):
 
 
 def frame_count(length: float, step: float) -> int:
-    """How many frames of `step` cover `length`, both in samples or both in seconds; the last one may reach beyond."""
+    """How many frames of `step` cover all of `length`, both in samples or both in seconds."""
     return max(1, int(np.ceil(length / step - 1e-9)))
+
+
+def step_count(length: float, step: float) -> int:
+    """How many steps `length` has, at least one. The last step lasts from half a step to one and a half.
+
+    Where less than half a step is left at the end, it counts to the one before: no step is some milliseconds long.
+    """
+    return max(1, int(np.floor(length / step + 0.5 + 1e-9)))
+
+
+def pool_sound(clipwise: np.ndarray, frames: np.ndarray, share: float, *, softmax: bool) -> np.ndarray:
+    """(K,) clip probabilities of a padded window as those of the steps that hold sound.
+
+    frames: (steps, K or more) probabilities of the window, of which the sound has a `share` from the start on. The
+    clip's logits are the mean of the steps' (so in HTS-AT): they are moved by the difference between the mean of the
+    steps with sound and that of all. softmax: whether the probabilities sum to 1. Without a time axis, or where
+    all steps hold sound, clipwise is returned as it is.
+    """
+    steps, classes = len(frames), len(clipwise)
+    inside = step_count(share * steps, 1.0)
+    if inside >= steps:
+        return clipwise
+    of_steps = _logits(frames[:, :classes], softmax)
+    with_sound = of_steps[:inside]
+    logits = _logits(clipwise, softmax) + with_sound.mean(axis=0) - of_steps.mean(axis=0)
+    if softmax:
+        powers = np.exp(logits - logits.max())
+        return powers / powers.sum()
+    # Where an encoder pools in another way, the difference is no mean: the clip's score stays among those of its steps.
+    return 1 / (1 + np.exp(-np.clip(logits, with_sound.min(axis=0), with_sound.max(axis=0))))
+
+
+def _logits(probabilities: np.ndarray, softmax: bool) -> np.ndarray:
+    """float64 logits; those of a softmax but for a number that all classes share."""
+    inside = np.clip(probabilities.astype(np.float64), SMALLEST, 1 - LAST_DIGIT)
+    return np.log(inside) if softmax else np.log(inside) - np.log1p(-inside)
 
 
 def frame_after(place: float, step: float) -> int:
@@ -149,11 +188,11 @@ def into_bins(
     by: Literal["mean", "max"],
 ) -> np.ndarray:
     """(T, K) frame scores -> (bins, K): the mean over each bin's time, or the maximum of the frames in it."""
-    count = frame_count(duration, seconds_per_bin)
-    edges = np.minimum(np.arange(count + 1) * seconds_per_bin, duration)
+    count = step_count(duration, seconds_per_bin)
+    edges = np.append(np.arange(count) * seconds_per_bin, duration)
     frames = len(framewise)
     begins = np.arange(frames) * seconds_per_frame
-    ends = np.minimum(begins + seconds_per_frame, duration)
+    ends = np.append(begins[1:], duration)
     binned = np.empty((count, framewise.shape[1]), np.float32)
     for number in range(count):
         low, high = edges[number], edges[number + 1]

@@ -1,13 +1,15 @@
 """The one place that loads weights. What is loaded cannot run code, and every load says what matched."""
 
+import hashlib
 import json
 import pickle
-import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -17,19 +19,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import whole_file
-from model.foreign import OWN, identify
+from data.files import check_memory, memory_limit, whole_file
+from model.foreign import OWN, PICKLES, NotAdmittedError, identify, plain
 from model.network import Network
-from model.registry import UNNAMED, encoder_module
-from settings import UserError, section
+from model.registry import UNNAMED, encoder_module, find_checkpoint
+from settings import SHORT, UserError, section
 
 COUNTERS = ("num_batches_tracked",)  # endings of buffers that a file may leave out
 LEAST_MATCHED = 0.99  # share of the backbone's parameters below which a file is refused
 # What torch.load and zipfile raise, beside UnpicklingError, for files that are cut off or damaged.
 UNREADABLE = (
     RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
-    zipfile.BadZipFile,
+    zipfile.BadZipFile, zlib.error, ArithmeticError, MemoryError,
 )  # fmt: skip
+ENTRIES = {"settings": Mapping, "labels": list, "frontend": Mapping, "postprocessing": Mapping, "sources": list}
+RUN_ENTRIES = {  # what Lightning resumes from, by place
+    "epoch": int, "global_step": int, "state_dict": Mapping, "callbacks": Mapping, "loops": Mapping,
+    "loops/fit_loop": Mapping, "loops/fit_loop/epoch_progress": Mapping,
+    "loops/fit_loop/epoch_loop.batch_progress": Mapping, "lr_schedulers": list, "lr_schedulers/0": Mapping,
+    "optimizer_states": list, "optimizer_states/0": Mapping, "optimizer_states/0/state": Mapping,
+    "optimizer_states/0/param_groups": list, "optimizer_states/0/param_groups/0": Mapping,
+}  # fmt: skip
+DESCRIPTION = ("settings", "labels", "frontend", "postprocessing")  # JSON in the metadata of safetensors files
+DIGESTS = "digests"  # entry: {place of a tensor, as state_dict/sed_model.norm.bias, or name of a text: SHA-256}
 
 FrontendFrom = Literal["auto", "settings", "checkpoint"]
 
@@ -51,8 +63,9 @@ class Checkpoint:
     encoder: Optional[str] = None  # name in the registry, None where its keys are those of none
     sources: Optional[list[str]] = None  # of a weight average: the files that it is the mean of
     postprocessing: Optional[dict[str, Any]] = None  # thresholds and filters, as `calibrate` stored them
-    best: Optional[tuple[str, float]] = None  # of a run: name and metric of the best checkpoint so far
     data: Optional[dict[str, Any]] = None  # what it was trained on: see SEDDataModule.identity
+    brought: dict[str, Any] = field(default_factory=dict)  # settings that the known name of a published file brings
+    content: Mapping[Any, Any] = field(default_factory=dict, repr=False)  # all that the file holds, as it was read
 
 
 @dataclass(frozen=True)
@@ -84,83 +97,199 @@ class LoadReport:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file of weights and tell its kind from what it holds, whatever its name (see model/foreign.py).
 
-    The tensors of a file of today's torch.save, or of safetensors, are mapped into memory, not read. Raises UserError
-    where there is no such file, where it is none of the known kinds, or where reading it would run code.
+    path: a file, or a name of assets/checkpoints.json. The tensors of a file of today's torch.save, or of safetensors,
+    are mapped into memory, not read. Raises UserError where there is no such file, where it is none of the known kinds
+    or damaged, with the name of the entry, and where reading it could run code.
     """
-    path = Path(path)
+    path, brought = find_checkpoint(path)
+    content = _read_content(path)
+    _check_tensors(path, content)
+    try:
+        weights = identify(content)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}.") from None
+    about: dict[str, Any] = {name: check_entry(path, content.get(name), name, kind) for name, kind in ENTRIES.items()}
+    settings = about["settings"] or weights.settings
+    if settings and not about["frontend"]:
+        about["frontend"] = {name: settings[name] for name in section("front-end") if name in settings}
+    own = weights.kind == OWN
+    epoch = check_entry(path, content.get("epoch"), "epoch", int) if own else None
+    complete = check_entry(path, content.get("complete_epochs"), "complete_epochs", int) if own else None
+    checkpoint = Checkpoint(
+        path=path,
+        state_dict=weights.state_dict,
+        epoch=epoch,
+        resumable="optimizer_states" in content,
+        complete_epochs=epoch + 1 if complete is None and epoch is not None else complete,
+        kind=weights.kind,
+        images=weights.images,
+        encoder=weights.encoder,
+        data=check_entry(path, content.get("data"), "data", Mapping) if own else None,
+        brought=brought,
+        content=content,
+        **{**about, "settings": settings},
+    )
+    if content.get(DIGESTS) is not None:
+        _check_digests(path, content[DIGESTS], _digests({"state_dict": content.get("state_dict")}))
+    return checkpoint
+
+
+def check_resumable(checkpoint: Checkpoint) -> None:
+    """Raise UserError where a checkpoint of a run does not hold what Lightning resumes from, with the entry's name."""
+    path, content = checkpoint.path, checkpoint.content
+    for place, kind in RUN_ENTRIES.items() if content else ():
+        value: Any = content
+        for key in place.split("/"):
+            value = value.get(key) if isinstance(value, Mapping) else next(iter(value), None)  # "0": the first one
+        if not _is_a(value, kind):
+            raise UserError(
+                f"{path} cannot be resumed from: its entry {place} is a {type(value).__name__}, not a {kind.__name__}. "
+                f"Use another checkpoint of the run."
+            )
+    if content.get(DIGESTS) is not None:
+        _check_digests(path, content[DIGESTS], _digests({"optimizer_states": content.get("optimizer_states")}))
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_entry(path: Path, value: Any, name: str, kind: type) -> Any:
+    """What a file says about itself, or None. Raises UserError for a wrong type."""
+    if value is not None and not _is_a(value, kind):
+        raise UserError(f"{path} is damaged: its entry {name} is a {type(value).__name__}, not a {kind.__name__}.")
+    return value
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """Raise UserError for tensors that are no plain ones, and where memory does not hold them; no value is read."""
+    size, allowed = 0, memory_limit() // 2
+    for key, tensor in _tensors_in(content):
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+            raise UserError(f"{path} cannot be used: {key} is no plain tensor (sparse, quantized or without values).")
+        size += tensor.numel() * tensor.element_size()
+        if size > allowed:
+            check_memory(f"{path}: its tensors up to {key}, of the shape {tuple(tensor.shape)},", size)
+
+
+def check_labels(path: Path, labels: Sequence[Any], classes: Any) -> None:
+    """Raise UserError for class names that are no text, occur twice, or are more or fewer than the classes."""
+    wrong = next((label for label in labels if not isinstance(label, str)), None)
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: its entry labels holds {SHORT.repr(wrong)}, and names are text.")
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} is damaged: its entry labels has the class {SHORT.repr(twice[0])} more than once.")
+    if len(labels) != classes:
+        raise UserError(
+            f"{path} is damaged: its entry labels names {len(labels)} classes, and its network has "
+            f"{SHORT.repr(classes)}."
+        )
+
+
+def _read_content(path: Path) -> Mapping[Any, Any]:
+    """What a file of weights holds: state_dict and what describes it, or the tensors alone. Raises UserError."""
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}: give the path of a .ckpt file, as train prints it.")
     content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, where a checkpoint or a state dict is needed.")
-    try:
-        weights = identify(content)
-    except UserError as error:
-        raise UserError(f"{path} cannot be used: {error}.") from None
-    settings = _described(path, weights.settings, "settings", Mapping)
-    about = {name: settings[name] for name in section("front-end") if name in settings} if settings else None
-    own = weights.kind == OWN
-    epoch = _described(path, content.get("epoch"), "epoch", int) if own else None
-    return Checkpoint(
-        path=path,
-        state_dict=weights.state_dict,
-        settings=settings,
-        labels=_described(path, content.get("labels"), "labels", list),
-        epoch=epoch,
-        resumable="optimizer_states" in content,
-        complete_epochs=content.get("complete_epochs", None if epoch is None else epoch + 1),
-        frontend=_described(path, content.get("frontend"), "frontend", Mapping) or about,
-        kind=weights.kind,
-        images=weights.images,
-        encoder=weights.encoder,
-        sources=_described(path, content.get("sources"), "sources", list),
-        postprocessing=_described(path, content.get("postprocessing"), "postprocessing", Mapping),
-        best=_best(content) if own else None,
-        data=_described(path, content.get("data"), "data", Mapping) if own else None,
-    )
-
-
-def _best(content: Mapping[str, Any]) -> Optional[tuple[str, float]]:
-    """The best checkpoint, as the callback that keeps it has recorded it."""
-    states = content.get("callbacks")
-    for state in states.values() if isinstance(states, Mapping) else ():
-        if isinstance(state, Mapping) and state.get("monitor") and state.get("best_model_path"):
-            score = state.get("best_model_score")
-            if isinstance(score, Tensor) and score.numel() == 1:
-                return Path(str(state["best_model_path"])).name, float(score)
-    return None
-
-
-def _described(path: Path, value: Any, name: str, kind: type) -> Any:
-    """What a file says about itself, or None. Raises UserError for a wrong type."""
-    if value is not None and not isinstance(value, kind):
-        raise UserError(f"{path} is damaged: its entry {name} is a {type(value).__name__}.")
-    return value
+    return content
 
 
 def _read_torch(path: Path) -> Any:
-    """The content of a file of torch.save: tensors and plain values, or a UserError."""
+    """The content of a file of torch.save as tensors and plain values, or a UserError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _check_archive(path)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError:  # it holds more, or in a newer protocol; archives of code have been refused
+            loaded = torch.load(path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=PICKLES)
+            return plain(loaded)
+    except NotAdmittedError as error:
+        raise UserError(
+            f"{path} holds more than tensors and plain values: it names {error}, which is not among what is admitted, "
+            f"and calling it could run code. Have its weights alone saved where it was made: the tensors of its "
+            f"state_dict (of a Swin, of its model), by torch.save or as safetensors; such a file is taken here."
+        ) from None
+    except (pickle.UnpicklingError, *UNREADABLE) as error:
         with path.open("rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
                 raise UserError(f"{path} is no checkpoint: it is no file of torch.save, nor of safetensors.") from None
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise UserError(
-            f"{path} holds more than tensors and plain values{f' (it wants {wanted[1]})' if wanted else ''}, and "
-            f"loading it could run code: refused. Have its weights alone saved where it was made: the tensors of its "
-            f"state_dict (of a Swin, of its model), by torch.save or as safetensors; such a file is taken here."
-        ) from None
-    except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no checkpoint, or it is cut off: {reason}") from None
 
 
+def _check_archive(path: Path) -> None:
+    """Raise ValueError where a record of a zip file is not what its checksum says; torch.load does not compare them."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type for record in records):
+            raise ValueError("a record is compressed, which torch.save never does")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise ValueError("its records declare more bytes than it has")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its record {damaged} is damaged")
+
+
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values as torch.save does. Raises UserError as data.files.whole_file."""
+    """Write tensors and plain values as torch.save does, with digests. Raises UserError as data.files.whole_file."""
+    digested = {name: content[name] for name in ("state_dict", "optimizer_states") if name in content}
     with whole_file(path) as partial, partial.open("wb") as file:
-        torch.save(content, file)
+        torch.save({**content, DIGESTS: _digests(digested)}, file)
+
+
+def _tensors_in(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor in nested dictionaries and lists, with its place in them; what is in several places counts once."""
+    waiting, seen = [("", content)], {id(content)}
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield place, value
+        elif isinstance(value, (Mapping, list, tuple)):
+            for key, inside in value.items() if isinstance(value, Mapping) else enumerate(value):
+                if isinstance(inside, Tensor) or id(inside) not in seen:
+                    seen.add(id(inside))
+                    waiting.append((f"{place}/{key}" if place else str(key), inside))
+
+
+def _digests(content: Any) -> dict[str, str]:
+    """SHA-256 of each tensor with its type and shape, by its place."""
+    found = {}
+    for place, tensor in _tensors_in(content):
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor_bytes(tensor))
+        found[place] = digest.hexdigest()
+    return found
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor, as they stand in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _check_digests(path: Path, wanted: Any, found: Mapping[str, str]) -> None:
+    """Raise UserError where something is not as it was written. Files of others and older ones have no digests.
+
+    wanted: the file's entry; found: digests of what has been read, of an entry or of several.
+    """
+    known, entries = check_entry(path, wanted, DIGESTS, Mapping) or {}, {place.split("/")[0] for place in found}
+    here = {place: digest for place, digest in known.items() if str(place).split("/")[0] in entries}
+    changed = [place for place, digest in here.items() if found.get(place) != digest]
+    if changed:
+        raise UserError(
+            f"{path} is damaged: {changed[0]} is not as it was written, as its digest shows. Use another copy; if it "
+            f"was changed on purpose, remove the entry {DIGESTS}."
+        )
 
 
 def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
@@ -169,8 +298,7 @@ def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
     The file is replaced when the new one is whole; a second name of the old one (a hard link) stays as it is. Raises
     ValueError for a file of another format.
     """
-    path = Path(path)
-    read_checkpoint(path)
+    path = read_checkpoint(path).path
     if _is_safetensors(path):
         raise UserError(f"{path} is a safetensors file: {name} can be kept in a .ckpt file only.")
     write_checkpoint(path, {**_read_torch(path), name: value})
@@ -184,19 +312,27 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """state_dict, and what save_safetensors put into the metadata: settings, labels, front-end, post-processing."""
+    """state_dict, and what save_safetensors put into the metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             keys = file.keys()
             state_dict = {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
+    except (SafetensorError, *UNREADABLE) as error:
         raise UserError(f"{path} is no checkpoint, or it is cut off: {error}") from None
-    names = [name for name in ("settings", "labels", "frontend", "postprocessing") if name in about]
+    texts = {name: about[name] for name in DESCRIPTION if name in about}
+    digests = read_json(path, DIGESTS, about[DIGESTS]) if DIGESTS in about else None
+    _check_digests(path, digests, {name: _text_digest(text) for name, text in texts.items()})
+    described = {name: read_json(path, name, text) for name, text in texts.items()}
+    return {"state_dict": state_dict, DIGESTS: digests, **described}
+
+
+def read_json(path: Path, name: str, text: str) -> Any:
+    """An entry of a file's metadata. Raises UserError, with its name, where it is no JSON."""
     try:
-        return {"state_dict": state_dict, **{name: json.loads(about[name]) for name in names}}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: its metadata {', '.join(names)} should be JSON: {error}") from None
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its metadata {name} should be JSON: {error}") from None
 
 
 def save_safetensors(
@@ -208,18 +344,23 @@ def save_safetensors(
     frontend: Mapping[str, Any],
     postprocessing: Optional[Mapping[str, Any]] = None,
 ) -> None:
-    """Write weights (names without prefix) as safetensors, with what describes them as JSON in the metadata."""
+    """Write weights (names without prefix) as safetensors, with what describes them, and digests, in the metadata."""
     about: dict[str, Any] = {"settings": dict(settings), "labels": list(labels), "frontend": dict(frontend)}
     about |= {} if postprocessing is None else {"postprocessing": dict(postprocessing)}
-    metadata = {"format": "pt", **{name: json.dumps(value) for name, value in about.items()}}
+    texts = {name: json.dumps(value) for name, value in about.items()}
+    digests = _digests({"state_dict": state_dict}) | {name: _text_digest(text) for name, text in texts.items()}
     with whole_file(path) as partial:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, partial, metadata)
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in state_dict.items()},
+            partial,
+            {"format": "pt", **texts, DIGESTS: json.dumps(digests)},
+        )
 
 
 def decided_settings(
     checkpoint: Checkpoint, frontend_from: FrontendFrom, *, fine_tuning: bool = False
 ) -> dict[str, Any]:
-    """What a checkpoint decides of the settings, for settings.resolve: all it says; for fine-tuning, the encoder.
+    """What a checkpoint decides of the settings, for settings.resolve: all; for fine-tuning, the encoder and its sizes.
 
     The number of classes is that of its classifier, where the file does not say it.
 
@@ -231,11 +372,12 @@ def decided_settings(
         known["encoder"] = checkpoint.encoder
         classifier = network_class(checkpoint.encoder).classifier
         biases = [key for key in checkpoint.state_dict if key.startswith(classifier) and key.endswith("bias")]
-        if biases and not checkpoint.images:
-            known.setdefault("classes_num", len(checkpoint.state_dict[max(biases)]))  # of its last layer
+        last = checkpoint.state_dict[max(biases)] if biases else torch.zeros(())  # of its last layer
+        if last.ndim and not checkpoint.images:
+            known.setdefault("classes_num", len(last))
     frontend = (*section("front-end"), "clip_samples")  # its samples are counted at the front-end's rate
     if fine_tuning:
-        names = (*section("encoder"), *(frontend if frontend_from == "checkpoint" else ()))
+        names = (*section("encoder", "sizes"), *(frontend if frontend_from == "checkpoint" else ()))
         return {name: known[name] for name in names if name in known}
     return {name: value for name, value in known.items() if name not in frontend or frontend_from != "settings"}
 
@@ -271,6 +413,9 @@ def load_network(
             f"that training writes."
         )
     own, given = network.state_dict(), checkpoint.state_dict
+    if checkpoint.labels is not None:
+        theirs = decided_settings(checkpoint, "auto").get("classes_num", len(checkpoint.labels))
+        check_labels(checkpoint.path, checkpoint.labels, theirs if new_classifier else network.num_classes)
     if new_classifier:
         given = network.adapted(given, checkpoint.settings)
     broken = next((k for k, v in given.items() if v.is_floating_point() and not v.isfinite().all()), None)

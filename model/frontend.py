@@ -18,6 +18,15 @@ from settings import UserError
 POWER_FLOOR = 1e-10  # of the mel power, before the logarithm: -100 dB
 
 
+def slaney_bands(bins: int, fmin: float, fmax: float, bands: int, sample_rate: int) -> Tensor:
+    """(bins, bands) Slaney's mel filterbank; on the meta device, where build_model measures a network, its shape."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(bins, bands)
+    return torchaudio.functional.melscale_fbanks(
+        bins, fmin, fmax, bands, sample_rate, norm="slaney", mel_scale="slaney"
+    )
+
+
 class STFTKernels(nn.Module):
     """The windowed Fourier kernels that published checkpoints carry. Only their first row, the window, is used.
 
@@ -70,9 +79,7 @@ class LogMel(nn.Module):
 
     def __init__(self, sample_rate: int, window_size: int, mel_bins: int, fmin: float, fmax: float) -> None:
         super().__init__()
-        bands = torchaudio.functional.melscale_fbanks(
-            window_size // 2 + 1, fmin, fmax, mel_bins, sample_rate, norm="slaney", mel_scale="slaney"
-        )
+        bands = slaney_bands(window_size // 2 + 1, fmin, fmax, mel_bins, sample_rate)
         self.melW = nn.Parameter(bands, requires_grad=False)
 
     def forward(self, power: Tensor) -> Tensor:
@@ -167,9 +174,7 @@ class SlaneyDecibels(nn.Module):
 
     def __init__(self, bands: int, sample_rate: int) -> None:
         super().__init__()
-        triangles = torchaudio.functional.melscale_fbanks(
-            self.fft // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
-        )
+        triangles = slaney_bands(self.fft // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate)
         window = F.pad(torch.hann_window(1024), ((self.fft - 1024) // 2, (self.fft - 1024) // 2))
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("bands", triangles, persistent=False)

@@ -8,7 +8,6 @@ from typing import Any, Optional
 from data.labels import published_labels
 from model import build_model
 from model.checkpoint import Checkpoint, LoadReport, decided_settings, load_network, read_checkpoint
-from model.known import find_checkpoint
 from model.network import Network
 from settings import Config, Facts, requested, resolve
 
@@ -40,9 +39,8 @@ def read_with_settings(
     path: str | Path, given: Optional[Mapping[str, Any]] = None, facts: Optional[Facts] = None
 ) -> tuple[Checkpoint, Config]:
     """The first half of open_network: a file, and the settings of its network. facts: as for settings.resolve."""
-    file, known = find_checkpoint(path)
-    given = {**known, **(given or {})}
-    checkpoint = read_checkpoint(file)
+    checkpoint = read_checkpoint(path)
+    given = {**checkpoint.brought, **(given or {})}
     decided = decided_settings(checkpoint, requested("frontend_from", given))
     return checkpoint, resolve(given, checkpoint=decided, facts=facts)
 

@@ -1,10 +1,13 @@
-"""The encoders, one row each. Pure data: nothing of torch is imported here."""
+"""The encoders, one row each, and their published files by name. Nothing of torch is imported here."""
 
 import importlib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
-from typing import Optional
+from typing import Any, Optional
 
 from settings import UserError
 
@@ -24,8 +27,8 @@ class Encoder:
     """What is said of an encoder without building it.
 
     module: file in model/encoders/. frame_seconds: its time axis for 10 s clips, None: it has none. parameters: with
-    527 classes and the default sizes. keys: regular expressions, one of which a key of its published files begins with.
-    published: names of assets/checkpoints.json.
+    527 classes and the default sizes. keys: regular expressions, one of which a key of its published files begins with,
+    without the prefixes of wrappers. published: names of assets/checkpoints.json.
     """
 
     module: str
@@ -41,6 +44,10 @@ class Encoder:
     published: tuple[str, ...] = ()
 
 
+KNOWN = Path(__file__).parents[1] / "assets" / "checkpoints.json"
+FOLDER_VARIABLE = "HTSAT_CHECKPOINTS"
+DEFAULT_FOLDER = "~/.cache/hts-at"
+LARGEST_OPTION = 2**20  # of a number in encoder_options
 UNNAMED = "htsat"  # encoder of checkpoints of this project that name none: there was no other
 
 ENCODERS: dict[str, Encoder] = {
@@ -53,7 +60,7 @@ ENCODERS: dict[str, Encoder] = {
         frame_seconds=0.3125,
         parameters=31_325_143,
         licence="MIT",
-        keys=(r"(sed_model\.)?layers\.0\.blocks\.", r"(module\.)?audio_branch\."),
+        keys=(r"layers\.0\.blocks\.", r"audio_branch\."),
         published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
     ),
     "ast": Encoder(
@@ -66,7 +73,7 @@ ENCODERS: dict[str, Encoder] = {
         parameters=86_594_063,
         licence="BSD 3-Clause",
         keys=(
-            r"(sed_model\.)?(module\.)?v\.(cls_token|pos_embed)",
+            r"v\.(cls_token|pos_embed)",
             r"(audio_spectrogram_transformer\.)?embeddings\.distillation_token",
             r"dist_token",
         ),
@@ -108,8 +115,39 @@ def read_options(name: str, given: Mapping[str, str]) -> dict[str, int | float |
         option = known[key]
         try:
             values[key] = option.kind(text)
-        except ValueError:
-            raise UserError(f"encoder_options: {key} = {text} is not allowed: give {option.kind.__name__}.") from None
+            if option.kind is not str and not abs(float(values[key])) <= LARGEST_OPTION:
+                raise ValueError
+        except (ValueError, OverflowError):
+            raise UserError(
+                f"encoder_options: {key} = {text} is not allowed: give {option.kind.__name__}, up to {LARGEST_OPTION}."
+            ) from None
         if option.choices and text not in option.choices:
             raise UserError(f"encoder_options: {key} = {text} is not allowed: give {' or '.join(option.choices)}.")
     return values
+
+
+def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a path or of a known name (htsat-audioset, ...), and the settings that the name brings.
+
+    Known names, those of assets/checkpoints.json, are looked up in the folder that the environment variable
+    HTSAT_CHECKPOINTS names, or in ~/.cache/hts-at. Raises UserError, with what to download and where to put it, where
+    the file of a known name is not there.
+    """
+    known = json.loads(KNOWN.read_text())
+    if Path(path).is_file() or str(path) not in known["names"]:
+        return Path(path), {}
+    entry = known["names"][str(path)]
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER).expanduser()
+    for file in (folder / name for name in entry["files"]):
+        if file.is_file():
+            return file, dict(entry["settings"])
+    raise UserError(
+        f"{path} ({entry['about']}) is not in {folder}. Download {' or '.join(entry['files'])} from the published "
+        f"checkpoints ({entry['source']}, licence {entry['licence']}) and put it there, or set the environment "
+        f"variable {FOLDER_VARIABLE} to the folder that has it."
+    )
+
+
+def known_names() -> list[str]:
+    """The names that find_checkpoint knows."""
+    return list(json.loads(KNOWN.read_text())["names"])

@@ -2,8 +2,8 @@
 
 An adapter has these parts in this order: NAME (its dataset_type), SOURCE (publication, or where the sound comes from),
 LICENCE, TASK, FLAGS (its flags on the command line) and `prepare(settings, **flags) -> PrepareReport`, which writes
-into settings.dataset_path. A flag without a default in the signature of `prepare` is required. To add a data set, add
-its file here and its name to dataset_type in config.py.
+into settings.dataset_path. A parameter `task` is the setting, where the user gives it. A flag without a default in the
+signature of `prepare` is required. To add a data set, add its file here and its name to dataset_type in config.py.
 """
 
 import ast

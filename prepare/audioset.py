@@ -17,9 +17,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.clip_store import ClipStoreWriter, Task, Waveforms, open_store
+from data.progress import ProgressLines
+from data.tables import read_text
 from data.workers import end_with_parent
 from prepare.adapters import Flags
 from prepare.segments import (
+    AUDIOSET_LICENCE,
+    AUDIOSET_SOURCE,
     CLASS_OF_MID,
     CLIP_SECONDS,
     LABELS,
@@ -36,8 +40,7 @@ from prepare.segments import (
 from settings import Config, UserError
 
 NAME = "audioset"
-SOURCE = "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
-LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
+SOURCE, LICENCE = AUDIOSET_SOURCE, AUDIOSET_LICENCE
 TASK: Task = "multilabel"
 FLAGS: Flags = {
     "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the audio files"},
@@ -63,7 +66,8 @@ def prepare(settings: Config, raw: Path, segments: Path, processes: int = 1) -> 
     """
     split, dataset_path, rate = _split_of(segments), Path(settings.dataset_path), settings.sample_rate
     rows = read_segments(segments)
-    audio = index_audio(raw)
+    left_out = AudiosetReport(dataset_path)
+    audio = index_audio(raw, left_out)
     files = [find_audio(row, audio) for row in rows]
     if not any(files):
         raise no_audio(rows, segments, raw, audio)
@@ -74,6 +78,7 @@ def prepare(settings: Config, raw: Path, segments: Path, processes: int = 1) -> 
         for number, path in enumerate(paths)
     ]
     report = AudiosetReport(paths[0].parent if split == "unbalanced_train" else paths[0])
+    report.others, report.unopened = left_out.others, left_out.unopened
     for done in pack_parts(parts, processes):
         report.add(done)
     write_details(report, dataset_path / "hdf5s" / "reports" / f"{split}.csv")
@@ -95,19 +100,13 @@ def read_segments(path: Path) -> list[Segment]:
 
     Raises UserError, with the line, for a wrong number of columns, start, class or an id that comes twice.
     """
-    if not path.is_file():
-        raise UserError(f"There is no {path}: give one of AudioSet's tables of segments (balanced_train*.csv, ...).")
     found: dict[str, Segment] = {}
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip() and not line.startswith("#"):
-                    segment = _parse_segment(line, f"{path}, line {number}")
-                    if segment.ytid in found:
-                        raise UserError(f"{path}, line {number}: {segment.ytid} is listed twice.")
-                    found[segment.ytid] = segment
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text file; a table of segments is needed.") from None
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip() and not line.startswith("#"):
+            segment = _parse_segment(line, f"{path}, line {number}")
+            if segment.ytid in found:
+                raise UserError(f"{path}, line {number}: {segment.ytid} is listed twice.")
+            found[segment.ytid] = segment
     if not found:
         raise UserError(f'{path} lists no segments; its lines must read YTID, start, end, "mid,mid".')
     return list(found.values())
@@ -167,7 +166,14 @@ def pack_parts(parts: Sequence[Part], processes: int) -> list[AudiosetReport]:
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("clips", total=sum(len(part.segments) for part in waiting.values()))
-            for report in _pack(list(waiting.values()), workers, lambda clips: bar.advance(task, clips)):
+            lines, total = ProgressLines(), sum(len(part.segments) for part in waiting.values())
+
+            def advance(clips: int) -> None:
+                bar.advance(task, clips)
+                if not console.is_terminal:
+                    lines.show(f"{bar.tasks[0].completed:.0f} of {total} clips are read")
+
+            for report in _pack(list(waiting.values()), workers, advance):
                 reports[report.path] = report
                 print(f"{report.path.name} ({len(reports)} of {len(parts)}): {report.counts()}", file=sys.stderr)
     except (BrokenProcessPool, OSError) as error:  # out of memory; disk full

@@ -1,6 +1,5 @@
 """AudioSet Strong: the 10 s clips of AudioSet whose events have times, in the classes of the training table."""
 
-import csv
 import hashlib
 import re
 import sys
@@ -14,29 +13,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.clip_store import STRONG, Clip, ClipStoreWriter, Event, Task, store_path
+from data.tables import Row, clean, iterate_table, read_text, require_columns
+from prepare import segments as audioset
 from prepare.adapters import Flags
-from prepare.segments import (
-    CLASS_OF_MID,
-    CLIP_SECONDS,
-    AudiosetReport,
-    Part,
-    Segment,
-    find_audio,
-    index_audio,
-    no_audio,
-    note_length,
-    read_clips,
-    write_details,
-)
-from prepare.segments import LABELS as AUDIOSET_LABELS
+from prepare.tables import lasts
 from settings import Config, UserError
 
 NAME = "audioset-strong"
 SOURCE = (
     "S. Hershey et al.: The Benefit of Temporally-Strong Labels in Audio Event Classification, ICASSP 2021 (labels); "
-    "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
+    f"{audioset.AUDIOSET_SOURCE}"
 )
-LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
+LICENCE = audioset.AUDIOSET_LICENCE
 TASK: Task = "multilabel"
 FLAGS: Flags = {
     "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the audio files"},
@@ -63,12 +51,12 @@ class TimedMid:
 class StrongSegment:
     """A segment of 10 s of a video, with its events."""
 
-    segment: Segment
+    segment: audioset.Segment
     events: list[TimedMid]
 
 
 @dataclass
-class StrongReport(AudiosetReport):
+class StrongReport(audioset.AudiosetReport):
     """Counts and names of the segments of both tables."""
 
     per_split: Counter[str] = field(default_factory=Counter)  # clips
@@ -111,16 +99,17 @@ def prepare(
     if both:
         raise UserError(f"{strong} and {table} both list {min(both)}: a clip must not be trained and tested.")
     mids, labels = name_classes({event.mid for one in segments["train"] for event in one.events}, class_names)
-    audio = index_audio(raw)
+    report = StrongReport(store)
+    audio = audioset.index_audio(raw, report)
     found = {
-        split: [(one, path) for one in rows if (path := find_audio(one.segment, audio)) is not None]
+        split: [(one, path) for one in rows if (path := audioset.find_audio(one.segment, audio)) is not None]
         for split, rows in segments.items()
     }
     there = {one.segment.name for rows in found.values() for one, _ in rows}
     names = [one.segment.name for rows in segments.values() for one in rows]
-    report = StrongReport(store, missing=[name for name in names if name not in there])
+    report.missing = [name for name in names if name not in there]
     if not found["train"]:
-        raise no_audio([one.segment for one in segments["train"]], Path(strong), raw, audio)
+        raise audioset.no_audio([one.segment for one in segments["train"]], Path(strong), raw, audio)
     held_out = choose_validation([one for one, _ in found["train"]], settings.random_seed)
     splits = {
         "train": [row for row in found["train"] if row[0].segment.ytid not in held_out],
@@ -129,13 +118,13 @@ def prepare(
     }
     numbers = {mid: number for number, mid in enumerate(mids)}
     with ClipStoreWriter(
-        store, clip_samples=CLIP_SECONDS * rate, sample_rate=rate, labels=labels,
+        store, clip_samples=audioset.CLIP_SECONDS * rate, sample_rate=rate, labels=labels,
         dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
     ) as writer:  # fmt: skip
         _write(writer, splits, numbers, report)
         if report.clips == 0:
             raise UserError(f"None of the clips could be read.\n{report}")
-    write_details(report, store.with_name(f"{store.stem}_report.csv"))
+    audioset.write_details(report, store.with_name(f"{store.stem}_report.csv"))
     return report
 
 
@@ -146,20 +135,12 @@ def read_strong(path: Path) -> list[StrongSegment]:
     segment's start) and label (a mid), with tabs between. Raises UserError, with the line, where one is not, and where
     a video has two segments.
     """
-    if not path.is_file():
-        raise UserError(f"There is no {path}: give audioset_train_strong.tsv or audioset_eval_strong.tsv.")
+    columns, rows = iterate_table(path)
+    require_columns(path, columns, COLUMNS)
     events: dict[str, list[TimedMid]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = next(reader, [])
-            if tuple(header) != COLUMNS:
-                raise UserError(f"{path} must begin with {', '.join(COLUMNS)}, with tabs between; it has {header}.")
-            for row in reader:
-                name, event = _parse_event(row, f"{path}, line {reader.line_num}")
-                events.setdefault(name, []).append(event)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a TSV in UTF-8: {error}") from None
+    for row in rows:
+        name, event = _parse_event(row)
+        events.setdefault(name, []).append(event)
     if not events:
         raise UserError(f"{path} lists no events.")
     segments: dict[str, StrongSegment] = {}
@@ -171,28 +152,23 @@ def read_strong(path: Path) -> list[StrongSegment]:
     return list(segments.values())
 
 
-def _parse_event(row: list[str], place: str) -> tuple[str, TimedMid]:
-    if len(row) != len(COLUMNS):
-        raise UserError(f"{place}: {len(row)} columns; there must be {len(COLUMNS)}: {', '.join(COLUMNS)}.")
-    name, start, end, mid = (cell.strip() for cell in row)
+def _parse_event(row: Row) -> tuple[str, TimedMid]:
+    name, start, end, mid = (row.cells[column] for column in COLUMNS)
     if not SEGMENT_ID.fullmatch(name):
-        raise UserError(f"{place}: {name!r} is no segment_id, as b0RFKhbpFJA_30000: id, _ and the start in ms.")
-    try:
-        onset, offset = float(start), float(end)
-    except ValueError:
-        onset = offset = -1.0
-    if not 0 <= onset <= offset < float("inf") or not mid:
+        raise UserError(f"{row.place}: {name!r} is no segment_id, as b0RFKhbpFJA_30000: id, _ and the start in ms.")
+    onset, offset = row.number(COLUMNS[1]), row.number(COLUMNS[2])
+    if not 0 <= onset <= offset or not mid:
         raise UserError(
-            f"{place}: an event from {start!r} to {end!r} s of {mid!r}; rising seconds and a mid are needed."
+            f"{row.place}: an event of {mid!r} from {start} to {end} s; rising seconds and a mid are needed."
         )
     return name, TimedMid(sys.intern(mid), onset, offset)  # one string for each class, not one a line
 
 
-def _parse_segment(name: str) -> Segment:
+def _parse_segment(name: str) -> audioset.Segment:
     match = SEGMENT_ID.fullmatch(name)
     assert match, "the table's lines were checked"
     start = int(match["start"]) / 1000
-    return Segment(match["ytid"], start, start + CLIP_SECONDS, ())
+    return audioset.Segment(match["ytid"], start, start + audioset.CLIP_SECONDS, ())
 
 
 def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str], list[str]]:
@@ -200,7 +176,7 @@ def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str]
 
     Raises UserError where class_names lacks one of the classes, or is no such table.
     """
-    names = {mid: AUDIOSET_LABELS[number] for mid, number in CLASS_OF_MID.items()}
+    names = {mid: audioset.LABELS[number] for mid, number in audioset.CLASS_OF_MID.items()}
     order = sorted(mids)
     if class_names is not None:
         given = _read_names(class_names)
@@ -214,14 +190,14 @@ def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str]
 
 
 def _read_names(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise UserError(f"There is no {path}: --class_names must be mid_to_display_name.tsv.")
     names: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        mid, _, name = line.partition("\t")
-        if not mid.strip() or not name.strip() or mid.strip() in names:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not clean(line):
+            continue
+        mid, _, name = map(clean, line.partition("\t"))
+        if not mid or not name or mid in names:
             raise UserError(f"{path}, line {number}: {line!r}; a mid, a tab and a name are needed, each mid once.")
-        names[mid.strip()] = name.strip()
+        names[mid] = name
     return names
 
 
@@ -253,13 +229,13 @@ def _write(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("clips", total=sum(map(len, splits.values())))
         for split, rows in splits.items():
-            part = Part(report.path, rate, [one.segment for one, _ in rows], [path for _, path in rows])
+            part = audioset.Part(report.path, rate, [one.segment for one, _ in rows], [path for _, path in rows])
             by_name = {one.segment.name: one for one, _ in rows}
-            for clip in read_clips(part, report, lambda clips: bar.advance(task, clips)):
+            for clip in audioset.read_clips(part, report, lambda clips: bar.advance(task, clips)):
                 events = _events(by_name[clip.name].events, len(clip.waveform) / rate, numbers, report)
                 labels = sorted({event.label for event in events})
                 writer.add(Clip(clip.name, clip.waveform, labels, split=split, events=events, labelling=STRONG))
-                note_length(report, clip.name, len(clip.waveform), rate)
+                audioset.note_length(report, clip.name, len(clip.waveform), rate)
                 report.clips += 1
                 report.per_split[split] += 1
                 report.events += len(events)
@@ -271,7 +247,7 @@ def _events(events: list[TimedMid], seconds: float, numbers: dict[str, int], rep
     for event in events:
         if event.mid not in numbers:
             report.unknown[event.mid] += 1
-        elif event.onset >= min(event.offset, seconds):
+        elif not lasts(min(event.offset, seconds) - event.onset):
             report.empty_events += 1
         else:
             kept.append(Event(numbers[event.mid], event.onset, min(event.offset, seconds)))

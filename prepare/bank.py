@@ -12,6 +12,7 @@ import numpy as np
 
 from data.audio import mono_waveform, read_audio
 from data.clip_store import SPLITS, Waveforms, open_store, read_store_table
+from data.progress import with_progress
 from prepare.mixing import GAP_SECONDS
 from prepare.report import PrepareReport
 from prepare.stratify import SHARES, share_out
@@ -124,7 +125,7 @@ def build_bank(
     not exist or are given twice, and where a split has no clip.
     """
     usable, sounding = [], {}
-    for number, name in enumerate(sounds.names):
+    for number, name in enumerate(with_progress(sounds.names, "clips of the bank are read")):
         try:
             if sounds.targets[number].sum() != 1:
                 raise UserError("It has not exactly one class.")

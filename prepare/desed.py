@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Optional
 
 from data.clip_store import STRONG, UNLABELLED, WEAK, Task, store_path
+from data.finding import find_audio, readable_name
 from data.labels import read_labels
+from data.tables import read_table, require_columns
 from prepare.adapters import Flags
 from prepare.report import PrepareReport
 from prepare.tables import (
     Entry,
     entry_of,
-    find_audio,
     measure,
     read_event_rows,
-    read_table,
-    require_columns,
     require_folder,
     write_entries,
 )
-from settings import Config, UserError
+from settings import Config, UserError, split_list
 
 NAME = "desed"
 SOURCE = (
@@ -65,7 +64,7 @@ def prepare(
     after their onset, and events that end over 0.5 s after their clip (less is cut); and for a clip in two splits.
     """
     require_folder(raw, "the folder of DESED's clips")
-    training = [(Path(name), "train") for name in strong.split(",") if name]
+    training = [(Path(name), "train") for name in split_list(strong)]
     strong_sets = [*training, (validation, "validation"), (table, "test")]
     tables = [(path, split, read_strong) for path, split in strong_sets if path is not None]
     if weak is not None:
@@ -77,7 +76,7 @@ def prepare(
     sets = {name: measure(entries, raw, report, Path(name)) for name, entries in sets.items()}
     if unlabelled is not None:
         folder = unlabelled if unlabelled.is_dir() else raw / unlabelled
-        sets[str(folder)] = measure(_unlabelled(folder), folder, report)
+        sets[str(folder)] = measure(_unlabelled(folder, report), folder, report)
     entries = merge(sets, raw)
     write_entries(
         entries, LABELS, settings.sample_rate, report,
@@ -141,13 +140,17 @@ def _labelled(table: Path, split: str, read: Callable[[Path], list[Entry]]) -> l
     return entries
 
 
-def _unlabelled(folder: Path) -> list[Entry]:
+def _unlabelled(folder: Path, report: PrepareReport) -> list[Entry]:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: --unlabelled must be one, as it lies or below --raw.")
-    names = [path.relative_to(folder).as_posix() for path in find_audio(folder)]
-    if not names:
+    found = find_audio(folder)
+    if not found.audio:
         raise UserError(f"{folder} has no audio files: --unlabelled must be the folder of the unlabelled clips.")
-    return [Entry(name, split="train", labelling=UNLABELLED) for name in names]
+    report.add_left_out(found, folder)
+    return [
+        Entry(readable_name(path.relative_to(folder)), split="train", labelling=UNLABELLED, path=path)
+        for path in found.audio
+    ]
 
 
 def _check_class(label: str, place: str) -> None:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from data.clip_store import Task, store_path
 from data.labels import read_labels
+from data.tables import read_table, require_columns
 from prepare.adapters import Flags
+from prepare.finder import AudioFinder
 from prepare.report import PrepareReport
-from prepare.tables import Entry, parse_fold, read_table, require_columns, write_entries
+from prepare.tables import Entry, parse_fold, write_entries
 from settings import Config, UserError
 
 NAME = "esc-50"
@@ -31,9 +33,18 @@ def prepare(settings: Config, raw: Path) -> PrepareReport:
     """
     report = PrepareReport(store_path(settings.dataset_path, NAME))
     entries = read_meta(raw)
+    finder = AudioFinder(raw / "audio")
+    found = []
+    for entry in entries:
+        try:
+            entry.path = finder.find(entry.name)
+            found.append(entry)
+        except UserError as error:
+            report.skipped.append((entry.name, str(error)))
+    report.add_left_out(finder.found, finder.raw, used=len(found))
     labels = [label for label in LABELS if any(label in entry.labels for entry in entries)]
     write_entries(
-        entries, labels, settings.sample_rate, report, clip_seconds=CLIP_SECONDS,
+        found, labels, settings.sample_rate, report, clip_seconds=CLIP_SECONDS,
         dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
     )  # fmt: skip
     return report
@@ -51,5 +62,5 @@ def read_meta(raw: Path) -> list[Entry]:
         name, target, category = row.cells["filename"], row.cells["target"], row.cells["category"]
         if not (target.isdecimal() and int(target) < len(LABELS) and category == LABELS[int(target)]):
             raise UserError(f"{row.place}: class {target} {category!r} is not one of ESC-50's.")
-        entries.append(Entry(name, {category}, fold=parse_fold(row), path=raw / "audio" / name))
+        entries.append(Entry(name, {category}, fold=parse_fold(row)))
     return entries

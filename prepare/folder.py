@@ -1,25 +1,27 @@
 """A user's own data: a folder of audio with a table of clips or of events, or with one folder a class."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
-from data.clip_store import SPLITS, Task, store_path
+from data.clip_store import LEAST_SECONDS, SPLITS, Task, store_path
+from data.finding import find_audio
+from data.tables import Row, read_table, require_columns
 from prepare.adapters import Flags
 from prepare.report import PrepareReport
 from prepare.stratify import stratified_split
 from prepare.tables import (
     Entry,
-    Row,
     entry_of,
+    join_spellings,
+    lasts,
     measure,
     parse_fold,
     read_class_folders,
     read_event_rows,
-    read_table,
-    require_columns,
     require_folder,
     write_entries,
 )
@@ -45,10 +47,16 @@ FLAGS: Flags = {
 
 MAX_SECONDS = 600.0  # each clip takes the room of the longest one in the store
 CLIP_COLUMNS = ("filename", "label")
+SEPARATOR = re.compile("[,;|]")  # of several labels in one cell, as some tables have them
+NAMED = 3  # how many labels a message names
 
 
 def prepare(
-    settings: Config, raw: Path, table: Optional[Path] = None, segment_seconds: Optional[float] = None
+    settings: Config,
+    raw: Path,
+    table: Optional[Path] = None,
+    segment_seconds: Optional[float] = None,
+    task: Optional[Task] = None,
 ) -> PrepareReport:
     """Write the store of the audio below `raw`, in any format and rate, with the classes of `table`.
 
@@ -59,33 +67,61 @@ def prepare(
     random_seed. A filename is a path below `raw`, or the end of such a path where only one file has it; audio that the
     table does not name is left out. Files that are missing or cannot be read are skipped and reported. segment_seconds:
     cut recordings with a table of events into clips of so many seconds, named as media fragments (forest.wav#t=10,20),
-    all of a recording in one split. Raises UserError for a wrong table, events beyond their clip, clips over 10 minutes
-    that are not to be cut, and no audio.
+    all of a recording in one split. task: None for single_label where each clip has exactly one class and no times.
+    Raises UserError for a wrong table, events beyond their clip, clips over 10 minutes that are not to be cut, no
+    audio, and single_label where a clip has not exactly one class.
     """
     require_folder(raw, "the folder of the audio")
     report = PrepareReport(store_path(settings.dataset_path, NAME))
     entries = read_class_folders(raw, report) if table is None else read_entries(table)
+    entries = join_spellings(measure(entries, raw, report))
     labels = sorted(set().union(*(entry.labels for entry in entries)))
     if not labels:
-        raise UserError(f"{table} names no class: at least one event is needed.")
-    entries = measure(entries, raw, report)
+        raise UserError(f"{table} names no class: at least one event of {LEAST_SECONDS:g} s is needed.\n{report}")
+    if table is not None:
+        report.add_left_out(find_audio(raw), raw, used=len(entries))
+    _note_separators(labels, report)
     if segment_seconds is None:
         _check_lengths(entries)
-    elif segment_seconds <= 0 or table is None or any(entry.labels and not entry.events for entry in entries):
+    elif not lasts(segment_seconds) or table is None or any(entry.labels and not entry.events for entry in entries):
         raise UserError(
-            f"--segment_seconds {segment_seconds:g} needs a length above 0 and a table of events (filename, onset, "
-            f"offset, event_label), so that each part of a recording has its own classes."
+            f"--segment_seconds {segment_seconds:g} needs {LEAST_SECONDS:g} s or more and a table of events (filename, "
+            f"onset, offset, event_label), so that each part of a recording has its own classes."
         )
+    report.split_by = f"as {table} says"
     if not any(entry.split or entry.fold for entry in entries):
+        report.split_by = f"stratified by class, random_seed {settings.random_seed}"
         targets = np.array([[label in entry.labels for label in labels] for entry in entries])
         for entry, split in zip(entries, stratified_split(targets, settings.random_seed), strict=True):
             entry.split = str(split)
-    single = all(len(entry.labels) == 1 and not entry.events for entry in entries)
     write_entries(
-        entries, labels, settings.sample_rate, report, segment_seconds=segment_seconds, dataset_type=NAME,
-        task="single_label" if single else TASK, source=SOURCE.format(folder=raw.resolve().name), licence=LICENCE,
+        entries, labels, settings.sample_rate, report,
+        segment_seconds=segment_seconds, used_labels=True, dataset_type=NAME,
+        task=_task(entries, task), source=SOURCE.format(folder=raw.resolve().name), licence=LICENCE,
     )  # fmt: skip
     return report
+
+
+def _task(entries: Sequence[Entry], asked: Optional[Task]) -> Task:
+    """The task of the clips, or the one that is asked for. Raises UserError where that needs one class a clip."""
+    others = [entry.name for entry in entries if len(entry.labels) != 1]
+    if asked == "single_label" and others:
+        raise UserError(
+            f"--task single_label needs exactly one class in each clip; {len(others)} of {len(entries)} have none or "
+            f"several, as {others[0]}. Leave --task out."
+        )
+    return asked or (TASK if others or any(entry.events for entry in entries) else "single_label")
+
+
+def _note_separators(labels: Sequence[str], report: PrepareReport) -> None:
+    """Note the labels that look like several: each stays one class."""
+    several = [label for label in labels if SEPARATOR.search(label)]
+    if several:
+        report.notes.append(
+            f"{len(several)} labels hold a comma, a semicolon or |, and each is one class: "
+            f"{', '.join(map(repr, several[:NAMED]))}{', ...' if len(several) > NAMED else ''}. Several classes of a "
+            f"clip are a line each: a.wav,dog and a.wav,outdoor."
+        )
 
 
 def _check_lengths(entries: Sequence[Entry]) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.clip_store import Task, store_path
-from data.files import AUDIO_SUFFIXES
+from data.finding import find_audio, readable_name
 from data.labels import read_labels
+from data.tables import clean, read_text
 from prepare.adapters import Flags
+from prepare.finder import spelling
 from prepare.report import PrepareReport
 from prepare.tables import Entry, require_folder, write_entries
 from settings import Config, UserError
@@ -42,11 +44,14 @@ def prepare(settings: Config, raw: Path, label_order: str = "sorted") -> Prepare
     words = find_words(raw)
     labels = _labels(words, label_order)
     split_of = read_lists(raw)
-    names = [f"{word}/{name}" for word in words for name in _audio_names(raw / word)]
+    report = PrepareReport(store_path(settings.dataset_path, NAME))
+    paths = [path for word in words for path in _audio(raw / word, raw, report)]
+    names = [readable_name(path.relative_to(raw)) for path in paths]
     entries = [
-        Entry(name, {name.partition("/")[0]}, split=split_of.get(name, "train"), path=raw / name) for name in names
+        Entry(name, {name.partition("/")[0]}, split=split_of.get(spelling(name), "train"), path=path)
+        for name, path in zip(names, paths, strict=True)
     ]
-    report = PrepareReport(store_path(settings.dataset_path, NAME), skipped=list(_absent(split_of, names)))
+    report.skipped += _absent(split_of, names)
     write_entries(
         entries, labels, settings.sample_rate, report, clip_seconds=CLIP_SECONDS,
         dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
@@ -64,7 +69,7 @@ def find_words(raw: Path) -> list[str]:
 
 
 def read_lists(raw: Path) -> dict[str, str]:
-    """{word/file: test or validation} of the two lists. Raises UserError for a missing or contradicting list."""
+    """{spelling of word/file: test or validation} of the lists. Raises UserError for a missing or contradicting one."""
     split_of: dict[str, str] = {}
     for split, name in LISTS.items():
         path = raw / name
@@ -72,14 +77,14 @@ def read_lists(raw: Path) -> dict[str, str]:
             raise UserError(
                 f"There is no {path}: --raw must be the folder with the words, {' and '.join(LISTS.values())}."
             )
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            entry = line.strip()
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
+            entry = clean(line)
             if not entry:
                 continue
-            if entry.count("/") != 1:
+            if spelling(entry).count("/") != 1:
                 raise UserError(f"{path}, line {number}: {entry!r} is not of the form word/file.wav.")
-            if split_of.setdefault(entry, split) != split:
-                raise UserError(f"{path}, line {number}: {entry} is in {LISTS[split_of[entry]]} as well.")
+            if split_of.setdefault(spelling(entry), split) != split:
+                raise UserError(f"{path}, line {number}: {entry} is in {LISTS[split_of[spelling(entry)]]} as well.")
     return split_of
 
 
@@ -97,13 +102,18 @@ def _labels(words: list[str], label_order: str) -> list[str]:
     return PUBLISHED_LABELS
 
 
-def _audio_names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in AUDIO_SUFFIXES and not p.name.startswith("."))
+def _audio(folder: Path, raw: Path, report: PrepareReport) -> list[Path]:
+    """The audio of a word; what lies deeper is reported as skipped."""
+    found = find_audio(folder)
+    report.add_left_out(found, raw)
+    deeper = [path for path in found.audio if path.parent != folder]
+    report.skipped += [(readable_name(path.relative_to(raw)), "It does not lie in a word's folder.") for path in deeper]
+    return [path for path in found.audio if path.parent == folder]
 
 
 def _absent(split_of: dict[str, str], names: list[str]) -> Iterator[tuple[str, str]]:
     """(clip, reason) of those that a list names and no folder holds."""
-    there = set(names)
+    there = {spelling(name) for name in names}
     for name, split in split_of.items():
         if name not in there:
             yield name, f"It is in {LISTS[split]} but in no word folder."

@@ -11,10 +11,14 @@ from typing import Optional
 from data.audio import read_int16
 from data.clip_store import Clip
 from data.files import AUDIO_SUFFIXES, whole_file
+from data.finding import find_audio as find_files
 from data.labels import audioset_classes
+from data.levels import Remark
 from prepare.report import PrepareReport
 from settings import UserError
 
+AUDIOSET_SOURCE = "J. F. Gemmeke et al.: Audio Set: An ontology and human-labeled dataset for audio events, ICASSP 2017"
+AUDIOSET_LICENCE = "Labels: Creative Commons Attribution 4.0; the sounds belong to those who uploaded them to YouTube"
 CLASSES = audioset_classes()
 LABELS = [entry["name"] for entry in CLASSES]
 CLASS_OF_MID = {entry["mid"]: number for number, entry in enumerate(CLASSES)}
@@ -66,7 +70,7 @@ class AudiosetReport(PrepareReport):
 
     def add(self, part: "AudiosetReport") -> None:
         """Add the report of one part."""
-        for name in ("clips", "kept", "skipped", "missing", "short", "cut"):
+        for name in ("clips", "kept", "skipped", "missing", "short", "cut", "remarks"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
 
     def rows(self) -> dict[str, list[tuple[str, str]]]:
@@ -88,20 +92,24 @@ class AudiosetReport(PrepareReport):
         for state, rows in self.rows().items():
             lines += [f"  {state}: {name}  {remark}".rstrip() for name, remark in rows[:EXAMPLES]]
             lines += [f"  {state}: and {len(rows) - EXAMPLES} more"] if len(rows) > EXAMPLES else []
-        return "\n".join([*lines, f"all of them: {self.details}"] if self.details else lines)
+        lines += [f"all of them: {self.details}"] if self.details else []
+        return "\n".join([*lines, *self.other_lines()])
 
 
-def index_audio(raw: Path) -> dict[str, str]:
-    """Stem -> path of every audio file below `raw`; of several with one stem, the first by name of its path."""
+def index_audio(raw: Path, report: Optional[PrepareReport] = None) -> dict[str, str]:
+    """Stem -> path of every audio file below `raw`; of several with one stem, the first by name of its path.
+
+    report: takes what lies there beside audio.
+    """
     if not raw.is_dir():
         raise UserError(f"There is no folder {raw}: --raw must be the folder of AudioSet's audio files.")
     found: dict[str, str] = {}
-    for folder, _, names in os.walk(raw):
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            path = os.path.join(folder, name)
-            if suffix.lower() in AUDIO_SUFFIXES and (stem not in found or path < found[stem]):
-                found[stem] = path
+    below = find_files(raw)
+    for path in map(str, below.audio):
+        stem = os.path.splitext(os.path.basename(path))[0]
+        found[stem] = min(path, found.get(stem, path))
+    if report is not None:
+        report.add_left_out(below, raw)
     return found
 
 
@@ -152,8 +160,9 @@ def read_clips(part: Part, report: AudiosetReport, advance: Callable[[int], None
         if file is None:
             report.missing.append(segment.name)
             continue
+        remarks: list[Remark] = []
         try:
-            waveform = read_int16(Path(file), part.sample_rate)
+            waveform = read_int16(Path(file), part.sample_rate, remarks)
             if len(waveform) == 0:  # resampling left nothing of one or two samples
                 raise UserError(f"{file} holds no samples at {part.sample_rate} Hz.")
         except UserError as error:
@@ -163,6 +172,7 @@ def read_clips(part: Part, report: AudiosetReport, advance: Callable[[int], None
         start = find_start(segment, Path(file).stem, seconds)
         if seconds > wanted + SLACK_SECONDS:
             report.cut.append((segment.name, f"{start:g} to {min(start + wanted, seconds):g} s of {seconds:.2f} s"))
+        report.remarks += [(segment.name, remark) for remark in remarks]
         first = round(start * part.sample_rate)
         yield Clip(segment.name, waveform[first : first + round(wanted * part.sample_rate)], segment.labels)
 

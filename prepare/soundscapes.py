@@ -9,12 +9,13 @@ import numpy as np
 
 from data.audio import audio_seconds, read_audio
 from data.clip_store import SPLITS, STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, Task, store_path
+from data.finding import FoundAudio, find_audio
+from data.progress import with_progress
 from prepare.adapters import Flags
 from prepare.bank import FRAME_SECONDS, Bank, Foreground, build_bank, choose_stretch, open_sounds
 from prepare.mixing import CLIP_SECONDS, Generator, check_count, draw_clips, is_apart, to_int16
 from prepare.report import PrepareReport
 from prepare.stratify import SHARES, share_out
-from prepare.tables import find_audio
 from settings import Config, UserError
 
 NAME = "soundscapes"
@@ -154,7 +155,10 @@ class Backgrounds:
         """folder: None for noise. Files that cannot be read are reported; raises UserError where 3 are not left."""
         self.sample_rate, self.recordings = sample_rate, folder is not None
         self.seconds: dict[Path, float] = {}
-        for path in find_audio(folder) if folder else []:
+        found = find_audio(folder) if folder else FoundAudio()
+        if folder:
+            report.add_left_out(found, folder)
+        for path in found.audio:
             try:
                 self.seconds[path] = audio_seconds(path)
             except UserError as error:
@@ -256,7 +260,7 @@ def _write(
 ) -> None:
     training = _labellings(sum(split == "train" for _, split, _, _ in drawn), mix)
     sources: list[str] = []
-    for name, split, number, rng in drawn:
+    for name, split, number, rng in with_progress(drawn, "soundscapes are mixed"):
         clip, used = mix_soundscape(name, split, bank, backgrounds, mix, rng)
         labelling = training[number] if split == "train" else STRONG
         if labelling != STRONG:

@@ -1,42 +1,22 @@
 """What adapters share: tables of labels and events, the audio that they name, and the clips that are written."""
 
-import csv
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
 from data.audio import audio_seconds, read_int16
-from data.clip_store import LARGEST_FOLD, Clip, ClipStoreWriter, Event
-from data.files import AUDIO_SUFFIXES
+from data.clip_store import END_TOLERANCE, LARGEST_FOLD, LEAST_SECONDS, Clip, ClipStoreWriter, Event
+from data.finding import find_audio, readable_name
+from data.levels import Remark
+from data.progress import with_progress
+from data.tables import EVENT_COLUMNS, Row, TimedLabel, clean, parse_event, require_columns
+from prepare.finder import AudioFinder
 from prepare.report import PrepareReport
 from settings import UserError
-
-END_TOLERANCE = 0.5  # seconds that an event may reach beyond the end of its clip, as annotations round
-EVENT_COLUMNS = ("filename", "onset", "offset", "event_label")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table. place: the file and the line number, for messages."""
-
-    place: str
-    cells: dict[str, str]
-
-
-@dataclass(frozen=True)
-class TimedLabel:
-    """An event in a table: class name, onset and offset in seconds from the start of the clip."""
-
-    place: str
-    label: str
-    onset: float
-    offset: float
 
 
 @dataclass
@@ -51,44 +31,6 @@ class Entry:
     path: Path = Path()
     seconds: float = math.nan  # duration in the header of the file; nan: not read
     labelling: Optional[int] = None  # STRONG, WEAK or UNLABELLED; None: STRONG in a store with events, else WEAK
-
-
-def read_table(path: Path) -> tuple[list[str], list[Row]]:
-    """Columns and rows of a CSV or TSV: tab, comma or semicolon, whichever is most frequent in the header line.
-
-    Raises UserError where the file is missing, is no text, has no rows, or a row is longer than the header.
-    """
-    if not path.is_file():
-        raise UserError(f"There is no table {path}.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
-            header = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=max("\t,;", key=header.count), restval="", strict=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            lines = [(reader.line_num, cells) for cells in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a CSV or TSV in UTF-8: {error}") from None
-    if not lines:
-        raise UserError(f"{path} is empty: it needs a line of column names and a line for each clip or event.")
-    rows = []
-    for number, cells in lines:
-        place = f"{path}, line {number}"
-        if None in cells:
-            raise UserError(f"{place} has more cells than the {len(columns)} columns: quote those that hold commas.")
-        rows.append(Row(place, {name: cell.strip() for name, cell in cells.items()}))
-    return columns, rows
-
-
-def require_columns(table: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    """Raise UserError where one of the needed columns is lacking."""
-    lacking = [name for name in needed if name not in columns]
-    if lacking:
-        raise UserError(
-            f"{table} lacks the columns {', '.join(lacking)}; it has {', '.join(columns)} "
-            f"and needs {', '.join(needed)}."
-        )
 
 
 def require_folder(folder: Path, what: str) -> None:
@@ -120,109 +62,83 @@ def read_event_rows(table: Path, columns: Sequence[str], rows: Iterable[Row]) ->
     require_columns(table, columns, EVENT_COLUMNS)
     entries: dict[str, Entry] = {}
     for row in rows:
+        event = parse_event(row)
         entry = entry_of(entries, row)
-        label, times = row.cells["event_label"], (row.cells["onset"], row.cells["offset"])
-        if not any((label, *times)):
-            continue  # a clip without events
-        if not label:
-            raise UserError(f"{row.place}: the event from {times[0]} to {times[1]} s has no event_label.")
-        event = TimedLabel(row.place, label, *(_seconds(row.place, text) for text in times))
-        if not 0 <= event.onset < event.offset:
-            raise UserError(f"{row.place}: an event must have 0 <= onset < offset, not {times[0]} and {times[1]} s.")
-        entry.events.append(event)
-        entry.labels.add(label)
+        if event is not None:
+            entry.events.append(event)
+            entry.labels.add(event.label)
     return list(entries.values())
-
-
-def _seconds(place: str, text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds):
-        raise UserError(f"{place}: {text!r} is not a time in seconds.")
-    return seconds
 
 
 def read_class_folders(raw: Path, report: PrepareReport) -> list[Entry]:
     """The audio in the folders of `raw`, each named after its class. Files beside the folders go into the report."""
     entries = []
-    for path in find_audio(raw):
-        parts = path.relative_to(raw).parts
-        if len(parts) == 1:
-            report.skipped.append((path.name, "It lies in no class folder."))
+    found = find_audio(raw)
+    for path in found.audio:
+        name = readable_name(path.relative_to(raw))
+        if "/" not in name:
+            report.skipped.append((name, "It lies in no class folder."))
         else:
-            entries.append(Entry("/".join(parts), {parts[0]}, path=path))
+            entries.append(Entry(name, {clean(name.partition("/")[0])}, path=path))
+    report.add_left_out(found, raw)
     if not entries:
         raise UserError(
-            f"No audio was found in folders of {raw}: without a table it must hold one folder a class. The endings are "
-            f"{', '.join(AUDIO_SUFFIXES)}."
+            f"No audio was found in folders of {raw}: without a table it must hold one folder a class.\n{report}"
         )
     return entries
-
-
-def find_audio(folder: Path) -> list[Path]:
-    """The audio files below a folder, sorted, without hidden ones."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-
-
-class AudioFinder:
-    """Finds the file that a table names: at its place below a folder, or deeper where only one has that name."""
-
-    def __init__(self, raw: Path) -> None:
-        self.raw = raw
-
-    @cached_property
-    def _by_name(self) -> dict[str, list[Path]]:
-        paths = defaultdict(list)
-        for path in find_audio(self.raw):
-            paths[path.name].append(path)
-        return paths
-
-    def find(self, name: str, table: Optional[Path] = None) -> Path:
-        """Path of the file. Raises UserError where there is none, or several deeper ones.
-
-        table: of several, the file is taken whose folders share most names with the folders and the name of this table.
-        """
-        if (self.raw / name).is_file():
-            return self.raw / name
-        wanted = PurePosixPath(name)
-        deeper = [path for path in self._by_name.get(wanted.name, []) if path.as_posix().endswith(f"/{wanted}")]
-        if len(deeper) > 1 and table is not None:
-            deeper = self._nearest(deeper, table)
-        if len(deeper) > 1:
-            raise UserError(f"Several files have this name: {deeper[0]} and {deeper[1]}.")
-        if not deeper:
-            raise UserError(f"There is no file {self.raw / name}, nor one of that name in its folders.")
-        return deeper[0]
-
-    def _nearest(self, paths: Sequence[Path], table: Path) -> list[Path]:
-        names = set(table.resolve().with_suffix("").parts)
-        common = [len(names & set(path.parent.relative_to(self.raw).parts)) for path in paths]
-        return [path for path, count in zip(paths, common, strict=True) if count == max(common)]
 
 
 def measure(entries: Sequence[Entry], raw: Path, report: PrepareReport, table: Optional[Path] = None) -> list[Entry]:
     """The entries whose file exists, with path and duration; the others are reported as skipped.
 
-    table: see AudioFinder.find. Events that end up to 0.5 s after their clip are shortened. Raises UserError where one
-    ends later, and where no file is left.
+    table: see AudioFinder.find. Events that end up to END_TOLERANCE after their clip are shortened, and those below
+    LEAST_SECONDS left out, with their label. Raises UserError where one ends later, and where no file is left.
     """
     finder = AudioFinder(raw)
     found = []
-    for entry in entries:
+    for entry in with_progress(entries, "files are measured"):
         try:
-            entry.path = finder.find(entry.name, table)
+            if entry.path == Path():
+                entry.path = finder.find(entry.name, table)
             entry.seconds = audio_seconds(entry.path)
         except UserError as error:
             report.skipped.append((entry.name, str(error)))
             continue
-        entry.events = [_within(event, entry) for event in entry.events]
+        _cut_events(entry, report)
         found.append(entry)
     if not found:
         raise UserError(f"None of the {len(entries)} audio files could be read.\n{report}")
     return found
+
+
+def join_spellings(entries: Sequence[Entry]) -> list[Entry]:
+    """The measured entries, those of one file as one: a table may spell its name in several ways.
+
+    Raises UserError where a file is in two splits or folds.
+    """
+    joined: dict[Path, Entry] = {}
+    for entry in entries:
+        first = joined.setdefault(entry.path, entry)
+        if first is not entry:
+            if (first.split, first.fold) != (entry.split, entry.fold):
+                raise UserError(f"{first.name} and {entry.name} are one file, {entry.path}, in two splits or folds.")
+            first.labels |= entry.labels
+            first.events += entry.events
+    return list(joined.values())
+
+
+def _cut_events(entry: Entry, report: PrepareReport) -> None:
+    """Cut the events of an entry at the end of its clip; short ones are counted in the report."""
+    within = [_within(event, entry) for event in entry.events]
+    entry.events = [event for event in within if lasts(event.offset - event.onset)]
+    report.short_events += len(within) - len(entry.events)
+    if within:
+        entry.labels = {event.label for event in entry.events}
+
+
+def lasts(seconds: float) -> bool:
+    """Whether a clip or an event is long enough to be one; times in tables are rounded to a microsecond at most."""
+    return seconds > LEAST_SECONDS - 1e-6
 
 
 def _within(event: TimedLabel, entry: Entry) -> TimedLabel:
@@ -243,11 +159,13 @@ def write_entries(
     *,
     clip_seconds: Optional[float] = None,
     segment_seconds: Optional[float] = None,
+    used_labels: bool = False,
     **attributes: str,
 ) -> None:
     """Read the audio of entries and write the store report.path; counts the clips in `report`.
 
     clip_seconds: longer clips are cut; None: the longest measured one fits. segment_seconds: cut into clips so long.
+    used_labels: only the classes that a clip has are classes of the store.
     Files that cannot be read, or have another length than in their header, are reported as skipped. Raises UserError
     where no clip is left.
     """
@@ -257,16 +175,21 @@ def write_entries(
         clip_samples=math.ceil(longest * sample_rate - 1e-6),
         sample_rate=sample_rate,
         labels=labels,
+        used_labels=used_labels,
         **attributes,
     ) as writer:
-        for entry in entries:
+        for entry in with_progress(entries, "files are read"):
+            remarks: list[Remark] = []
             try:
-                waveform = read_int16(entry.path, sample_rate)
+                waveform = read_int16(entry.path, sample_rate, remarks)
                 if abs(len(waveform) / sample_rate - entry.seconds) > END_TOLERANCE:
                     raise UserError(f"It ends after {len(waveform) / sample_rate:.2f} s of {entry.seconds:.2f} s.")
-                for clip in _clips(entry, waveform, labels, sample_rate, segment_seconds):
+                if not lasts(len(waveform) / sample_rate):
+                    raise UserError(f"It lasts {len(waveform) / sample_rate:g} s, below the least, {LEAST_SECONDS:g}.")
+                for clip in _clips(entry, waveform, labels, sample_rate, segment_seconds, report):
                     writer.add(clip)
                     report.clips += 1
+                report.remarks += [(entry.name, remark) for remark in remarks]
             except UserError as error:
                 report.skipped.append((entry.name, str(error)))
         if report.clips == 0:
@@ -274,9 +197,17 @@ def write_entries(
 
 
 def _clips(
-    entry: Entry, waveform: np.ndarray, labels: list[str], sample_rate: int, segment_seconds: Optional[float]
+    entry: Entry,
+    waveform: np.ndarray,
+    labels: list[str],
+    sample_rate: int,
+    segment_seconds: Optional[float],
+    report: PrepareReport,
 ) -> Iterator[Clip]:
-    """The clip of an entry; with segment_seconds several, one after another, each with its part of the events."""
+    """The clip of an entry; with segment_seconds several, one after another, each with its part of the events.
+
+    Segments and parts of events below LEAST_SECONDS are left out, and counted in the report.
+    """
     events = [Event(labels.index(event.label), event.onset, event.offset) for event in entry.events]
     place = (entry.fold, entry.split)
     if segment_seconds is None:
@@ -287,10 +218,15 @@ def _clips(
     for first in range(0, len(waveform), length):
         part = waveform[first : first + length]
         start, end = first / sample_rate, (first + len(part)) / sample_rate
-        inside = [
+        if not lasts(end - start):
+            report.short_segments += 1
+            continue
+        touching = [
             Event(event.label, max(event.onset - start, 0.0), min(event.offset, end) - start)
             for event in events
             if event.onset < end and event.offset > start
         ]
+        inside = [event for event in touching if lasts(event.offset - event.onset)]
+        report.short_events += len(touching) - len(inside)
         name = f"{entry.name}#t={start:g},{end:g}"
         yield Clip(name, part, sorted({event.label for event in inside}), *place, inside, entry.labelling)

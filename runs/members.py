@@ -12,6 +12,7 @@ from data.clip_store import ClipTable
 from data.facts import store_task
 from data.labels import published_labels
 from data_generator import check_classes
+from evaluation.postprocess import read_postprocessing
 from model import Network
 from model.checkpoint import Checkpoint
 from model.opening import build_with_weights, read_with_settings
@@ -38,6 +39,8 @@ class Member:
     def read(cls, path: str, given: dict[str, Any]) -> "Member":
         """Raises UserError where the file cannot be used or does not fit what is given."""
         checkpoint, settings = read_with_settings(path, given, store_task)
+        if checkpoint.postprocessing is not None:
+            read_postprocessing(checkpoint.postprocessing, checkpoint.path)
         sha256 = file_sha256(checkpoint.path)
         settings, _ = settle(settings, training=False)
         settings = settings.model_copy(update={"heatmap_dir": score_folder(checkpoint, settings, given)})

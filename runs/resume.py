@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from data.facts import store_facts
 from data.files import read_json
-from model.checkpoint import Checkpoint, read_checkpoint
+from model.checkpoint import Checkpoint, check_resumable, read_checkpoint
 from settings import (
     OTHER_SECTIONS,
     TRAINED_SECTIONS,
@@ -93,6 +95,7 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
     if changed:
         was = ", ".join(f"{name} = {then[name]!r} (now {getattr(settings, name)!r})" for name in changed)
         raise UserError(f"The run to resume has {was}: give the same settings, or another --exp_name.")
+    check_resumable(resumed)
     return resumed
 
 
@@ -134,3 +137,14 @@ def _other_data(resumed: Checkpoint, now: Mapping[str, Any]) -> list[str]:
     return [
         f"{name} {before.get(name)} -> {now[name]}" for name in ("store", "processes") if before.get(name) != now[name]
     ]
+
+
+def best_checkpoint(content: Mapping[Any, Any]) -> Optional[tuple[str, float]]:
+    """Name and metric of a run's best checkpoint so far, as the callback that keeps it has recorded them."""
+    states = content.get("callbacks")
+    for state in states.values() if isinstance(states, Mapping) else ():
+        if isinstance(state, Mapping) and state.get("monitor") and state.get("best_model_path"):
+            score = state.get("best_model_score")
+            if isinstance(score, torch.Tensor) and score.numel() == 1:
+                return Path(str(state["best_model_path"])).name, float(score)
+    return None

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
-import torch
 
 from data.clip_store import STRONG, UNLABELLED, ClipTable, labelling
 from data.labels import AUDIOSET_CLASSES, audioset_mids
 from data_generator import SEDDataModule
 from evaluation.mapping import ClassMapping, load_mapping
-from evaluation.postprocess import PostProcessing
+from evaluation.postprocess import PostProcessing, read_postprocessing
 from evaluation.scores import shard_path
-from model.checkpoint import Checkpoint, read_checkpoint
+from model.checkpoint import Checkpoint, read_checkpoint, tensor_bytes
 from runs.ledger import file_sha256
 from sed_model import Evaluation
 from settings import Config, UserError, section
@@ -131,7 +130,7 @@ def weights_id(checkpoints: Sequence[Checkpoint]) -> str:
     for checkpoint in checkpoints:
         for key, value in sorted(checkpoint.state_dict.items()):
             digest.update(key.encode())
-            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(value))
     return digest.hexdigest()[:16]
 
 
@@ -144,7 +143,7 @@ def stored_postprocessing(
     """
     calibrated = checkpoints[0].postprocessing if len(checkpoints) == 1 else None
     if calibrated is not None:
-        post = PostProcessing.from_dict(calibrated)
+        post = read_postprocessing(calibrated, checkpoints[0].path)
         if set(labels) <= set(post.labels):
             return post.for_labels(labels)
     if mapping is None or mapping.thresholds is None:

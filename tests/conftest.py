@@ -1,8 +1,12 @@
 """Data and a trained run that several tests share."""
 
+import io
 import os
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 # Before torch is imported: the tests run on all cores side by side (make test), each on one.
@@ -11,11 +15,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from filelock import FileLock
 
+import main
 from prepare import demo
 from settings import resolve
-from tests.helpers import TINY_FLAGS, run_python
+from tests.helpers import LEAN_FLAGS
 
 STORE = Path("workspace", "data", "demo", "demo.h5")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that the workers of pytest-xdist end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -59,15 +70,18 @@ def demo_workspace(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) ->
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
-    """A folder that no test changes, with the run workspace/runs/htsat_demo: two epochs on the demo, sizes of TINY.
+    """A folder that no test changes, with the run workspace/runs/htsat_demo: two epochs on the demo, sizes of LEAN.
 
     train.log has what `train` printed.
     """
 
     def make(folder: Path) -> None:
         link_store(demo_data, folder)
-        done = run_python("main.py", "train", "--max_epoch", "2", *TINY_FLAGS, cwd=folder)
-        (folder / "train.log").write_text(done.stdout)
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["main.py", "train", "--max_epoch", "2", *LEAN_FLAGS])
+            assert main.main() == 0
+        (folder / "train.log").write_text(printed.getvalue())
 
     return made_once(tmp_path_factory, "trained_run", make)
 

@@ -1,9 +1,11 @@
 """What several tests share: tiny networks, and the command line in this process or in one of its own."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,14 @@ from prepare.demo import LABELS
 from settings import Config, resolve
 
 ROOT = Path(__file__).parents[1]
-TINY = {  # a network of one block a stage
+TINY: dict[str, Any] = {  # a network of one block a stage
     "htsat_dim": "16",
     "htsat_depth": "1,1,1,1",
     "htsat_num_head": "1,2,4,8",
     "batch_size": "4",
     "accelerator": "cpu",
 }
-SIZES: dict[str, dict[str, str]] = {  # of each encoder: the settings of a tiny network
+SIZES: dict[str, dict[str, Any]] = {  # of each encoder: the settings of a tiny network
     "htsat": TINY,
     "ast": {
         "encoder": "ast",
@@ -33,7 +35,10 @@ SIZES: dict[str, dict[str, str]] = {  # of each encoder: the settings of a tiny 
         "accelerator": "cpu",
     },
 }
-SMALL = {  # for clips of a quarter of a second, of 32 kHz
+LEAN: dict[str, Any] = {  # 32 steps of 10 s, as TINY, from an eighth of the frames
+    **TINY, "htsat_depth": "1", "htsat_num_head": "1", "htsat_spec_size": "64", "mel_bins": "32", "hop_size": "2560",
+}  # fmt: skip
+SMALL: dict[str, Any] = {  # for clips of a quarter of a second, of 32 kHz
     **TINY, "htsat_depth": "1,1", "htsat_num_head": "1,2", "htsat_spec_size": "64", "mel_bins": "32",
     "clip_samples": "8000", "performance": "manual",
 }  # fmt: skip
@@ -44,7 +49,7 @@ def flags(values: Mapping[str, Any]) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-TINY_FLAGS, SMALL_FLAGS = flags(TINY), flags(SMALL)
+TINY_FLAGS, LEAN_FLAGS, SMALL_FLAGS = flags(TINY), flags(LEAN), flags(SMALL)
 
 
 def tiny(folder: Path | None = None, **changes: Any) -> Config:
@@ -66,8 +71,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 
 
 def save_network(path: Path, labels: Sequence[str] = LABELS, *, seed: int = 0, **changes: Any) -> Path:
-    """Write a network of TINY (and `changes`) with random weights as a checkpoint."""
-    settings = resolve({**TINY, **changes})
+    """Write a network of its encoder's SIZES (and `changes`) with random weights as a checkpoint."""
+    settings = resolve({**SIZES[changes.get("encoder", "htsat")], **changes})
     torch.manual_seed(seed)
     network = build_model(settings)
     weights = {f"sed_model.{key}": value for key, value in network.state_dict().items()}
@@ -79,6 +84,13 @@ def last_checkpoint(exp_name: str, folder: Path = Path()) -> dict[str, Any]:
     """The content of a run's last.ckpt."""
     path = folder / "workspace" / "runs" / exp_name / "checkpoints" / "last.ckpt"
     return torch.load(path, weights_only=True)
+
+
+def forkserver() -> ForkServerContext:
+    """Processes that a server forks which has imported torch: neither an import for each, nor forks of threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytorch_lightning", "torchmetrics", "scipy.stats"])
+    return context
 
 
 def run_python(*words: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -12,17 +12,16 @@ from torch import Tensor
 from evaluation.postprocess import PostProcessing
 from inference import Tagger
 from inference.streaming import Event, Listener
-from model import build_model
+from model.checkpoint import store_in_checkpoint
 from settings import resolve
+from tests.helpers import save_network
 
 RATE, STEPS = 8000, 32
 STEP = 10 / STEPS  # seconds
 EXACT: dict[str, Any] = {"hop_seconds": 5.0, "delay_seconds": 10.0, "release": 1.0}  # all of Tagger's windows count
 LABELS = ("up", "down")
-NANO: dict[str, Any] = {  # a network for less than a second of 8 kHz, 2 steps of 0.315 s
-    "sample_rate": RATE, "clip_samples": 5040, "htsat_spec_size": 64, "htsat_dim": 16, "htsat_depth": [1, 1, 1, 1],
-    "htsat_num_head": [1, 2, 4, 8], "classes_num": 3,
-}  # fmt: skip
+# A network for less than a second of 8 kHz, 2 steps of 0.315 s.
+NANO: dict[str, Any] = {"sample_rate": RATE, "clip_samples": 5040, "htsat_spec_size": 64, "classes_num": 3}
 Row = tuple[str, float, float]
 
 
@@ -56,12 +55,8 @@ def levels_tagger(rate: int = RATE, kind: type[Tagger] = Tagger, **given: Any) -
 
 def save_nano(path: Path, labels: list[str], thresholds: tuple[float, ...]) -> Path:
     """A calibrated checkpoint of NANO."""
-    torch.manual_seed(0)
-    settings = resolve(NANO)
-    weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
     calibrated = PostProcessing(tuple(labels), thresholds=thresholds, source="calibrated").as_dict()
-    content = {"state_dict": weights, "settings": settings.model_dump(), "labels": labels}
-    torch.save({**content, "postprocessing": calibrated}, path)
+    store_in_checkpoint(save_network(path, labels, **NANO), "postprocessing", calibrated)
     return path
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from settings import resolve
+from settings import UserError, resolve
 from tests.helpers import TINY
 from training.devices import is_first_process, node_count, process_count
 
@@ -45,5 +45,5 @@ def test_a_batch_is_shared_by_all_machines(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, value)
     settings = resolve({**TINY, "devices": 4, "batch_size": 16})
     assert process_count(settings) == 8
-    with pytest.raises(ValueError, match="must be a multiple of the 8 processes on 2 machines"):
+    with pytest.raises(UserError, match="8 processes on 2 machines"):
         process_count(resolve({**TINY, "devices": 4, "batch_size": 12}))

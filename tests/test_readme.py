@@ -2,18 +2,21 @@
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 import fl_evaluate
 from commands.command_line import COMMANDS, build_parser
 from commands.encoders import encoder_table
 from prepare.adapters import check_flags, load_adapter
 from settings import check_values
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SMALL_FLAGS, call
 
 MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*MANUAL, *sorted(ROOT.glob("*/README.md")), ROOT / "benchmarks/RESULTS.md"]
@@ -72,3 +75,29 @@ def test_files_exist(page: Path) -> None:
 def test_table_of_encoders() -> None:
     shown = (ROOT / "README.md").read_text().partition("<!-- encoders -->\n")[2].partition("\n<!-- /encoders -->")[0]
     assert shown == encoder_table(), "README.md lacks the table that `python main.py encoders` prints"
+
+
+@pytest.mark.slow
+def test_readme_from_top_to_bottom(trained: Path) -> None:
+    """Each command of README.md in order, with a small network, and its lines of Python."""
+    Path("workspace/runs/htsat_demo").rename("workspace/runs/demo")  # as `make demo` names it
+    Path("docs").mkdir()
+    shutil.copy(ROOT / "docs/demo.ogg", "docs")
+    Path("my_recordings").mkdir()
+    rows = ["filename,label"]
+    for clip in range(12):
+        name, label = f"{clip}.wav", ("frog", "owl")[clip % 2]
+        tone = np.sin(np.arange(8000) * (0.05, 0.3)[clip % 2] * (1 + clip / 100))
+        soundfile.write(f"my_recordings/{name}", 0.3 * tone, 32000)
+        rows.append(f"{name},{label}")
+    Path("labels.csv").write_text("\n".join(rows))
+    ran = []
+    for script, words in calls(ROOT / "README.md"):
+        assert script == "main"
+        call(*words, *([*SMALL_FLAGS, "--max_epoch", "1"] if words[0] == "train" else []))
+        ran.append(words[0])
+    assert ran == ["predict", "prepare", "train", "test"]
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    values: dict[str, Any] = {}
+    exec(lines, values)
+    assert len(values["tagged"].top(3)) == 3

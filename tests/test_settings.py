@@ -59,6 +59,9 @@ def notebook_config() -> Iterator[ModuleType]:
         ({"lr_scheduler_epoch": "1,2,3"}, {"lr_scheduler_epoch": [1, 2, 3]}),
         ({"lr_rate": "[0.1, 0.2, 0.3]"}, {"lr_rate": [0.1, 0.2, 0.3]}),
         ({"esm_model_pathes": "a.ckpt,b.ckpt"}, {"esm_model_pathes": ["a.ckpt", "b.ckpt"]}),
+        ({"fl_class_num": '["Speech, male", "Dog"]'}, {"fl_class_num": ["Speech, male", "Dog"]}),
+        ({"lr_rate": '["0.1", 0.2, 0.3]'}, {"lr_rate": [0.1, 0.2, 0.3]}),
+        ({"encoder_options": '{"a": "1,2"}'}, {"encoder_options": {"a": "1,2"}}),
     ],
 )
 def test_values_of_flags_and_what_follows_from_them(given: dict[str, Any], derived: dict[str, Any]) -> None:
@@ -84,6 +87,11 @@ def test_values_of_flags_and_what_follows_from_them(given: dict[str, Any], deriv
         ({"token_label_range": "0.2,1.6"}, "token_label_range"),
         ({"loss_type": "clip_ce"}, "task"),
         ({"tta_shifts": []}, "tta_shifts"),
+        ({"learning_rate": "nan"}, "learning_rate"),
+        ({"lr_rate": "0.1,nan,0.2"}, "lr_rate"),
+        ({"gradient_clip": float("inf")}, "gradient_clip"),
+        ({"fl_class_num": '["Speech, male"'}, "Speech, male"),
+        ({"fl_class_num": '[["Speech", "male"], "Dog"]'}, "Speech"),
         ({"htsat_drop_path": 1.0}, "htsat_drop_path"),
         ({"layer_decay": 1.1}, "layer_decay"),
         ({"ema_decay": 1.0}, "ema_decay"),
@@ -197,8 +205,20 @@ def test_a_checkpoint_brings_what_it_was_trained_with(name: str) -> None:
     assert getattr(resolve({}, checkpoint=saved), name) == value
     assert getattr(resolve({name: value}, checkpoint=saved), name) == value
     if name in section(*NETWORK_SECTIONS, "split"):
+        other = {"depth": "5", "dim": "64"} if isinstance(value, dict) else getattr(resolve(), name)
         with pytest.raises(UserError, match=f"{name} = .* contradicts the checkpoint, .*{name} = "):
-            resolve({name: getattr(resolve(), name)}, checkpoint=saved)
+            resolve({name: other}, checkpoint=saved)
+
+
+def test_encoder_options_count_key_by_key() -> None:
+    saved = {"encoder": "ast", "encoder_options": {"dim": "128", "time_stride": "10"}}
+    given = {"encoder_options": "dim=128,heads=2"}
+    assert resolve(given, checkpoint=saved).encoder_options == {"dim": "128", "time_stride": "10", "heads": "2"}
+    other = {"encoder_options": "time_stride=16"}
+    with pytest.raises(UserError, match="time_stride"):
+        resolve(other, checkpoint=saved)
+    tuned = resolve(other, checkpoint=saved, fine_tuning=True)
+    assert tuned.encoder_options == {"dim": "128", "time_stride": "16"}
 
 
 def test_a_checkpoint_leaves_the_rest_to_config() -> None:

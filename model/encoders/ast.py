@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.foreign import PREFIX, Weights
+from model.foreign import Weights
 from model.frontend import KaldiFbank, SlaneyDecibels
 from model.network import Layer, Network, Outputs
 from model.registry import read_options
@@ -56,9 +56,9 @@ class AST(Network):
         softmax: bool = False,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads or depth < 1:
+        if heads < 1 or dim % heads or not 1 <= depth <= 100:
             raise UserError(
-                f"encoder_options: dim = {dim} must be a multiple of heads = {heads}, and depth = {depth} 1 or more."
+                f"encoder_options: dim = {dim} must be a multiple of heads = {heads}, and depth = {depth} 1 to 100."
             )
         self.sample_rate, self.clip_samples, self.num_classes, self.softmax = (
             SAMPLE_RATE,
@@ -227,7 +227,6 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
     Raises UserError for a network that is none of these.
     """
-    weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
     if any(key.endswith("embeddings.distillation_token") for key in weights):
         return described("AST of transformers", _of_transformers(weights))
     if "dist_token" in weights:

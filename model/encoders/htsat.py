@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model import heads
-from model.foreign import PREFIX, Weights
+from model.foreign import STATE_DICT, Weights
 from model.frontend import BandNorm, LogMel, Spectrogram, TracedLogMel, bicubic_matrix, fold, stack, stretch
 from model.layers.readout import Readout, repeat_in_time
 from model.layers.swin import PatchEmbed, Stage, SwinBlock, TracedAttention
@@ -105,7 +105,7 @@ class HTSAT_Swin_Transformer(Network):
         self.bn0 = BandNorm(mel_bins)
 
         self.patch_embed = PatchEmbed(patch_size, strides, embed_dim)
-        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         stages = nn.ModuleList()
         channels = [embed_dim * 2**number for number in range(len(depths))]
         for number, depth in enumerate(depths):
@@ -352,7 +352,7 @@ def _check_maps(
 
 # --- files of others --------------------------------------------------------------------------------------------------
 
-AUDIO_BRANCH = re.compile(r"^(?:module\.)?audio_branch\.")  # of the audio network's keys in a CLAP checkpoint
+AUDIO_BRANCH = "audio_branch."  # of the audio network's keys in a CLAP checkpoint
 FUSION = (
     "mel_conv1d",
     "mel_conv2d",
@@ -372,13 +372,11 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
     Raises UserError for a CLAP whose audio network is another one.
     """
-    if any(AUDIO_BRANCH.match(key) for key in weights):
+    if any(key.startswith(AUDIO_BRANCH) for key in weights):
         return _clap(weights)
-    if any(key.startswith(PREFIX) for key in weights):
-        return Weights("published HTS-AT", {key.removeprefix(PREFIX): value for key, value in weights.items()})
     if _is_swin(weights):
         return Weights("ImageNet Swin", _swin(weights), images=True)
-    return Weights("state dict", dict(weights))
+    return Weights(STATE_DICT, dict(weights))
 
 
 def _is_swin(weights: Mapping[str, Tensor]) -> bool:
@@ -400,7 +398,7 @@ def _swin(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _clap(weights: Mapping[str, Tensor]) -> Weights:
     """The audio branch alone. Its front-end is another one than the paper's."""
-    branch = {AUDIO_BRANCH.sub("", key): value for key, value in weights.items() if AUDIO_BRANCH.match(key)}
+    branch = {k.removeprefix(AUDIO_BRANCH): value for k, value in weights.items() if k.startswith(AUDIO_BRANCH)}
     fused = [key for key in branch if any(part in key for part in FUSION)]
     if fused:
         raise UserError(

@@ -295,7 +295,8 @@ class Stage(nn.Module):
         now = torch.arange(height * width)
         after = merging_order(size, torch.arange(height * width // 4)) if self.downsample is not None else now
         for number, wanted in enumerate([*orders, after]):
-            index = None if torch.equal(now, wanted) else change_of_order(now, wanted)
+            same = not now.is_meta and torch.equal(now, wanted)  # on the meta device there are no values to compare
+            index = None if same else change_of_order(now, wanted)
             self.register_buffer(f"gather{number}", index, persistent=False)
             now = wanted
 

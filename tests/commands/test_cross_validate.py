@@ -1,17 +1,21 @@
 """Cross-validation: which epoch counts under which rule, and the folds of a tiny data set from end to end."""
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
+import main
+from commands import cross_validate
 from commands.cross_validate import experiment_hash, judge, read_curve
 from data.clip_store import Clip, ClipStoreWriter
 from settings import UserError, resolve
-from tests.helpers import TINY, TINY_FLAGS, call
+from tests.helpers import SMALL, SMALL_FLAGS, TINY, call
 
 
 def test_rules() -> None:
@@ -42,9 +46,9 @@ def folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three folds of four clips, as ESC-50's store."""
     path = tmp_path / "workspace" / "data" / "esc-50" / "esc-50.h5"
     rng = np.random.default_rng(0)
-    with ClipStoreWriter(path, clip_samples=160000, sample_rate=32000, labels=[f"class {k}" for k in range(50)]) as w:
+    with ClipStoreWriter(path, clip_samples=8000, sample_rate=32000, labels=[f"class {k}" for k in range(50)]) as w:
         for number in range(12):
-            sound = rng.integers(-9000, 9000, 160000, dtype=np.int16)
+            sound = rng.integers(-9000, 9000, 8000, dtype=np.int16)
             w.add(Clip(f"{number}.wav", sound, [number % 2], fold=number // 4 + 1))
     monkeypatch.chdir(tmp_path)
 
@@ -65,19 +69,21 @@ def test_another_experiment_has_other_runs() -> None:
     assert experiment_hash(resolve(base)) != first
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("folds")
-def test_every_fold_under_held_out(tmp_path: Path) -> None:
-    words = ["cross_validate", "--dataset_type", "esc-50", "--protocols", "held_out", "--max_epoch", "1", *TINY_FLAGS]
-    call(*words)
-    values = {"dataset_type": "esc-50", "max_epoch": "1", **TINY}
-    experiment = experiment_hash(resolve(values))
+def test_every_fold_under_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folds train in this process."""
+
+    def train(command: list[str]) -> subprocess.CompletedProcess[str]:
+        assert Path(command[1]).name == "main.py"
+        return subprocess.CompletedProcess(command, main.main(command[2:]))
+
+    monkeypatch.setattr(cross_validate, "subprocess", SimpleNamespace(run=train))
+    words = ["cross_validate", "--dataset_type", "esc-50", "--protocols", "held_out", "--max_epoch", "1"]
+    call(*words, *SMALL_FLAGS)
+    experiment = experiment_hash(resolve({"dataset_type": "esc-50", "max_epoch": "1", **SMALL}))
     written = json.loads((tmp_path / f"workspace/runs/cross_validation_esc-50_{experiment}.json").read_text())
     assert written["folds"] == [1, 2, 3]
     assert [outcome["epochs"] for outcome in written["outcomes"]] == [[0, 0, 0]] * 3
     trained = (tmp_path / f"workspace/runs/cv_esc-50_held_out_fold2_{experiment}/provenance.json").read_text()
-    assert {split: d["clips"] for split, d in json.loads(trained)[0]["data"].items()} == {
-        "train": 4,
-        "validation": 4,
-        "test": 4,
-    }
+    clips = {split: recorded["clips"] for split, recorded in json.loads(trained)[0]["data"].items()}
+    assert clips == dict.fromkeys(("train", "validation", "test"), 4)

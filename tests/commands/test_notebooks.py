@@ -1,6 +1,5 @@
 """The notebooks, run from the first cell to the last on a few clips: recorded ones where they are at hand."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -16,11 +15,10 @@ from data.clip_store import read_events, read_store_table
 from evaluation.scores import Scores
 from prepare.esc50 import LABELS as ESC50_LABELS
 from tests.helpers import ROOT
+from tests.prepare.raw_data import make_scv2
 
 NOTEBOOKS = ("esc-50/prep_esc50.ipynb", "scv2/prep_scv2.ipynb", "htsat_esc_training.ipynb", "fl_evaluate_f1.ipynb")
-RECORDED = ROOT.parent / "shared" / "data"  # ESC-10 and spoken digits, beside the checkout
 FOLDS = (1, 2, 3, 4)
-WORDS = ("one", "three", "two")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +26,7 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the notebooks read, and a place for what a kernel leaves behind."""
     monkeypatch.setenv("HTSAT_WORKSPACE", str(tmp_path / "workspace"))
     monkeypatch.setenv("ESC50_RAW", str(tmp_path / "esc50"))
-    monkeypatch.setenv("SCV2_RAW", str(tmp_path / "scv2"))
+    monkeypatch.setenv("SCV2_RAW", str(tmp_path / "raw"))
     monkeypatch.setenv("HTSAT_EPOCHS", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
@@ -37,59 +35,18 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_esc50(folder: Path) -> None:
-    """Two clips of each of two classes in four folds: 16 clips of ESC-10, or tones in several formats."""
+    """Two tones of each of two classes in four folds, in two formats."""
     (folder / "audio").mkdir(parents=True)
     (folder / "meta").mkdir()
-    rows = recorded_esc50(folder) or generated_esc50(folder)
-    with (folder / "meta" / "esc50.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("filename", "fold", "target", "category"), *rows])
-
-
-def recorded_esc50(folder: Path) -> list[tuple[str, str, str, str]]:
-    table = RECORDED / "esc10" / "meta" / "esc50.csv"
-    if not table.is_file():
-        return []
-    with table.open(newline="") as file:
-        everything = [(r["filename"], r["fold"], r["target"], r["category"]) for r in csv.DictReader(file)]
-    rows = []
-    for fold in FOLDS:
-        for label in ("dog", "rain"):
-            rows += [row for row in everything if row[1] == str(fold) and row[3] == label][:2]
-    for name, *_ in rows:
-        (folder / "audio" / name).symlink_to(RECORDED / "esc10" / "audio" / name)
-    return rows
-
-
-def generated_esc50(folder: Path) -> list[tuple[str, str, str, str]]:
     rng = np.random.default_rng(0)
-    rows = []
+    rows = ["filename,fold,target,category\n"]
     for number in range(4 * len(FOLDS)):
         fold, label = FOLDS[number // 4], number % 2
         name = f"{fold}-{number}.{('wav', 'ogg')[number // 2 % 2]}"
         tone = np.sin(2 * np.pi * (400 + 800 * label) * np.arange(5 * 44100) / 44100)
         soundfile.write(folder / "audio" / name, 0.3 * tone + 0.01 * rng.standard_normal(len(tone)), 44100)
-        rows.append((name, str(fold), str(label), ESC50_LABELS[label]))
-    return rows
-
-
-def make_scv2(folder: Path) -> None:
-    """Three words at 8 kHz: three clips of each for training, one for validation, one for the test."""
-    folder.mkdir()
-    lists: dict[str, list[str]] = {"validation_list.txt": [], "testing_list.txt": []}
-    for word in WORDS:
-        (folder / word).mkdir()
-        for number in range(5):
-            path = folder / word / f"speaker{number}_nohash_0.wav"
-            source = RECORDED / "digits" / word / f"george_nohash_{number}.wav"
-            if source.is_file():
-                path.symlink_to(source)
-            else:
-                pitch = 300 + 200 * WORDS.index(word) + 10 * number
-                soundfile.write(path, 0.3 * np.sin(2 * np.pi * pitch * np.arange(6000) / 8000), 8000)
-        for number, lines in enumerate(lists.values()):
-            lines.append(f"{word}/speaker{number}_nohash_0.wav")
-    for name, lines in lists.items():
-        (folder / name).write_text("\n".join(lines) + "\n")
+        rows.append(f"{name},{fold},{label},{ESC50_LABELS[label]}\n")
+    (folder / "meta" / "esc50.csv").write_text("".join(rows))
 
 
 def execute(name: str) -> tuple[str, int]:
@@ -134,10 +91,10 @@ def test_notebooks_are_stored_without_outputs(name: str) -> None:
 @pytest.mark.slow
 def test_preparing(tmp_path: Path) -> None:
     make_esc50(tmp_path / "esc50")
-    make_scv2(tmp_path / "scv2")
+    make_scv2(tmp_path, ("one", "three", "two"))  # a clip for training, one for validation, one for the test
     counts = {  # of clips: fold 1 to 4; test, train, validation; and all
         "esc-50/prep_esc50.ipynb": (16, ["dog", "2", "2", "2", "2", "8"]),
-        "scv2/prep_scv2.ipynb": (15, ["three", "1", "3", "1", "5"]),
+        "scv2/prep_scv2.ipynb": (9, ["three", "1", "1", "1", "3"]),
     }
     for name, (clips, row) in counts.items():
         text, pictures = execute(name)
@@ -149,7 +106,7 @@ def test_preparing(tmp_path: Path) -> None:
         assert sorted(file["fold"][:].tolist()) == sorted(4 * FOLDS)
     with h5py.File(tmp_path / "workspace" / "data" / "scv2" / "scv2.h5") as file:
         splits = file["split"][:].tolist()
-    assert [splits.count(split) for split in (b"train", b"validation", b"test")] == [9, 3, 3]
+    assert [splits.count(split) for split in (b"train", b"validation", b"test")] == [3, 3, 3]
 
 
 @pytest.mark.slow

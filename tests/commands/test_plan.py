@@ -14,12 +14,11 @@ from commands.plan import (
     plan_disk,
     plan_memory,
     reading_rate,
-    schedule_warnings,
 )
 from data_generator import load_training_data
 from model import build_model
 from runs.measure import saved_for_backward
-from sed_model import SEDWrapper
+from sed_model import SEDWrapper, schedule_warnings
 from settings import Config, resolve
 from tests.helpers import SMALL, SMALL_FLAGS, call, last_checkpoint
 

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,8 +148,8 @@ def test_every_output(predict: Predict, tagger: Tagger) -> None:
 def test_bins(predict: Predict, tagger: Tagger) -> None:
     assert predict("sounds/a.wav", "--csv", "a.csv", "--bins", "1", "--bins_by", "max") == 0
     rows = read_rows("a.csv")[1:]
-    assert [float(row[1]) for row in rows] == [0, 0.63, 1.26, 1.89]
-    assert [float(row[2]) for row in rows] == [0.63, 1.26, 1.89, 2]
+    assert [float(row[1]) for row in rows] == [0, 0.63, 1.26]
+    assert [float(row[2]) for row in rows] == [0.63, 1.26, 2]
     binned = tagger.tag_file("sounds/a.wav").in_bins(0.63, "max").framewise
     np.testing.assert_allclose(numbers(rows), binned, atol=1e-5)
 
@@ -215,6 +216,31 @@ def test_standard_input(predict: Predict, monkeypatch: pytest.MonkeyPatch, capsy
     sys.stdin.buffer = io.BytesIO(b"no sound")  # type: ignore[misc]
     assert predict("-") == 1
     assert "error: - " in capsys.readouterr().err
+
+
+def test_a_pipe_is_read_and_odd_sounds_are_named(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write("sounds/quiet.wav", np.zeros(8000), 8000)
+    os.mkfifo("pipe")
+    content = Path(NAMES[1]).read_bytes()
+    writer = threading.Thread(target=lambda: Path("pipe").write_bytes(content))
+    writer.start()
+    assert predict("pipe", "sounds", "--jsonl", "tags.jsonl", "--plot", "pictures") == 0
+    writer.join()
+    printed = capsys.readouterr()
+    lines = {line["file"]: line.get("warnings", []) for line in read_lines("tags.jsonl")}
+    assert set(lines) == {*NAMES, "sounds/quiet.wav", "pipe"}
+    assert [name for name, warnings in lines.items() if warnings] == ["sounds/quiet.wav"]
+    assert "sounds/quiet.wav (1.00 s)\n  silent\n" in printed.out
+    assert "warning: sounds/quiet.wav" in printed.err
+    assert all(word in printed.err for word in ("6", "1 silent", ".txt 1", "hidden 1"))
+
+
+def test_progress_without_a_terminal(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data.progress.EVERY_SECONDS", 0.0)
+    assert predict("sounds", "--batch_size", "1") == 0
+    assert "4 of 4 files, 0:00:06 of sound" in capsys.readouterr().err
 
 
 def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +384,7 @@ def test_pictures_promise_no_truth(predict: Predict, monkeypatch: pytest.MonkeyP
     drawn: list[Any] = []
     monkeypatch.setattr(pictures, "save_png", lambda figure, path: drawn.append(figure))
     assert predict("sounds/a.wav", "--plot", "pictures") == 0
+    assert drawn[0].get_suptitle() == "a.wav, 2.0 s"
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["detected", "score", "threshold"]
 

@@ -1,6 +1,7 @@
 """Audio files as a stream: the same samples as a whole read gives, whatever the length, in bounded memory."""
 
 import io
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import soundfile
 import soxr
 
 from data.audio import BLOCK_VALUES, audio_seconds, mono_waveform, read_audio, stream_audio
+from data.levels import Remark
 from inference.windows import cut_windows
 from settings import UserError
 
@@ -51,6 +53,7 @@ def test_a_stretch_of_a_file(suffix: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(stretch, whole[40000:60000], atol=1e-4)
     assert read_audio(path, 16000, start=5.0, seconds=10).shape == (len(whole) - 80000,)
     assert read_audio(path, 8000, start=5.5).shape == ((len(whole) - 88000) // 2,)
+    wrong: dict[str, Any]
     for wrong, match in (({"start": 7}, "7 s"), ({"start": -1}, "start = -1"), ({"seconds": 0}, "seconds = 0")):
         with pytest.raises(UserError, match=match):
             read_audio(path, 16000, **wrong)
@@ -114,6 +117,59 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for name in ("empty.wav", "text.mp3"):
         with pytest.raises(UserError, match=name):
             audio_seconds(tmp_path / name)
+
+
+def test_things_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "link.wav").symlink_to("nowhere.wav")
+    (tmp_path / "phone.m4a").write_bytes(b"\0\0\0\x18ftypM4A " + bytes(500))
+    for name, word in (("pipe.wav", "pipe"), ("folder.wav", "folder"), ("link.wav", "nowhere.wav"), ("phone.m4a", "")):
+        for read in (audio_seconds, lambda path: read_audio(path, 8000)):
+            with pytest.raises(UserError, match=rf"{name}.*{word}"):
+                read(tmp_path / name)
+
+
+def test_nothing_of_a_decoder_reaches_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A page, noise, noise behind the first bytes of a frame, and an MP3 with damaged bytes, each named .mp3."""
+    noise = np.random.default_rng(0).bytes(50_000)
+    soundfile.write(tmp_path / "whole.mp3", sound(3, 16000)[:, 0], 16000)
+    damaged = bytearray((tmp_path / "whole.mp3").read_bytes())
+    damaged[4000:4400] = noise[:400]
+    files = [b"<html>404</html>" * 99, noise, b"\xff\xfb\x90\x64" + noise, bytes(damaged)]
+    for number, content in enumerate(files):
+        path = tmp_path / f"{number}.mp3"
+        path.write_bytes(content)
+        if number < 3:
+            with pytest.raises(UserError, match=rf"{number}\.mp3 is no audio") as refused:
+                read_audio(path, 16000)
+            assert "b'" not in str(refused.value)
+        else:
+            read_audio(path, 16000)
+    assert capfd.readouterr() == ("", "")
+
+
+LOUD = 12000 * np.sin(np.arange(8000) / 9)
+SOUNDS: dict[str, tuple[np.ndarray, list[str]]] = {
+    "ordinary": (LOUD / 32768, []),
+    "too loud": (LOUD, ["too loud"]),
+    "clipped": (np.clip(LOUD / 6000, -1, 1), ["clipped"]),
+    "silent": (LOUD / 32768 / 500, ["silent"]),
+    "constant": (np.full(8000, 0.3), ["constant"]),
+    "cancelled": (np.stack([LOUD, -LOUD], axis=1) / 32768, ["cancelled"]),
+    "one channel silent": (np.stack([LOUD, 0 * LOUD], axis=1) / 32768, []),
+}
+
+
+@pytest.mark.parametrize("which", list(SOUNDS))
+def test_odd_samples_are_remarked(which: str, tmp_path: Path) -> None:
+    samples, kinds = SOUNDS[which]
+    soundfile.write(tmp_path / "a.wav", samples, 8000, subtype="FLOAT")
+    of_file: list[Remark] = []
+    of_array: list[Remark] = []
+    read_audio(tmp_path / "a.wav", 16000, remarks=of_file)
+    mono_waveform(samples.T, 8000, 16000, remarks=of_array)
+    assert [remark.kind for remark in of_file] == [remark.kind for remark in of_array] == kinds
 
 
 @pytest.mark.parametrize("array", [np.zeros((65, 10)), np.zeros(5, int), np.zeros(0), np.zeros((1, 1, 5)), "sound"])

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from data.frame_targets import Events, rasterize, resample_steps, step_shares
 from evaluation.postprocess import decode_events
-from settings import UserError
 
 STEPS, STEP_MS = 20, 512  # a step of 2^9 ms: milliseconds are whole ticks of it
 
@@ -113,9 +112,9 @@ def test_no_events_and_what_is_no_grid() -> None:
     assert torch.equal(rasterize(none, clips=2, classes=3, steps=4, seconds=1.0), torch.zeros(2, 4, 3))
     assert none.to("cpu").onset.dtype == torch.float32
     for steps, seconds in ((0, 1.0), (4, 0.0)):
-        with pytest.raises(UserError, match="grid"):
+        with pytest.raises(ValueError, match="grid"):
             rasterize(none, clips=2, classes=3, steps=steps, seconds=seconds)
-    with pytest.raises(UserError, match="Events"):
+    with pytest.raises(ValueError, match="Events"):
         Events(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1), torch.zeros(2))
 
 
@@ -155,7 +154,7 @@ def test_resampling_a_part_of_the_clip() -> None:
     part = resample_steps(values, 8, 10.0, shift=torch.tensor([-2.5, 0.0]), length=4.0)
     assert torch.allclose(part[0, :, 0], 10.5 + 2 * torch.arange(8.0))
     assert torch.allclose(part[1, :, 0], 0.5 + 2 * torch.arange(8.0))
-    with pytest.raises(UserError, match="length"):
+    with pytest.raises(ValueError, match="length"):
         resample_steps(values, 8, 10.0, shift=torch.zeros(2), length=11.0)
 
 

@@ -16,7 +16,7 @@ from model.checkpoint import read_checkpoint, save_safetensors, store_in_checkpo
 from prepare.demo import LABELS
 from settings import UserError
 from tests.evaluation.examples import STEP, measured, score_store
-from tests.helpers import TINY_FLAGS, refused, save_network
+from tests.helpers import LEAN, LEAN_FLAGS, refused, save_network
 
 
 def noisy_scores(clips: int = 20, parts: int = 1) -> Scores:
@@ -101,14 +101,14 @@ def test_touching_and_overlapping_true_events(pause: float) -> None:
 
 @pytest.fixture
 def data(demo_data: Path) -> list[str]:
-    return ["--dataset_path", str(demo_data / "workspace" / "data" / "demo"), *TINY_FLAGS]
+    return ["--dataset_path", str(demo_data / "workspace" / "data" / "demo"), *LEAN_FLAGS]
 
 
 @pytest.fixture
 def untrained(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny network for the demo's classes, in the folder where the test runs."""
     store = str(demo_data / "workspace" / "data" / "demo")
-    save_network(tmp_path / "n.ckpt", LABELS, dataset_path=store)
+    save_network(tmp_path / "n.ckpt", LABELS, dataset_path=store, **LEAN)
     monkeypatch.chdir(tmp_path)
     return Path("n.ckpt")
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_keeps_what_it_had(untrained: Path) -> None:
     Path("second.ckpt").hardlink_to(untrained)
     store_in_checkpoint(untrained, "postprocessing", {"labels": ["a"], "thresholds": [0.5]})
     content = torch.load(untrained, weights_only=True)
-    assert set(content) == {"state_dict", "settings", "labels", "postprocessing"}
+    assert set(content) == {"state_dict", "settings", "labels", "postprocessing", "digests"}
     assert read_checkpoint("second.ckpt").postprocessing is None
     assert not list(Path().glob("*.partial"))
     save_safetensors(Path("n.safetensors"), content["state_dict"], settings={}, labels=[], frontend={})

@@ -9,13 +9,7 @@ import pytest
 from scipy.signal import medfilt
 
 from data.clip_store import SPLITS
-from evaluation.postprocess import (
-    PostProcessing,
-    active_runs,
-    choose_postprocessing,
-    decode_events,
-    smooth_scores,
-)
+from evaluation.postprocess import PostProcessing, active_runs, choose_postprocessing, decode_events, smooth_scores
 from prepare.demo import LABELS, synthesize_clip
 from settings import UserError, resolve
 from tests.evaluation.examples import STEP, clip_names, measured, on_grid, rows, score_store
@@ -169,7 +163,7 @@ def test_settings_replace_stored_values() -> None:
 def test_true_events_on_the_grid_score_nearly_everything() -> None:
     """The oracle: the demo's test split, rounded to frames of 312.5 ms, through decoding and metrics."""
     place = SPLITS.index("test")
-    clips = [synthesize_clip(f"{n}.wav", "test", 32000, np.random.default_rng([970131, place, n])) for n in range(60)]
+    clips = [synthesize_clip(f"{n}.wav", "test", 16000, np.random.default_rng([970131, place, n])) for n in range(60)]
     true = [[(e.label, e.onset, e.offset) for e in clip.events] for clip in clips]
     oracle = score_store(on_grid(true, (60, 32, 10)), true, labels=LABELS)
     metrics, post = ("intersection F1", "collar F1", "PSDS1"), PostProcessing(tuple(LABELS))

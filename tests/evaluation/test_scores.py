@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -56,6 +57,84 @@ def test_round_trip(scores: Scores, tmp_path: Path) -> None:
         load_scores(tmp_path / "text.h5")
 
 
+def cut_name(file: h5py.File) -> None:
+    del file["audio_name"]
+    file["audio_name"] = np.array([b"\xff"] * 7)
+
+
+def huge(file: h5py.File) -> None:
+    del file["clipwise"]
+    file.create_dataset("clipwise", (2**40, 3), "f4", chunks=(1024, 3))
+
+
+def nested(file: h5py.File) -> None:
+    file.attrs["postprocessing"] = "[" * 30_000
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file: file["framewise"].write_direct(np.full((7, 32, 3), np.nan, "f4")), "framewise"),
+        (lambda file: file["clipwise"].write_direct(np.full((7, 3), np.inf, "f4")), "clipwise"),
+        (lambda file: file["event_class"].write_direct(np.full(7, 77, "i2")), "class 77"),
+        (lambda file: file["event_class"].write_direct(np.full(7, -1, "i2")), "class -1"),
+        (lambda file: file["event_clip"].write_direct(np.full(7, -1, "i4")), "clip -1"),
+        (lambda file: file["event_onset"].write_direct(np.full(7, 99.0)), "from 99"),
+        (lambda file: file["event_offset"].write_direct(np.full(7, np.nan)), "nan"),
+        (lambda file: file["duration"].write_direct(np.full(7, 1e12)), "duration"),
+        (lambda file: file["duration"].write_direct(np.full(7, np.nan)), "duration"),
+        (lambda file: file.attrs.update(seconds_per_frame=0.0), "seconds_per_frame"),
+        (lambda file: file.attrs.update(seconds_per_frame="x"), "x"),
+        (lambda file: file.attrs.update(labels=["a", "b", "b"]), "labels"),
+        (lambda file: file.attrs.update(labels=["a", "b"]), "clipwise"),
+        (lambda file: file.attrs.update(postprocessing='{"labels": {"a": 1}}'), "postprocessing"),
+        (lambda file: file.attrs.update(postprocessing='{"labels": ["a"], "thresholds": [[1]]}'), "thresholds"),
+        (lambda file: file.attrs.update(postprocessing='{"labels": ["d"]}'), "a, b, c"),
+        (nested, ""), (cut_name, ""), (huge, "clipwise"), (lambda file: file.pop("target"), "target"),
+    ],
+)  # fmt: skip
+def test_a_damaged_store_is_refused_by_name(
+    damage: Callable[[h5py.File], object], said: str, scores: Scores, tmp_path: Path
+) -> None:
+    scores.save(tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "r+") as file:
+        damage(file)
+    with pytest.raises(UserError, match=rf"s\.h5.*{said}"):
+        load_scores(tmp_path / "s.h5")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("framewise", np.nan, "framewise"),
+        ("clipwise", np.inf, "clipwise"),
+        ("duration", 1e12, "duration"),
+        ("duration", 0, "duration"),
+        ("event_class", 77, "class 77"),
+        ("event_clip", 7, "clip 7"),
+        ("event_onset", np.nan, "event"),
+        ("event_offset", 0.1, "event"),
+        ("seconds_per_frame", 0, "0 s"),
+        ("labels", ["a", "a", "b"], "labels"),
+        ("labels", ["a", "b"], "clipwise"),
+        ("postprocessing", "[" * 50_000, "damaged"),
+        ("postprocessing", "{", "damaged"),
+        ("postprocessing", '{"labels": 3}', "damaged"),
+    ],
+)
+def test_a_score_file_that_is_wrong_inside_is_refused(
+    scores: Scores, tmp_path: Path, key: str, value: object, named: str
+) -> None:
+    scores.save(tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "r+") as file:
+        if key in file:
+            file[key][(0,) * file[key].ndim] = value
+        else:
+            file.attrs[key] = value
+    with pytest.raises(UserError, match=named):
+        load_scores(tmp_path / "s.h5")
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -71,6 +150,11 @@ def test_a_store_without_frame_scores_is_refused_by_name(
     replace(scores, framewise=None, events=None).save(tmp_path / "clips.h5")
     with pytest.raises(UserError, match=r"clips\.h5 has no frame scores.*time axis"):
         use(load_scores(tmp_path / "clips.h5"))
+
+
+def test_a_class_with_a_backslash_is_refused_by_name(scores: Scores) -> None:
+    with pytest.raises(UserError, match=r"b\\c"):
+        truth_of_scores(replace(scores, labels=["a", "b\\c", "d"]))
 
 
 @pytest.mark.parametrize("use", [truth_of_scores, lambda scores: calibrate(scores, "collar_f1")])

@@ -57,7 +57,9 @@ def check_shape(tagged: Tagged, seconds: float) -> None:
     assert times[-1, 1] == tagged.duration
     np.testing.assert_array_equal(times[1:, 0], times[:-1, 1])
     assert (times[:, 1] > times[:, 0]).all()
-    assert len(tagged.framewise) == len(times)
+    assert len(tagged.framewise) == len(times) == max(1, int(tagged.duration / tagged.seconds_per_frame + 0.5 + 1e-9))
+    lengths = times[:, 1] - times[:, 0]
+    assert len(times) == 1 or lengths.min() > 0.49 * tagged.seconds_per_frame  # no row of a millisecond at the end
     assert np.isfinite(tagged.framewise).all()
 
 
@@ -189,8 +191,28 @@ def test_clip_scores_of_long_recordings() -> None:
 
 def test_short_clips_are_filled_up_by_the_settings() -> None:
     sound = np.full(RATE, 0.5, np.float32)
-    assert levels_tagger(short_clips="pad").tag(sound).clipwise == pytest.approx([0.05, 0])
+    assert levels_tagger(short_clips="pad").tag(sound).clipwise == pytest.approx([0.5, 0])
     assert levels_tagger(short_clips="repeat").tag(sound).clipwise == pytest.approx([0.5, 0])
+
+
+def test_a_short_recording_is_scored_by_its_own_steps(tagger: Tagger) -> None:
+    """The padding does not pull the tags down: their logits are the mean of those of the steps that hold sound."""
+    tagged, network = tagger.tag(noise(5.0)), tagger.encoder()
+    with torch.inference_mode():
+        outputs = network(torch.from_numpy(np.pad(noise(5.0), (0, 5 * RATE)))[None])
+        expected = outputs.frame_logits[0, : network.frames // 2].mean(dim=0).sigmoid()
+    assert len(tagged.framewise) == network.frames // 2
+    np.testing.assert_allclose(tagged.clipwise, expected, rtol=1e-4)
+
+
+def test_odd_sounds_are_warned_of(tagger: Tagger, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="full scale"):
+        tagger.tag(noise(1) * 32767)
+    silent = tagger.tag(np.zeros(RATE, np.float32))
+    assert ([remark.kind for remark in silent.remarks], silent.silent) == (["silent"], True)
+    soundfile.write(tmp_path / "a.wav", np.stack([noise(1), -noise(1)], axis=1), RATE)
+    with pytest.warns(UserWarning, match=r"a\.wav: .* cancel"):
+        assert tagger.tag_file(tmp_path / "a.wav").silent
 
 
 def test_bins_and_calibrated_events(tagger: Tagger) -> None:
@@ -297,8 +319,8 @@ def test_a_recording_without_finite_scores_is_an_error_of_its_own() -> None:
     loud[25 * RATE] = 1000
     network = Loud()
     tagger = tagger_of(network)
-    sounds = [iter([quiet]), iter([loud]), iter([quiet]), iter([quiet * 1.5])]
-    found = [heard for _, heard in tagger._tag_all(enumerate(sounds), False, progress.append)]
+    sounds = [(k, list[Any](), iter([each])) for k, each in enumerate((quiet, loud, quiet, quiet * 1.5))]
+    found = [heard for _, heard in tagger._tag_all(sounds, False, progress.append)]
     errors = [number for number, heard in enumerate(found) if isinstance(heard, UserError)]
     assert errors == [1]
     assert "1000" in str(found[1])

@@ -174,7 +174,7 @@ def test_samples_that_are_not_finite_and_the_end() -> None:
         listener.feed(np.array([0, np.nan], np.float32))
     assert listener.feed(np.zeros(0, np.float32)) == []
     assert listener.finish() == []
-    with pytest.raises(ValueError, match="finished"):
+    with pytest.raises(UserError, match="finished"):
         listener.feed(np.zeros(10, np.float32))
 
 

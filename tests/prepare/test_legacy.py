@@ -10,12 +10,12 @@ import h5py
 import numpy as np
 import pytest
 
-from commands import import_legacy as command
 from data.clip_store import ClipTable, read_store_table
 from prepare.esc50 import LABELS
 from prepare.legacy import import_legacy, read_legacy
 from prepare.report import PrepareReport
 from settings import UserError
+from tests.helpers import call, refused
 from tests.prepare.raw_data import names
 
 RATE = 32000
@@ -265,14 +265,14 @@ def test_files_that_are_no_legacy_files(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path / "esc-50-data.npy", [[clip(1), clip(2)], [clip(3)], [clip(4)]])
-    data = {"dataset_path": str(tmp_path / "data")}
-    command.run({**data, "dataset_type": "esc-50"}, [str(path)])
+    data = ("import_legacy", "--dataset_path", str(tmp_path / "data"), "--dataset_type")
+    call(*data, "esc-50", "--legacy", path)
     table = read_store_table(tmp_path / "data" / "esc-50.h5")
     assert (table.fold.tolist(), table.labels) == ([1, 1, 2, 3], LABELS)
     assert "4 clips" in capsys.readouterr().out
     files = [str(save(tmp_path / f"{split}.npy", [clip(1)])) for split in ("train", "test")]
-    command.run({**data, "dataset_type": "folder", "classes_num": "60"}, files, "train, test")
+    flags = ["--legacy_splits", "train, test", "--legacy", files[0], "--legacy", files[1]]
+    call(*data, "folder", "--classes_num", "60", *flags)
     table = read_store_table(tmp_path / "data" / "folder.h5")
     assert (table.split.tolist(), table.labels[59]) == ([b"train", b"test"], "class 59")
-    with pytest.raises(UserError, match="audioset"):
-        command.run({"dataset_type": "audioset"}, files)
+    assert "audioset" in refused(capsys, *data, "audioset", "--legacy", path)

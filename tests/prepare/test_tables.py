@@ -1,5 +1,6 @@
 """A user's own folder, and the tables that adapters share: labels, events, splits, folds, files that are found."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import soundfile
 
 import main
 from data.clip_store import STRONG, WEAK, Waveforms, labelling, open_store, read_store_table
-from prepare.tables import AudioFinder
+from prepare.finder import AudioFinder
 from settings import UserError
 from tests.prepare.raw_data import (
     EVENTS,
@@ -109,9 +110,9 @@ def test_folders_of_classes(tmp_path: Path) -> None:
         ("filename,onset,offset,event_label\n0.wav,0.15,0.2,a\n", "line 2: .* 0.wav"),  # begins after the end
         ("filename,onset,offset,event_label\n0.wav,0.05,0.05,a\n", "line 2: .* 0.05"),
         ("filename,onset,offset,event_label\n0.wav,-0.5,0.05,a\n", "line 2: .* -0.5"),
-        ("filename,onset,offset,event_label\n0.wav,0,end,a\n", "line 2: 'end'"),
-        ("filename,onset,offset,event_label\n0.wav,0,inf,a\n", "line 2: 'inf'"),
-        ("filename,onset,offset,event_label\n0.wav,0,,a\n", "line 2: ''"),
+        ("filename,onset,offset,event_label\n0.wav,0,end,a\n", "line 2: .*'end'"),
+        ("filename,onset,offset,event_label\n0.wav,0,inf,a\n", "line 2: .*'inf'"),
+        ("filename,onset,offset,event_label\n0.wav,0,,a\n", "line 2: .*''"),
         ("filename,onset,offset,event_label\n0.wav,0,0.05,\n", "line 2: .* event_label"),
         ("filename,onset,offset,event_label\n,0,0.05,a\n", "line 2: the filename"),
         ("filename,label\ngone.wav,a\n", "gone.wav: There is no file"),
@@ -150,6 +151,69 @@ def test_files_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
             finder.find(name)
 
 
+NFC, NFD = "K\u00e4uzchen.wav", "Ka\u0308uzchen.wav"
+
+
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [
+        (f"sub/{NFD}", NFC), (f"sub/{NFC}", NFD), (os.fsdecode(b"sub/K\xe4uzchen.wav"), NFC), ("sub/a.WAV", "a.wav"),
+        ("sub/a.wav", "sub\\a.wav"), ("sub/a.wav", ".\\a.wav"), ("a\\b.wav", "a\\b.wav"), ("sub/a.wav", "Sub/A.wav"),
+        ("sub/a.wav", "./sub//a.wav"), ("sub/a.wav", "x/../sub/a.wav"), ("sub/a.wav", "{raw}/sub/a.wav"),
+        ("sub/ a.wav ", "a.wav"), ("sub/a.wav", " sub / a.wav"), ("a.flac", "a.FLAC"),
+    ],
+)  # fmt: skip
+def test_a_file_is_found_however_its_name_is_spelled(there: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "raw" / there
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert AudioFinder(tmp_path / "raw").find(named.format(raw=tmp_path / "raw")) == path
+
+
+def test_exact_names_come_first_and_nothing_outside_is_named(tmp_path: Path) -> None:
+    finder = AudioFinder(tmp_path / "raw")
+    for name in ("raw/a.WAV", "raw/a.wav", "raw/b.WAV", "raw/x/b.wav", "raw/y/c.wav", "raw/z/C.wav", "outside.wav"):
+        write_text(tmp_path / name, "")
+    assert [finder.find(name).name for name in ("a.wav", "a.WAV", "b.wav")] == ["a.wav", "a.WAV", "b.WAV"]
+    with pytest.raises(UserError, match="Several"):
+        finder.find("C.WAV")
+    for name in ("../outside.wav", "x/../../outside.wav", "..\\outside.wav", str(tmp_path / "outside.wav")):
+        with pytest.raises(UserError, match=r"outside\.wav does not lie below"):
+            finder.find(name)
+
+
+def test_spellings_of_one_file_are_one_clip(raw: Path, tmp_path: Path) -> None:
+    text = "filename,label\n0.wav,owl\n./0.wav,bee\n0.WAV,ant\n1.wav,bee\n2.wav,bee\n"
+    report, table = prepare("folder", tmp_path, raw=raw, table=write_text(tmp_path / "t.csv", text))
+    assert (names(table), classes(table)[0]) == (["0.wav", "1.wav", "2.wav"], ["ant", "bee", "owl"])
+    assert (report.unused, report.others) == (1, {})
+    text = "filename,label,split\n0.wav,owl,train\n./0.wav,owl,test\n"
+    refused(r"\./0\.wav", "folder", tmp_path, raw=raw, table=write_text(tmp_path / "t.csv", text))
+
+
+def test_nothing_of_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
+    """A class that is a link, one that leads back, a link to nothing, a pipe, odd endings, odd sounds, other files."""
+    raw = make_folder(tmp_path)["raw"]
+    write_sound(tmp_path / "elsewhere" / "a.wav")
+    (raw / "frog").symlink_to(tmp_path / "elsewhere")
+    (raw / "bee" / "up").symlink_to(raw)
+    (raw / "bee" / "gone.wav").symlink_to("nowhere.wav")
+    os.mkfifo(raw / "bee" / "pipe.wav")
+    for name in ("noending", "old.aifc", "a.wav.bak"):
+        (raw / "bee" / name).write_bytes(write_sound(tmp_path / "old.aiff").read_bytes())
+    write_text(raw / "bee" / "phone.m4a", "no sound")
+    write_text(raw / "bee" / "notes.txt", "")
+    write_text(raw / "bee" / ".hidden", "")
+    soundfile.write(raw / "bee" / "quiet.wav", np.zeros(2000), RATE)
+    report, table = prepare("folder", tmp_path, raw=raw)
+    assert {"frog/a.wav", "bee/noending", "bee/old.aifc", "bee/a.wav.bak", "bee/quiet.wav"} <= set(names(table))
+    assert [name for name, _ in report.skipped] == ["bee/phone.m4a"]
+    assert sorted(name for name, _ in report.unopened) == ["bee/gone.wav", "bee/pipe.wav", "bee/up"]
+    assert report.others == {".txt": 1, "hidden": 1}
+    assert [(name, remark.kind) for name, remark in report.remarks] == [("bee/quiet.wav", "silent")]
+    assert all(word in str(report) for word in ("phone.m4a", "gone.wav", "pipe.wav", "bee/up", ".txt 1", "1 silent"))
+
+
 def test_long_recordings_are_cut_with_their_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw, data = tmp_path / "raw", tmp_path / "data"
     raw.mkdir()
@@ -159,7 +223,7 @@ def test_long_recordings_are_cut_with_their_events(tmp_path: Path, capsys: pytes
     words += ["--sample_rate", str(RATE), "--dataset_path", str(data), "--clip_samples", str(RATE)]
     assert main.main(words) == 0
     assert "1 clips are longer than 1 s, up to 2.5 s" in capsys.readouterr().out
-    assert main.main([*words, "--segment_seconds", "1"]) == 0
+    assert main.main([*words, "--segment_seconds", "1", "--overwrite"]) == 0
     assert "are longer" not in capsys.readouterr().out
     store = read_store_table(data / "folder.h5")
     assert names(store) == ["a.wav#t=0,1", "a.wav#t=1,2", "a.wav#t=2,2.5"]
@@ -175,3 +239,61 @@ def test_long_recordings_are_cut_with_their_events(tmp_path: Path, capsys: pytes
     for flags in wrong:
         with pytest.raises(UserError, match="--segment_seconds"):
             prepare("folder", tmp_path, raw=raw, **flags)
+
+
+def test_rounded_times_leave_no_label_and_no_clip(tmp_path: Path) -> None:
+    """An event that ends 2e-16 s into a segment, one of 5 ms, and a recording that ends 4 ms after a segment."""
+    write_sound(tmp_path / "raw" / "a.wav", 3.004)
+    lines = "a.wav\t0.3\t1.0000000000000002\tdog\na.wav\t1.5\t1.505\tcat\na.wav\t1.5\t1.51\towl\n"
+    table = write_text(tmp_path / "t.tsv", EVENTS + lines)
+    report, store = prepare("folder", tmp_path, raw=tmp_path / "raw", table=table, segment_seconds=1.0)
+    assert names(store) == ["a.wav#t=0,1", "a.wav#t=1,2", "a.wav#t=2,3"]
+    assert (classes(store), store.labels) == ([["dog"], ["owl"], []], ["dog", "owl"])
+    assert events(store) == [[("dog", 0.3, 1.0)], [("owl", 0.5, 0.51)], []]
+    assert (report.short_events, report.short_segments) == (2, 1)
+
+
+def test_labels_of_folders_and_tables(raw: Path, tmp_path: Path) -> None:
+    """Spaces at the ends and Unicode forms are no other class; one that looks like several is named; one without a
+    clip is none."""
+    text = 'filename,label\n0.wav,dog \n1.wav,dog\n2.wav,"dog,outdoor"\ngone.wav,cat\n'
+    report, table = prepare("folder", tmp_path, raw=raw, table=write_text(tmp_path / "t.csv", text))
+    assert table.labels == ["dog", "dog,outdoor"]
+    assert ["dog,outdoor" in note for note in report.notes] == [True]
+    for folder in ("Ka\u0308uz", "dog "):
+        write_sound(tmp_path / "more" / folder / "a.wav")
+    _, table = prepare("folder", tmp_path, raw=tmp_path / "more")
+    assert table.labels == ["K\u00e4uz", "dog"]
+
+
+def test_the_task_may_be_chosen(tmp_path: Path) -> None:
+    flags = make_folder(tmp_path)
+    for task in ("single_label", "multilabel"):
+        assert prepare("folder", tmp_path, task=task, **flags)[1].task == task
+    table = write_text(tmp_path / "t.csv", "filename,label\nbee/0.wav,a\nbee/0.wav,b\nbee/1.wav,a\n")
+    with pytest.raises(UserError, match=r"single_label .* 1 of 2 .* bee/0\.wav"):
+        prepare("folder", tmp_path, table=table, task="single_label", **flags)
+
+
+def test_a_store_is_replaced_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same inputs again change nothing; other ones need --overwrite, or a name. Status 1: broken.wav is skipped."""
+    flags = make_folder(tmp_path)
+    words = ["prepare", "--dataset_type", "folder", "--raw", str(flags["raw"]), "--sample_rate", str(RATE)]
+    words += ["--workspace", str(tmp_path / "w")]
+    store = tmp_path / "w" / "data" / "folder" / "folder.h5"
+    assert main.main(words) == 1
+    made = store.stat().st_mtime_ns
+    first = capsys.readouterr().out
+    assert "random_seed" in first
+    assert "broken.wav" in first
+    assert (main.main(words), store.stat().st_mtime_ns) == (1, made)
+    assert capsys.readouterr().out.startswith(first.splitlines()[0])
+    write_sound(flags["raw"] / "bee" / "new.wav")
+    assert (main.main(words), store.stat().st_mtime_ns) == (2, made)
+    assert "--overwrite" in capsys.readouterr().err
+    assert main.main([*words, "--name", "birds"]) == 1
+    assert (tmp_path / "w" / "data" / "birds" / "folder.h5").is_file()
+    assert main.main([*words, "--overwrite"]) == 1
+    assert len(read_store_table(store)) == 7
+    assert main.main([*words, "--name", "../birds"]) == 2
+    assert main.main([*words, "--name", "birds", "--dataset_path", "x"]) == 2

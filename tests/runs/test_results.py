@@ -32,7 +32,7 @@ from runs.ledger import (
 from runs.members import Member
 from runs.testing import mapping_name, summarize
 from settings import resolve
-from tests.helpers import TINY_FLAGS, call, flags, refused, save_network, tiny
+from tests.helpers import LEAN, LEAN_FLAGS, call, flags, refused, save_network, tiny
 
 METRIC = Metric("mAP", 0.5, "macro average precision", 3, 10, 10)
 NOTHING = np.zeros(0, dtype=np.int64)
@@ -182,10 +182,7 @@ def test_a_ledger_that_cannot_be_written_is_told_first(
     tested: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    places = {
-        "--results_path": [tmp_path, tmp_path / "file" / "results.jsonl"],
-        "--heatmap_dir": [tmp_path / "file"],
-    }
+    places = {"--results_path": [tmp_path, tmp_path / "file" / "results.jsonl"], "--heatmap_dir": [tmp_path / "file"]}
     words = ["test", *tested[1], "--resume_checkpoint", str(tested[0] / "a.ckpt"), "--heatmap_dir"]
     for name, cases in places.items():
         for place in cases:
@@ -262,8 +259,9 @@ def tested(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """A folder with the checkpoints a and b, of two seeds, and mean, their average; and flags for their tests."""
     folder = tmp_path_factory.mktemp("tested")
     given = {"workspace": folder, "dataset_path": demo_data / "workspace/data/demo", "accelerator": "cpu"}
+    sizes = {**LEAN, **{name: str(value) for name, value in given.items()}}
     for seed, name in enumerate("ab", start=1):
-        save_network(folder / f"{name}.ckpt", seed=seed, random_seed=seed, **{k: str(v) for k, v in given.items()})
+        save_network(folder / f"{name}.ckpt", seed=seed, random_seed=seed, **sizes)
     content = torch.load(folder / "a.ckpt", weights_only=True)
     torch.save({**content, "sources": ["a.ckpt", "b.ckpt"]}, folder / "mean.ckpt")
     return folder, flags(given)
@@ -309,7 +307,7 @@ def test_foreign_weights_have_no_seed(
     torch.save({key.removeprefix("sed_model."): value for key, value in content["state_dict"].items()}, bare)
     torch.save({"state_dict": content["state_dict"]}, published)
     ledger = tmp_path / "ledger.jsonl"
-    given = [*tested[1], *TINY_FLAGS, "--results_path", str(ledger), "--workspace", str(tmp_path)]
+    given = [*tested[1], *LEAN_FLAGS, "--results_path", str(ledger), "--workspace", str(tmp_path)]
     known = ["--protocol", "held_out"]
     for path, more, protocol in ((bare, [], "unknown"), (bare, known, "held_out"), (published, [], "paper")):
         call("test", *given, "--resume_checkpoint", path, *more)

@@ -11,22 +11,6 @@ from settings import UserError
 from training import augment
 
 
-def test_shift_and_crop_keep_the_order_of_samples() -> None:
-    torch.manual_seed(0)
-    clips = torch.arange(100.0).repeat(20, 1)
-    shifted, shifts = augment.shift_in_time(clips, 50)
-    assert shifts.max() < 50
-    assert len({row[0].item() for row in shifted}) > 5
-    assert all(torch.equal(row.sort().values, clips[0]) for row in shifted)
-    cropped, starts = augment.crop(shifted, 60)
-    assert torch.equal(cropped[:, 0].long(), (starts - shifts) % 100)
-    assert cropped.shape == (20, 60)
-    assert ((cropped[:, 1:] - cropped[:, :-1]) % 100 == 1).all()
-    whole, starts = augment.crop(clips, 100)
-    assert torch.equal(whole, clips)
-    assert not starts.any()
-
-
 def test_a_replaced_stretch_brings_its_targets() -> None:
     """Clips of constant value k and class k: each sample says whose it is, and so must each step."""
     torch.manual_seed(0)

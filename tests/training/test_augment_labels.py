@@ -82,6 +82,7 @@ def test_a_burst_is_where_its_target_is() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_time_shift(seed: int) -> None:
     waveform, events = bursts(seed)
+    assert augment.shift_in_time(waveform, 5)[1].max() < 5
     moved, shifts = augment.shift_in_time(waveform, SAMPLES)
     assert torch.equal(moved, torch.stack([clip.roll(k) for clip, k in zip(waveform, shifts.tolist(), strict=True)]))
     targets = rasterize(augment.shift_events(events, shifts / RATE, SECONDS), **GRID)
@@ -109,6 +110,7 @@ def test_events_round_the_clips_end() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_crop(seed: int) -> None:
     waveform, events = bursts(seed)
+    assert torch.equal(augment.crop(waveform, SAMPLES)[0], waveform)
     length = 3 * SAMPLES // 5
     cropped, starts = augment.crop(waveform, length)
     inside = augment.crop_events(events, starts / RATE, length / RATE)
@@ -290,10 +292,7 @@ def test_masks_in_numbers() -> None:
     keep[:, 10:25] = False
     torch.testing.assert_close(augment.left_of_steps(keep, 4), torch.tensor([[1.0, 0.0, 0.5, 1.0]]))
     torch.manual_seed(0)
-    time, bands = (
-        augment.mask_time(torch.ones(2000, 1, 1001))[0],
-        augment.mask_bands(torch.ones(2000, 64, 1)),
-    )
+    time, bands = (augment.mask_time(torch.ones(2000, 1, 1001))[0], augment.mask_bands(torch.ones(2000, 64, 1)))
     for masked, longest in ((time[:, 0], 64), (bands[:, :, 0], 8)):
         lengths = (masked == 0).sum(dim=1)
         assert lengths.max() <= 2 * (longest - 1)

@@ -1,4 +1,4 @@
-"""2 and 4 processes (gloo, as torchrun starts them) learn what one process learns, and test as it does."""
+"""4 processes (gloo, as torchrun starts them) learn what one process learns, and test as it does."""
 
 import csv
 import json
@@ -9,20 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from data.clip_store import Clip, ClipStoreWriter
+from data.clip_store import Clip, ClipStoreWriter, Event
 from model import build_model
 from prepare.demo import LABELS
 from settings import resolve
-from tests.helpers import ROOT, SMALL, call, flags, last_checkpoint
+from tests.helpers import ROOT, SMALL, call, flags, forkserver, last_checkpoint
 
 pytestmark = pytest.mark.slow
 
-STEPS, BATCH_SIZE = 20, 4
+STEPS, BATCH_SIZE = 8, 4
 PLAIN = {  # without anything random
     **SMALL, "htsat_dim": 8, "max_epoch": 2, "learning_rate": 1e-2, "htsat_drop_path": 0, "spec_augment": False,
     "mixup_alpha": 0,
@@ -32,17 +33,18 @@ TOLERANCE = 1e-5  # absolute; the weights have a standard deviation of 0.02 or m
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 clips to train, 10 steps an epoch; 7 to test, which neither 2 nor 4 processes share evenly."""
+    """16 clips to train, 4 steps an epoch; 7 to test, which 4 processes do not share evenly; in few/ one."""
     folder = tmp_path_factory.mktemp("distributed")
-    store = folder / "workspace" / "data" / "demo" / "demo.h5"
-    store.parent.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    with ClipStoreWriter(store, clip_samples=8000, sample_rate=32000, labels=LABELS) as writer:
-        for split, count in (("train", STEPS // 2 * BATCH_SIZE), ("validation", 5), ("test", 7)):
-            for number in range(count):
+    sizes = {"demo": {"train": STEPS // 2 * BATCH_SIZE, "validation": 5, "test": 7}, "few": {"test": 1}}
+    for name, splits in sizes.items():
+        store = folder / "workspace" / "data" / name / "demo.h5"
+        store.parent.mkdir(parents=True)
+        with ClipStoreWriter(store, clip_samples=8000, sample_rate=32000, labels=LABELS) as writer:
+            for split, number in ((split, number) for split, count in splits.items() for number in range(count)):
                 tone = 3000 * np.sin(np.arange(8000) * (0.02 + 0.01 * (number % 10)))
-                waveform = (tone + rng.normal(0, 300, 8000)).astype(np.int16)
-                writer.add(Clip(f"{split}_{number}.wav", waveform, [number % 10], split=split))
+                waveform, events = (tone + rng.normal(0, 300, 8000)).astype(np.int16), [Event(number % 10, 0.0, 0.2)]
+                writer.add(Clip(f"{split}_{number}.wav", waveform, [number % 10], split=split, events=events))
     return folder
 
 
@@ -65,24 +67,24 @@ def one_of(rank: int, world: int, port: int, folder: str) -> None:
     call("train", *flags(PLAIN), "--devices", str(world), "--exp_name", name)
     last = f"workspace/runs/{name}/checkpoints/last.ckpt"
     tested = {"accelerator": "cpu", "devices": world, "batch_size": BATCH_SIZE, "performance": "manual"}
-    call("test", "--resume_checkpoint", last, *flags(tested))
+    words = ["test", "--resume_checkpoint", last, "--fl_local", "True", *flags(tested)]
+    call(*words)
+    call(*words, "--dataset_path", "workspace/data/few", "--test_file", "few")
 
 
 @pytest.fixture(scope="module")
 def runs(workspace: Path) -> dict[int, Path]:
     """Run folders by number of processes: each began from the same weights with the same clips in each step."""
-    # Forked by a server that has imported torch, without threads: neither an import a process nor a fork of this one.
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "pytorch_lightning", "torchmetrics", "scipy.stats"])
-    for world in (1, 2, 4):
+    forkserver()
+    for world in (1, 4):
         arguments = (world, free_port(), str(workspace))
         mp.start_processes(one_of, args=arguments, nprocs=world, start_method="forkserver")
-    return {world: workspace / "workspace" / "runs" / f"of_{world}" for world in (1, 2, 4)}
+    return {world: workspace / "workspace" / "runs" / f"of_{world}" for world in (1, 4)}
 
 
 @pytest.mark.usefixtures("runs")
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_same_weights_as_one_process(workspace: Path, world: int) -> None:
-    one, several = (last_checkpoint(f"of_{n}", workspace) for n in (1, world))
+def test_the_same_weights_as_one_process(workspace: Path) -> None:
+    one, several = (last_checkpoint(f"of_{n}", workspace) for n in (1, 4))
     assert one["global_step"] == several["global_step"] == STEPS
     torch.manual_seed(resolve(PLAIN).random_seed)
     start = build_model(resolve(PLAIN)).state_dict()
@@ -145,3 +147,17 @@ def test_the_same_metrics_as_one_process(runs: dict[int, Path], world: int) -> N
     for first, second in zip(one, several, strict=True):
         assert second["value"] == pytest.approx(first["value"], abs=1e-6)
         assert {**second, "value": 0, "interval": 0} == {**first, "value": 0, "interval": 0}
+
+
+def test_the_same_scores_as_one_process(runs: dict[int, Path]) -> None:
+    """In few/, the processes without clips wait for nothing and count nothing."""
+    with h5py.File(runs[1] / "scores/test.h5") as a, h5py.File(runs[4] / "scores/test.h5") as b:
+        assert a["audio_name"][:].tolist() == b["audio_name"][:].tolist()
+        np.testing.assert_allclose(a["framewise"][:], b["framewise"][:], atol=1e-5)
+    for name, clips in (("test", 7), ("few", 1)):
+        one, several = (json.loads((runs[n] / f"scores/{name}.json").read_text())["metrics"] for n in (1, 4))
+        assert [(metric["name"], metric["clips"]) for metric in one] == [(n, clips) for n in ("mAP", "mAUC", "d_prime")]
+        for first, second in zip(one, several, strict=True):
+            assert second["value"] == pytest.approx(first["value"], abs=1e-6)
+            assert {**second, "value": 0, "interval": 0} == {**first, "value": 0, "interval": 0}
+    assert (one[0]["value"], one[0]["classes"]) == (1.0, 1)

@@ -7,7 +7,7 @@ import torch
 
 from model import build_model
 from settings import UserError, resolve
-from tests.helpers import TINY, TINY_FLAGS, call, last_checkpoint
+from tests.helpers import SMALL, SMALL_FLAGS, TINY, call, last_checkpoint
 from training.devices import device_count
 from training.performance import Performance, choose, compile_network, settle
 
@@ -44,16 +44,17 @@ def test_parts_must_divide_the_batch() -> None:
         device_count(resolve({**TINY, "accumulate_batches": 2, "devices": 4}))
 
 
+@pytest.mark.slow
 def test_compiled_stages_are_the_same_network() -> None:
     """Names of the weights, outputs and gradients; with a backend that traces as inductor's does, and compiles not."""
-    settings = resolve({**TINY, "htsat_drop_path": 0.0, "spec_augment": False})
+    settings = resolve({**SMALL, "htsat_drop_path": 0.0, "spec_augment": False})
     torch.manual_seed(0)
     eager, compiled = build_model(settings).train(), build_model(settings).train()
     compiled.load_state_dict(eager.state_dict())
     for part in compiled.compiled_parts():
         part.compile(backend="aot_eager", dynamic=False)
     assert list(compiled.state_dict()) == list(eager.state_dict())
-    waveform = torch.randn(2, 320000)
+    waveform = torch.randn(2, 8000)
     for network in (eager, compiled):
         network(waveform).clip_logits.square().sum().backward()
     for (name, one), two in zip(eager.named_parameters(), compiled.parameters(), strict=True):
@@ -74,13 +75,13 @@ def test_compile_network_leaves_an_eager_one_alone() -> None:
 def test_a_batch_in_parts_is_the_batch(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 14 clips, in one step: the same step, but for bn0, which sees half as many clips at a time."""
     monkeypatch.chdir(demo_workspace)
-    words = ["train", *TINY_FLAGS, "--max_epoch", "1", "--spec_augment", "False", "--htsat_drop_path", "0"]
+    words = ["train", *SMALL_FLAGS, "--max_epoch", "1", "--spec_augment", "False", "--htsat_drop_path", "0"]
     words += ["--batch_size", "14", "--weight_averaging", "last_epochs", "--average_last_epochs", "1"]
     call(*words, "--exp_name", "whole")
     call(*words, "--exp_name", "parts", "--accumulate_batches", "2")
     whole, parts = last_checkpoint("whole"), last_checkpoint("parts")
     assert whole["global_step"] == parts["global_step"] == 1
-    settings = resolve(TINY)
+    settings = resolve(SMALL)
     torch.manual_seed(settings.random_seed)
     start = build_model(settings).get_parameter("tscam_conv.weight")
     steps = [(last["state_dict"]["sed_model.tscam_conv.weight"] - start).flatten() for last in (whole, parts)]

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,10 @@ import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 import main
-from model.checkpoint import store_in_checkpoint
 from runs.resume import find_resumed
 from sed_model import SEDWrapper
 from settings import UserError
-from tests.helpers import ROOT, TINY_FLAGS, call, last_checkpoint, refused, save_network, tiny
+from tests.helpers import LEAN_FLAGS, SMALL_FLAGS, call, forkserver, last_checkpoint, refused, save_network, tiny
 from training.callbacks import RunCheckpoint, link_or_copy
 from training.trainer import build_trainer
 
@@ -44,42 +41,45 @@ def stop_at(step: int, part: int | None = None) -> Callable[..., Any]:
     return training_step
 
 
-KILLED = """
-import os, signal, sys, torch
-sys.path.insert(0, sys.argv.pop(1))
-step = int(sys.argv.pop(1))
-import main, sed_model
-whole = sed_model.SEDWrapper.training_step
-def killed(self, batch, batch_idx):
-    if self.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(self, batch, batch_idx)
-sed_model.SEDWrapper.training_step = killed
-torch.set_num_threads(1)
-main.main(sys.argv[1:])
-"""
+def killed(folder: Path, step: int, words: list[str]) -> None:
+    """Train in a process of its own, which dies in a step."""
+    whole = SEDWrapper.training_step
+
+    def training_step(self: SEDWrapper, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, batch, batch_idx)
+
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SEDWrapper, "training_step", training_step)
+        main.main(words)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("averaging", ["none", "ema"])
 def test_a_run_killed_anywhere_is_resumed(averaging: str, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL in three random ones of 16 steps, 4 an epoch: the weights are those of the unbroken run, bit for bit."""
-    words = ["train", *TINY_FLAGS, "--max_epoch", "4", "--resume", "auto", "--num_workers", "1", "--mixup_alpha", "0.5"]
-    words += ["--checkpoint_every_steps", "3", "--weight_averaging", averaging, "--ema_decay", "0.5"]
+    words = ["train", *SMALL_FLAGS, "--max_epoch", "4", "--resume", "auto", "--num_workers", "1"]
+    words += ["--mixup_alpha", "0.5", "--checkpoint_every_steps", "3", "--weight_averaging", averaging]
+    words += ["--ema_decay", "0.5", "--exp_name"]
     points = np.random.default_rng(len(averaging)).choice(np.arange(1, 16), 3 if averaging == "none" else 1, False)
     names = {int(step): f"killed_{averaging}_{step}" for step in points}
-    killed = [
-        subprocess.Popen([sys.executable, "-c", KILLED, str(ROOT), str(step), *words, "--exp_name", name])
-        for step, name in names.items()
+    processes = [
+        forkserver().Process(target=killed, args=(Path.cwd(), step, [*words, name])) for step, name in names.items()
     ]
-    assert [process.wait() for process in killed] == [-signal.SIGKILL] * len(names)
-    call(*words, "--exp_name", f"unbroken_{averaging}")
+    for process in processes:
+        process.start()
+    call(*words, f"unbroken_{averaging}")
     unbroken = last_checkpoint(f"unbroken_{averaging}")
-    for step, name in names.items():
+    for process, (step, name) in zip(processes, names.items(), strict=True):
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         last = Path("workspace/runs", name, "checkpoints/last.ckpt")
         assert not last.exists() or last_checkpoint(name)["global_step"] <= step
         capsys.readouterr()
-        call(*words, "--exp_name", name)
+        call(*words, name)
         assert ("resumed from" in capsys.readouterr().out) == (step >= 3)
         resumed = last_checkpoint(name)
         assert resumed["global_step"] == unbroken["global_step"] == 16
@@ -107,7 +107,7 @@ def test_a_run_that_has_moved_keeps_its_best(monkeypatch: pytest.MonkeyPatch) ->
     Path("workspace/runs/htsat_demo").rename("workspace/runs/moved")
     best = torch.load(folder / "best.ckpt", weights_only=True)["epoch"]
     monkeypatch.setattr("sed_model.SEDWrapper.on_validation_epoch_end", lambda self: self.log("mAP", torch.tensor(0.0)))
-    call("train", *TINY_FLAGS, "--max_epoch", "3", "--exp_name", "moved", "--resume", "auto")  # no epoch is as good now
+    call("train", *LEAN_FLAGS, "--max_epoch", "3", "--exp_name", "moved", "--resume", "auto")  # no epoch is as good now
     assert torch.load(folder / "best.ckpt", weights_only=True)["epoch"] == best
     assert len(list(folder.glob("epoch_*.ckpt"))) == 3
 
@@ -234,7 +234,7 @@ def test_the_rate_of_an_epoch_is_its_own(trained_run: Path) -> None:
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """The command of a run that stopped after the first two steps of its first epoch."""
-    words = ("train", *TINY_FLAGS, "--exp_name", "stopped", "--max_epoch", "2", "--checkpoint_every_steps", "1")
+    words = ("train", *SMALL_FLAGS, "--exp_name", "stopped", "--max_epoch", "2", "--checkpoint_every_steps", "1")
     if not Path("workspace/runs/stopped").exists():
         with monkeypatch.context() as patch:
             patch.setattr(SEDWrapper, "training_step", stop_at(2))
@@ -246,7 +246,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 @pytest.mark.slow
 def test_a_step_in_parts_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped twice inside a step of two parts: no checkpoint lies between them, and the end is the unbroken run's."""
-    words = ["train", *TINY_FLAGS, "--max_epoch", "2", "--accumulate_batches", "2", "--checkpoint_every_steps", "1"]
+    words = ["train", *SMALL_FLAGS, "--max_epoch", "2", "--accumulate_batches", "2", "--checkpoint_every_steps", "1"]
     words += ["--resume", "auto"]
     call(*words, "--exp_name", "parts_unbroken")
     for step in (1, 2):
@@ -269,8 +269,3 @@ def test_a_second_name_is_given_twice(tmp_path: Path) -> None:
     for _ in range(2):
         link_or_copy(source, target)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "epoch_000.ckpt"]
-    os.link(source, tmp_path / "best.ckpt.partial")  # as an earlier version left it
-    before = source.read_bytes()
-    store_in_checkpoint(target, "postprocessing", {"thresholds": [0.5]})
-    assert source.read_bytes() == before
-    assert torch.load(target, weights_only=True)["postprocessing"] == {"thresholds": [0.5]}
