@@ -179,6 +179,7 @@ class SEDWrapper(Evaluation):
     weights are saved under the prefix sed_model.
     """
 
+    diverged_at: Tensor
     masks_silence = False  # whether SpecAugment's masks over time count as silence in the targets
 
     def __init__(self, network: Network, settings: Config, labels: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ import shlex
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -170,7 +170,7 @@ def check_writable(said: str, *paths: str | Path, size: int = 0) -> None:
             raise UserError(f"{said}: {error}") from None
 
 
-def write_each(writes: dict[Path, Callable[[Path], object]]) -> list[Path]:
+def write_each(writes: Mapping[Path, Callable[[Path], object]]) -> list[Path]:
     """Call write(path) for each path. Where one cannot be written, the others are; returns the paths.
 
     Raises UserError, with what is lacking and what was written, after all of them.
