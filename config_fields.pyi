@@ -9,7 +9,7 @@ ThreeFloats = Annotated[list[float], Field(min_length=3, max_length=3)]
 Range = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Shifts = Annotated[list[int], Field(min_length=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
-Layers = Annotated[int, Field(ge=1, le=1000)]
+Layers = Annotated[int, Field(ge=1, le=100)]
 Side = Annotated[int, Field(ge=1, le=2048)]
 class ConfigFields(BaseModel):
     dataset_type: Literal['demo', 'audioset', 'audioset-strong', 'esc-50', 'scv2', 'desed', 'folder', 'soundscapes']
