@@ -49,10 +49,10 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for mark, block in (("demo", metrics_table()), ("tags", tags())):
-        pattern = rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)"
-        text, found = re.subn(pattern, lambda match, block=block: match[1] + block + match[2], text, flags=re.DOTALL)
-        if found != 1:
+        found = re.search(rf"(?<=<!-- {mark} -->\n).*?(?=\n<!-- /{mark} -->)", text, flags=re.DOTALL)
+        if found is None:
             sys.exit(f"README.md lacks <!-- {mark} --> or <!-- /{mark} -->")
+        text = text[: found.start()] + block + text[found.end() :]
         print(block)
     readme.write_text(text)
 

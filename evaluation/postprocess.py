@@ -151,7 +151,7 @@ def _check_ranges(post: PostProcessing) -> None:
 
 def frame_edges(frames: int, seconds_per_frame: float, duration: float) -> np.ndarray:
     """(frames + 1,) times in seconds at which the frames of a clip begin, and the last one ends."""
-    return _begin_times(np.arange(frames + 1), frames, seconds_per_frame, np.float64(duration), seconds_per_frame / 2)
+    return _begin_times(np.arange(frames + 1), frames, seconds_per_frame, np.asarray(duration), seconds_per_frame / 2)
 
 
 def _begin_times(

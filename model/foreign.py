@@ -206,6 +206,7 @@ class Unpickler(pickle._Unpickler):
     NotAdmittedError.
     """
 
+    stack: list[Any]  # pickle._Unpickler's
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:

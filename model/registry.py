@@ -114,8 +114,8 @@ def read_options(name: str, given: Mapping[str, str]) -> dict[str, int | float |
             )
         option = known[key]
         try:
-            values[key] = option.kind(text)
-            if option.kind is not str and not abs(float(values[key])) <= LARGEST_OPTION:
+            value = values[key] = option.kind(text)
+            if not isinstance(value, str) and not abs(value) <= LARGEST_OPTION:
                 raise ValueError
         except (ValueError, OverflowError):
             raise UserError(

@@ -29,7 +29,8 @@ Pair = tuple[int, int]
 @cache
 def _band_edges(size: int, rate: int) -> np.ndarray:
     """Bins of a spectrum where mel bands begin, and the end of the last one; at most BANDS bands."""
-    mel = np.linspace(*(2595 * np.log10(1 + hz / 700) for hz in (LOWEST_HZ, rate / 2)), BANDS + 1)
+    first, last = 2595 * np.log10(1 + np.array([LOWEST_HZ, rate / 2]) / 700)
+    mel = np.linspace(first, last, BANDS + 1)
     return np.unique(np.round(700 * (10 ** (mel / 2595) - 1) * size / rate).astype(int))
 
 

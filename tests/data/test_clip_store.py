@@ -27,7 +27,6 @@ from data.clip_store import (
 )
 from settings import UserError
 
-ABOUT = {"source": "test", "task": "multilabel"}
 OLD_STORE = Path(__file__).with_name("old_store.h5")
 
 
@@ -44,7 +43,9 @@ def write(path: Path) -> list[Clip]:
         )
         for number in range(4)
     ]
-    with ClipStoreWriter(path, clip_samples=200, sample_rate=100, labels=["a", "b", "c"], **ABOUT) as writer:
+    with ClipStoreWriter(
+        path, clip_samples=200, sample_rate=100, labels=["a", "b", "c"], source="test", task="multilabel"
+    ) as writer:
         for clip in clips:
             writer.add(clip)
     return clips

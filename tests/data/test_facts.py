@@ -20,7 +20,7 @@ def write_store(
     folder: Path, dataset_type: str, clips: list[list[int]], *, task: Optional[str] = None, times: bool = False
 ) -> dict[str, Any]:
     """A store of 10 classes whose clips have the given ones; returns the flags that name it."""
-    about = {"task": task} if task else {}
+    about: dict[str, Any] = {"task": task} if task else {}
     path = folder / f"{dataset_type}.h5"
     with ClipStoreWriter(path, clip_samples=8, sample_rate=RATE, labels=[*"abcdefghij"], **about) as writer:
         for number, labels in enumerate(clips):

@@ -39,7 +39,7 @@ def network() -> HTSAT_Swin_Transformer:
 def content(network: HTSAT_Swin_Transformer) -> Content:
     """What train writes."""
     settings = resolve(NETWORK).model_dump()
-    progress = {"fit_loop": {"epoch_progress": {}, "epoch_loop.batch_progress": {}}}
+    progress: dict[str, Any] = {"fit_loop": {"epoch_progress": {}, "epoch_loop.batch_progress": {}}}
     state = {0: {"exp_avg": torch.ones(3)}}
     return {
         "state_dict": {f"sed_model.{key}": value.clone() for key, value in network.state_dict().items()},

@@ -172,11 +172,11 @@ def test_a_file_is_found_however_its_name_is_spelled(there: str, named: str, tmp
 
 def test_exact_names_come_first_and_nothing_outside_is_named(tmp_path: Path) -> None:
     finder = AudioFinder(tmp_path / "raw")
-    for name in ("raw/a.WAV", "raw/a.wav", "raw/b.WAV", "raw/x/b.wav", "raw/y/c.wav", "raw/z/C.wav", "outside.wav"):
+    for name in ("raw/a.WAV", "raw/a.wav", "raw/b.WAV", "raw/x/b.wav", "raw/y/cc.wav", "raw/z/CC.wav", "outside.wav"):
         write_text(tmp_path / name, "")
     assert [finder.find(name).name for name in ("a.wav", "a.WAV", "b.wav")] == ["a.wav", "a.WAV", "b.WAV"]
     with pytest.raises(UserError, match="Several"):
-        finder.find("C.WAV")
+        finder.find("Cc.wav")
     for name in ("../outside.wav", "x/../../outside.wav", "..\\outside.wav", str(tmp_path / "outside.wav")):
         with pytest.raises(UserError, match=r"outside\.wav does not lie below"):
             finder.find(name)
