@@ -62,7 +62,7 @@ COMMANDS: dict[str, list[str]] = {
 }  # fmt: skip
 NEEDS = {name: ["prepare"] if name in ("compress", "train") else ["prepare", "train"] for name in COMMANDS}
 NEEDS["prepare"] = []
-PASSING = ("logs", "provenance.json")  # which differ from run to run
+PASSING = ("logs", "provenance.json", "folder.json")  # which differ from run to run; the last: what prepare said
 IN_A_LINE = ("date", "device")
 
 
