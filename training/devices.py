@@ -102,16 +102,19 @@ class EndTogether(Callback):
 
 
 def _watch(started: Sequence["subprocess.Popen[Any]"]) -> None:
-    while any(code != 0 for code in (codes := [process.poll() for process in started])):
-        rank, code = next(((rank, code) for rank, code in enumerate(codes, start=1) if code), (0, 0))
-        if rank:
-            how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit status {code}"
-            if code > 0:
-                time.sleep(GRACE_SECONDS)
-            print(f"error: Process {rank} of this run {how}. {ENDED}", file=sys.stderr, flush=True)
-            for process in started:
-                process.kill()
-            os._exit(2)
+    while True:
+        codes = [process.poll() for process in started]
+        for rank, code in enumerate(codes, start=1):
+            if code:
+                how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit status {code}"
+                if code > 0:
+                    time.sleep(GRACE_SECONDS)
+                print(f"error: Process {rank} of this run {how}. {ENDED}", file=sys.stderr, flush=True)
+                for process in started:
+                    process.kill()
+                os._exit(2)
+        if None not in codes:
+            return
         time.sleep(LOOK_SECONDS)
 
 
