@@ -330,9 +330,33 @@ def read_audio(
     return np.concatenate(list(stream_audio(source, sample_rate, start=start, seconds=seconds, remarks=remarks)))
 
 
+def cut_pieces(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Blocks of any lengths as pieces of `size` samples; the last one may be shorter."""
+    held = np.zeros(0, np.float32)
+    for block in blocks:
+        held = np.concatenate([held.astype(block.dtype), block])
+        whole = len(held) // size * size
+        for start in range(0, whole, size):
+            yield held[start : start + size]
+        held = held[whole:]
+    if len(held):
+        yield held
+
+
+def stream_int16(
+    path: Path, sample_rate: int, size: Optional[int] = None, remarks: Optional[list[Remark]] = None
+) -> Iterator[np.ndarray]:
+    """(samples,) int16 mono at `sample_rate`, in pieces of `size` samples; None: in one. See stream_audio."""
+    blocks = (float32_to_int16(block) for block in stream_audio(path, sample_rate, remarks=remarks))
+    if size is None:
+        yield np.concatenate(list(blocks))
+    else:
+        yield from cut_pieces(blocks, size)
+
+
 def read_int16(path: Path, sample_rate: int, remarks: Optional[list[Remark]] = None) -> np.ndarray:
     """(samples,) int16 mono at `sample_rate`; see read_audio."""
-    return float32_to_int16(read_audio(path, sample_rate, remarks=remarks))
+    return next(stream_int16(path, sample_rate, remarks=remarks))
 
 
 def audio_seconds(path: Path) -> float:
