@@ -1,6 +1,6 @@
 """Audio files -> mono waveforms at one rate, block by block or whole, by libsndfile, PyAV and soxr.
 
-The one opener: whatever reads a sound reads it here. Its length is what is decoded, never what a header says; what a
+The one opener of audio. The length of a sound is what is decoded, never what a header states; what a
 decoder leaves unread, and what is odd about the samples, becomes a remark (data/levels.py).
 """
 
@@ -184,7 +184,7 @@ def _by_libsndfile(
             raise UserError(f"{name} is no audio that can be read{_reason(error, view)}.") from None
         rate, channels = file.samplerate, file.channels
         if not RATES[0] <= rate <= RATES[1] or channels < 1:
-            raise UserError(f"{name} cannot be read as audio: its header says {rate} Hz and {channels} channels.")
+            raise UserError(f"{name} cannot be read as audio: its header states {rate} Hz and {channels} channels.")
         from_start = stretch.start == 0
         count += _seek(file, part, stretch, rate)
         # A low rate makes a block longer when it is resampled: such files are read in smaller ones, of some seconds.

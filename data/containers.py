@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple, Optional
 
 BLOCK = 2**18  # bytes that a scan reads at once
-PLACEHOLDER = 0x7FFFF000  # a chunk from here on: its writer did not know the length, and never came back to say it
+PLACEHOLDER = 0x7FFFF000  # bytes: a chunk of this size or more has a writer that did not know its length
 SNIFFED = 2**16  # bytes in which the first frame of an MP3 file must lie
 WORD = 2**32
 
@@ -48,7 +48,7 @@ class Part(NamedTuple):
     end: int
     head: bytes = b""
     samples: int = 0  # of a channel, that the frames hold at least; 0: not counted
-    exact: bool = False  # the decoder computes the length from the bytes, not from what a header says
+    exact: bool = False  # the decoder computes the length from the bytes, not from a number in a header
     noisy: bool = False  # the decoder writes notes to standard error
     remark: str = ""  # what is wrong with the end of the part
 
@@ -208,7 +208,7 @@ def _chunked_part(data: Bytes, begin: int) -> tuple[Part, int]:
             break
         place += 8 + size + size % 2
     else:
-        return Part(begin, data.size, exact=True), data.size  # without sound: libsndfile says why
+        return Part(begin, data.size, exact=True), data.size  # without sound: libsndfile has the reason
     start = place + 8
     if b"ds64" in places and size == WORD - 1:
         size = struct.unpack("<Q", data.at(places[b"ds64"] + 16, 8).ljust(8, b"\0"))[0]
@@ -405,7 +405,7 @@ def _next_frame(data: Bytes, place: int, end: int) -> int:
 
 
 class _Run:
-    """Frames of one form, with what the tag in front says of their number."""
+    """Frames of one form, and the number of frames in the tag in front of them."""
 
     def __init__(self, data: Bytes, begin: int) -> None:
         self.data, self.begin, self.first = data, begin, begin
@@ -438,7 +438,7 @@ class _Run:
         return 0 if self.data.at(place + 36, 4) == b"VBRI" else None
 
     def part(self, end: int) -> Part:
-        """With a tag of its own where there is none, or one that says too little."""
+        """With a tag of its own where there is none, or one with too low a number."""
         if self.form[1] != 3 or (self.declared is not None and self.declared >= self.frames):
             cut = self.declared is not None and self.declared > self.frames + 1
             remark = f"its header states {self.declared} frames, of which {self.frames} are there" if cut else ""

@@ -1,4 +1,4 @@
-"""The audio below a folder, with a count of everything else, so that nothing is left out without a word."""
+"""The audio below a folder, and counts of everything else that lies there."""
 
 import os
 from collections import Counter
