@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple, Optional
 
 BLOCK = 2**18  # bytes that a scan reads at once
 PLACEHOLDER = 0x7FFFF000  # bytes: a chunk of this size or more has a writer that did not know its length
+UNREAD = 2000  # bytes at the end of a file, above which they are more than padding or a tag
+RESYNC = 2**20  # bytes without a frame, after which no more frames are looked for
 SNIFFED = 2**16  # bytes in which the first frame of an MP3 file must lie
 WORD = 2**32
 
@@ -323,7 +325,7 @@ def _flac_parts(data: Bytes, begin: int, end: int) -> list[Part]:
 # --- Ogg -------------------------------------------------------------------------------------------------------------
 def _ogg_parts(data: Bytes, begin: int, end: int) -> list[Part]:
     """Each link of a chain: libsndfile reads the first one only."""
-    begins, place, before = [begin], begin, True
+    begins, place, before, ended, read_to = [begin], begin, True, False, begin
     while 0 <= place < end:
         head = data.at(place, 27)
         if len(head) < 27 or head[:4] != b"OggS":
@@ -332,9 +334,15 @@ def _ogg_parts(data: Bytes, begin: int, end: int) -> list[Part]:
         first = bool(head[5] & 2)  # a page that begins a stream: several together begin a link
         if first and not before:
             begins.append(place)
-        before = first
+        before, ended = first, bool(head[5] & 4)
         place += 27 + head[26] + sum(data.at(place + 27, head[26]))
-    return [Part(first, last) for first, last in zip(begins, [*begins[1:], end], strict=True)]
+        read_to = min(place, end)
+    parts = [Part(first, last) for first, last in zip(begins, [*begins[1:], end], strict=True)]
+    if end - read_to > UNREAD:
+        parts[-1] = parts[-1]._replace(remark=f"{end - read_to} bytes behind its last page are not read")
+    elif not ended or place > end:
+        parts[-1] = parts[-1]._replace(remark="its last page does not end the stream: it is cut off")
+    return parts
 
 
 # --- MP3 -------------------------------------------------------------------------------------------------------------
@@ -377,8 +385,8 @@ def _frame(head: bytes) -> Optional[Frame]:
 
 def _mpeg_parts(data: Bytes, begin: int, end: int) -> list[Part]:
     """Runs of frames of one form; a frame with a tag of a file's length, and what is no frame, begin another run."""
-    parts: list[Part] = []
-    place = _next_frame(data, begin, min(end, begin + SNIFFED))
+    parts, read_to = list[Part](), begin
+    place = _next_frame(data, begin, begin + SNIFFED, end)
     while place >= 0:
         run = _Run(data, place)
         while (frame := _frame(data.at(place, 4))) is not None and place + frame.length <= end:
@@ -387,20 +395,22 @@ def _mpeg_parts(data: Bytes, begin: int, end: int) -> list[Part]:
             place += frame.length
         if run.frames or run.declared is not None:
             parts.append(run.part(place))
-        place = _next_frame(data, place, end)
+        read_to, place = place, _next_frame(data, place, place + RESYNC, end)
+    if parts and end - read_to > UNREAD:
+        parts[-1] = parts[-1]._replace(remark=f"{end - read_to} bytes behind its last frame are not read")
     return parts
 
 
-def _next_frame(data: Bytes, place: int, end: int) -> int:
-    """Where the next frames begin, three of one form or one that ends the file; -1: nowhere."""
-    while 0 <= place < end:
+def _next_frame(data: Bytes, place: int, until: int, end: int) -> int:
+    """Where the next frames begin before `until`: three of one form, or fewer that end the sound; -1: nowhere."""
+    while 0 <= place < min(until, end):
         at, forms = place, list[Any]()
-        while len(forms) < 3 and (frame := _frame(data.at(at, 4))) is not None and at + frame.length <= data.size:
+        while len(forms) < 3 and (frame := _frame(data.at(at, 4))) is not None and at + frame.length <= end:
             forms.append(frame.form)
             at += frame.length
         if len(set(forms)) == 1 and (len(forms) == 3 or at >= end - 1):
             return place
-        place = data.find(b"\xff", place + 1, end)
+        place = data.find(b"\xff", place + 1, min(until, end))
     return -1
 
 
