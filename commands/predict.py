@@ -148,10 +148,9 @@ def collect(files: list[str], folder: Path, left_out: FoundAudio, *, by_place: b
 def is_pipe(name: str) -> bool:
     """Whether a path can be read only once, as <(...) of a shell."""
     try:
-        kind = os.stat(name).st_mode
+        return stat.S_ISFIFO(os.stat(name).st_mode)
     except (OSError, ValueError):
         return False
-    return stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)
 
 
 class Bar:

@@ -1,6 +1,6 @@
 """Audio files -> mono waveforms at one rate, block by block or whole, by libsndfile, PyAV and soxr.
 
-The one opener: whatever reads a sound reads it here. Its length is what is decoded, never what a header says; what a
+The one opener of audio. The length of a sound is what is decoded, never what a header states; what a
 decoder leaves unread, and what is odd about the samples, becomes a remark (data/levels.py).
 """
 
@@ -184,7 +184,7 @@ def _by_libsndfile(
             raise UserError(f"{name} is no audio that can be read{_reason(error, view)}.") from None
         rate, channels = file.samplerate, file.channels
         if not RATES[0] <= rate <= RATES[1] or channels < 1:
-            raise UserError(f"{name} cannot be read as audio: its header says {rate} Hz and {channels} channels.")
+            raise UserError(f"{name} cannot be read as audio: its header states {rate} Hz and {channels} channels.")
         from_start = stretch.start == 0
         count += _seek(file, part, stretch, rate)
         # A low rate makes a block longer when it is resampled: such files are read in smaller ones, of some seconds.
@@ -330,9 +330,33 @@ def read_audio(
     return np.concatenate(list(stream_audio(source, sample_rate, start=start, seconds=seconds, remarks=remarks)))
 
 
+def cut_pieces(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Blocks of any lengths as pieces of `size` samples; the last one may be shorter."""
+    held = np.zeros(0, np.float32)
+    for block in blocks:
+        held = np.concatenate([held.astype(block.dtype), block])
+        whole = len(held) // size * size
+        for start in range(0, whole, size):
+            yield held[start : start + size]
+        held = held[whole:]
+    if len(held):
+        yield held
+
+
+def stream_int16(
+    path: Path, sample_rate: int, size: Optional[int] = None, remarks: Optional[list[Remark]] = None
+) -> Iterator[np.ndarray]:
+    """(samples,) int16 mono at `sample_rate`, in pieces of `size` samples; None: in one. See stream_audio."""
+    blocks = (float32_to_int16(block) for block in stream_audio(path, sample_rate, remarks=remarks))
+    if size is None:
+        yield np.concatenate(list(blocks))
+    else:
+        yield from cut_pieces(blocks, size)
+
+
 def read_int16(path: Path, sample_rate: int, remarks: Optional[list[Remark]] = None) -> np.ndarray:
     """(samples,) int16 mono at `sample_rate`; see read_audio."""
-    return float32_to_int16(read_audio(path, sample_rate, remarks=remarks))
+    return next(stream_int16(path, sample_rate, remarks=remarks))
 
 
 def audio_seconds(path: Path) -> float:

@@ -12,7 +12,9 @@ from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple, Optional
 
 BLOCK = 2**18  # bytes that a scan reads at once
-PLACEHOLDER = 0x7FFFF000  # a chunk from here on: its writer did not know the length, and never came back to say it
+PLACEHOLDER = 0x7FFFF000  # bytes: a chunk of this size or more has a writer that did not know its length
+UNREAD = 2000  # bytes at the end of a file, above which they are more than padding or a tag
+RESYNC = 2**20  # bytes without a frame, after which no more frames are looked for
 SNIFFED = 2**16  # bytes in which the first frame of an MP3 file must lie
 WORD = 2**32
 
@@ -48,7 +50,7 @@ class Part(NamedTuple):
     end: int
     head: bytes = b""
     samples: int = 0  # of a channel, that the frames hold at least; 0: not counted
-    exact: bool = False  # the decoder computes the length from the bytes, not from what a header says
+    exact: bool = False  # the decoder computes the length from the bytes, not from a number in a header
     noisy: bool = False  # the decoder writes notes to standard error
     remark: str = ""  # what is wrong with the end of the part
 
@@ -208,7 +210,7 @@ def _chunked_part(data: Bytes, begin: int) -> tuple[Part, int]:
             break
         place += 8 + size + size % 2
     else:
-        return Part(begin, data.size, exact=True), data.size  # without sound: libsndfile says why
+        return Part(begin, data.size, exact=True), data.size  # without sound: libsndfile has the reason
     start = place + 8
     if b"ds64" in places and size == WORD - 1:
         size = struct.unpack("<Q", data.at(places[b"ds64"] + 16, 8).ljust(8, b"\0"))[0]
@@ -323,7 +325,7 @@ def _flac_parts(data: Bytes, begin: int, end: int) -> list[Part]:
 # --- Ogg -------------------------------------------------------------------------------------------------------------
 def _ogg_parts(data: Bytes, begin: int, end: int) -> list[Part]:
     """Each link of a chain: libsndfile reads the first one only."""
-    begins, place, before = [begin], begin, True
+    begins, place, before, ended, read_to = [begin], begin, True, False, begin
     while 0 <= place < end:
         head = data.at(place, 27)
         if len(head) < 27 or head[:4] != b"OggS":
@@ -332,9 +334,15 @@ def _ogg_parts(data: Bytes, begin: int, end: int) -> list[Part]:
         first = bool(head[5] & 2)  # a page that begins a stream: several together begin a link
         if first and not before:
             begins.append(place)
-        before = first
+        before, ended = first, bool(head[5] & 4)
         place += 27 + head[26] + sum(data.at(place + 27, head[26]))
-    return [Part(first, last) for first, last in zip(begins, [*begins[1:], end], strict=True)]
+        read_to = min(place, end)
+    parts = [Part(first, last) for first, last in zip(begins, [*begins[1:], end], strict=True)]
+    if end - read_to > UNREAD:
+        parts[-1] = parts[-1]._replace(remark=f"{end - read_to} bytes behind its last page are not read")
+    elif not ended or place > end:
+        parts[-1] = parts[-1]._replace(remark="its last page does not end the stream: it is cut off")
+    return parts
 
 
 # --- MP3 -------------------------------------------------------------------------------------------------------------
@@ -377,8 +385,8 @@ def _frame(head: bytes) -> Optional[Frame]:
 
 def _mpeg_parts(data: Bytes, begin: int, end: int) -> list[Part]:
     """Runs of frames of one form; a frame with a tag of a file's length, and what is no frame, begin another run."""
-    parts: list[Part] = []
-    place = _next_frame(data, begin, min(end, begin + SNIFFED))
+    parts, read_to = list[Part](), begin
+    place = _next_frame(data, begin, begin + SNIFFED, end)
     while place >= 0:
         run = _Run(data, place)
         while (frame := _frame(data.at(place, 4))) is not None and place + frame.length <= end:
@@ -387,25 +395,27 @@ def _mpeg_parts(data: Bytes, begin: int, end: int) -> list[Part]:
             place += frame.length
         if run.frames or run.declared is not None:
             parts.append(run.part(place))
-        place = _next_frame(data, place, end)
+        read_to, place = place, _next_frame(data, place, place + RESYNC, end)
+    if parts and end - read_to > UNREAD:
+        parts[-1] = parts[-1]._replace(remark=f"{end - read_to} bytes behind its last frame are not read")
     return parts
 
 
-def _next_frame(data: Bytes, place: int, end: int) -> int:
-    """Where the next frames begin, three of one form or one that ends the file; -1: nowhere."""
-    while 0 <= place < end:
+def _next_frame(data: Bytes, place: int, until: int, end: int) -> int:
+    """Where the next frames begin before `until`: three of one form, or fewer that end the sound; -1: nowhere."""
+    while 0 <= place < min(until, end):
         at, forms = place, list[Any]()
-        while len(forms) < 3 and (frame := _frame(data.at(at, 4))) is not None and at + frame.length <= data.size:
+        while len(forms) < 3 and (frame := _frame(data.at(at, 4))) is not None and at + frame.length <= end:
             forms.append(frame.form)
             at += frame.length
         if len(set(forms)) == 1 and (len(forms) == 3 or at >= end - 1):
             return place
-        place = data.find(b"\xff", place + 1, end)
+        place = data.find(b"\xff", place + 1, min(until, end))
     return -1
 
 
 class _Run:
-    """Frames of one form, with what the tag in front says of their number."""
+    """Frames of one form, and the number of frames in the tag in front of them."""
 
     def __init__(self, data: Bytes, begin: int) -> None:
         self.data, self.begin, self.first = data, begin, begin
@@ -438,7 +448,7 @@ class _Run:
         return 0 if self.data.at(place + 36, 4) == b"VBRI" else None
 
     def part(self, end: int) -> Part:
-        """With a tag of its own where there is none, or one that says too little."""
+        """With a tag of its own where there is none, or one with too low a number."""
         if self.form[1] != 3 or (self.declared is not None and self.declared >= self.frames):
             cut = self.declared is not None and self.declared > self.frames + 1
             remark = f"its header states {self.declared} frames, of which {self.frames} are there" if cut else ""

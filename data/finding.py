@@ -1,4 +1,4 @@
-"""The audio below a folder, with a count of everything else, so that nothing is left out without a word."""
+"""The audio below a folder, and counts of everything else that lies there."""
 
 import os
 from collections import Counter
@@ -35,42 +35,44 @@ class FoundAudio:
 def find_audio(folder: Path) -> FoundAudio:
     """The audio files in a folder and all below it, by their endings or by what they hold.
 
-    Links are followed, to folders after all that lies here; each folder is looked into once, so that a link to a folder
-    above has an end. Hidden files and folders (.name) are counted.
+    Hidden files and folders (.name) are counted.
     """
-    found, seen, waiting = FoundAudio(), dict[tuple[int, int], Path](), [folder]
-    while waiting:
-        waiting += _walk(waiting.pop(0), found, seen)
+    found = FoundAudio()
+    for path, entry in walk(folder, found.skipped):
+        if entry.name.startswith("."):
+            found.others["hidden"] += 1
+        else:
+            _take(path, entry, found)
     found.audio.sort()
     return found
 
 
-def _walk(top: Path, found: FoundAudio, seen: dict[tuple[int, int], Path]) -> list[Path]:
-    """All below a folder; returns the links to folders in it."""
-    inside, links = [top], list[Path]()
-    while inside:
-        here = inside.pop()
-        try:
-            about = here.stat()
-            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
-        except OSError as error:
-            found.skipped.append((here, f"It cannot be opened: {os.strerror(error.errno or 0)}."))
-            continue
-        other = seen.setdefault((about.st_dev, about.st_ino), here)
-        if other is not here:
-            found.skipped.append((here, f"It is the same folder as {other}."))
-            continue
-        for entry in entries:
-            path = here / entry.name
-            if entry.name.startswith("."):
-                found.others["hidden"] += 1
-            elif entry.is_dir(follow_symlinks=False):
-                inside.append(path)
-            elif entry.is_dir():
-                links.append(path)
-            else:
-                _take(path, entry, found)
-    return links
+def walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[tuple[Path, "os.DirEntry[str]"]]:
+    """Everything below a folder but folders, and hidden folders themselves.
+
+    Links are followed, to folders after all that lies here; each folder is looked into once, so that a link to a folder
+    above has an end. skipped: takes the folders that were not looked into, and why.
+    """
+    seen, links = dict[tuple[int, int], Path](), [folder]
+    while links:
+        inside = [links.pop(0)]
+        while inside:
+            here = inside.pop()
+            try:
+                about = here.stat()
+                entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+            except OSError as error:
+                skipped.append((here, f"It cannot be opened: {os.strerror(error.errno or 0)}."))
+                continue
+            other = seen.setdefault((about.st_dev, about.st_ino), here)
+            if other is not here:
+                skipped.append((here, f"It is the same folder as {other}."))
+                continue
+            for entry in entries:
+                if entry.name.startswith(".") or not entry.is_dir():
+                    yield here / entry.name, entry
+                else:
+                    (links if entry.is_symlink() else inside).append(here / entry.name)
 
 
 def _take(path: Path, entry: "os.DirEntry[str]", found: FoundAudio) -> None:

@@ -7,13 +7,13 @@ import numpy as np
 from utils import INT16_SCALE
 
 SILENT_PEAK = 10 ** (-60 / 20)  # a sound that nowhere rises above -60 dB of full scale is silent
-LOUDEST = 10.0  # +20 dB of full scale: above it, samples are integers that nobody divided
+LOUDEST = 10.0  # +20 dB of full scale: above it, samples are integers, not shares of full scale
 FULL_SCALE = (INT16_SCALE - 1.5) / INT16_SCALE  # a sample of 16 bits from here on is at full scale
 CLIPPED_SHARE = 0.001  # a sound with a larger share of its samples at full scale is clipped
 CANCELLED = 0.01  # a mix to mono with less than this share of its channels' span has lost them
 
 TOO_LOUD = "too loud"
-SILENT = ("silent", "constant", "cancelled")  # kinds of remarks on sounds in which nothing is to be heard
+SILENT = ("silent", "constant", "cancelled")  # kinds of remarks on sounds whose mix to mono is silent
 
 
 class Remark(NamedTuple):

@@ -1,13 +1,13 @@
 """A figure of a file of any length: its sound is read block by block and averaged to the figure's resolution."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
 
-from data.audio import stream_audio
+from data.audio import cut_pieces, stream_audio
 from evaluation.plots import ClipSound, ClipView, clip_figure, save_png, tags_figure
 from evaluation.postprocess import PostProcessing
 from inference.tagger import Tagged
@@ -72,7 +72,7 @@ def sound_of_file(path: Path, settings: Config, duration: float) -> ClipSound:
     pool = frame_count(duration * rate, hop * MOST_COLUMNS)  # hops in a column
     size = hop * pool  # samples in a column
     columns, extremes = [], []
-    for piece in pieces(stream_audio(path, rate), size * max(1, HOPS_AT_ONCE // pool)):
+    for piece in cut_pieces(stream_audio(path, rate), size * max(1, HOPS_AT_ONCE // pool)):
         count = -(-len(piece) // size)
         padded = np.pad(piece, (0, max(count * size, window) - len(piece)))
         power = spectrogram(torch.from_numpy(padded)[None])[:, : count * pool]  # (1, hops, bins)
@@ -85,16 +85,3 @@ def sound_of_file(path: Path, settings: Config, duration: float) -> ClipSound:
         logmel=np.concatenate(columns),
         band_hz=mel.melW.argmax(dim=0).numpy() * rate / window,
     )
-
-
-def pieces(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Blocks of any lengths as pieces of `size` samples; the last one may be shorter."""
-    held = np.zeros(0, np.float32)
-    for block in blocks:
-        held = np.concatenate([held, block])
-        whole = len(held) // size * size
-        for start in range(0, whole, size):
-            yield held[start : start + size]
-        held = held[whole:]
-    if len(held):
-        yield held

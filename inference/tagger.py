@@ -56,7 +56,7 @@ class Tagged:
 
     @property
     def silent(self) -> bool:
-        """Whether there is nothing to be heard: no sample, or none but an offset, or no mix of the channels."""
+        """Whether the mix to mono is silent: no samples above -60 dB, an offset alone, or channels that cancel."""
         return any(remark.kind in SILENT for remark in self.remarks)
 
     def top(self, count: int, labels: Optional[Sequence[str]] = None) -> list[tuple[str, float]]:

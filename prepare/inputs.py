@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 from data.files import write_text
+from data.finding import walk
 from settings import Config, UserError, split_list
 
 USED = ("dataset_type", "sample_rate", "random_seed", "esc_fold")  # settings that adapters use
@@ -32,9 +32,8 @@ def _files(path: Path) -> Iterator[Path]:
     """The file, or all files below a folder, in a fixed order."""
     if path.is_file():
         yield path
-    for folder, folders, names in os.walk(path, followlinks=True):
-        folders.sort()
-        yield from (there for name in sorted(names) if (there := Path(folder, name)).is_file())
+    elif path.is_dir():
+        yield from sorted(there for there, entry in walk(path, []) if entry.is_file())
 
 
 def read_record(store: Path) -> dict[str, Any]:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
-
-from data.audio import audio_seconds, read_int16
+from data.audio import audio_seconds, read_int16, stream_int16
 from data.clip_store import END_TOLERANCE, LARGEST_FOLD, LEAST_SECONDS, Clip, ClipStoreWriter, Event
 from data.finding import find_audio, readable_name
 from data.levels import Remark
@@ -181,12 +179,7 @@ def write_entries(
         for entry in with_progress(entries, "files are read"):
             remarks: list[Remark] = []
             try:
-                waveform = read_int16(entry.path, sample_rate, remarks)
-                if abs(len(waveform) / sample_rate - entry.seconds) > END_TOLERANCE:
-                    raise UserError(f"It ends after {len(waveform) / sample_rate:.2f} s of {entry.seconds:.2f} s.")
-                if not lasts(len(waveform) / sample_rate):
-                    raise UserError(f"It lasts {len(waveform) / sample_rate:g} s, below the least, {LEAST_SECONDS:g}.")
-                for clip in _clips(entry, waveform, labels, sample_rate, segment_seconds, report):
+                for clip in _clips(entry, labels, sample_rate, segment_seconds, report, remarks):
                     writer.add(clip)
                     report.clips += 1
                 report.remarks += [(entry.name, remark) for remark in remarks]
@@ -198,26 +191,33 @@ def write_entries(
 
 def _clips(
     entry: Entry,
-    waveform: np.ndarray,
     labels: list[str],
     sample_rate: int,
     segment_seconds: Optional[float],
     report: PrepareReport,
+    remarks: list[Remark],
 ) -> Iterator[Clip]:
     """The clip of an entry; with segment_seconds several, one after another, each with its part of the events.
 
-    Segments and parts of events below LEAST_SECONDS are left out, and counted in the report.
+    Segments and parts of events below LEAST_SECONDS are left out, and counted in the report. Of a recording that is
+    cut, one segment is held at a time. Raises UserError where the audio cannot be read.
     """
     events = [Event(labels.index(event.label), event.onset, event.offset) for event in entry.events]
     place = (entry.fold, entry.split)
     if segment_seconds is None:
+        waveform = read_int16(entry.path, sample_rate, remarks)
+        seconds = len(waveform) / sample_rate
+        if abs(seconds - entry.seconds) > END_TOLERANCE:
+            raise UserError(f"It ends after {seconds:.2f} s of {entry.seconds:.2f} s.")
+        if not lasts(seconds):
+            raise UserError(f"It lasts {seconds:g} s, below the least, {LEAST_SECONDS:g}.")
         targets = sorted(labels.index(label) for label in entry.labels)
         yield Clip(entry.name, waveform, targets, *place, events, entry.labelling)
         return
-    length = round(segment_seconds * sample_rate)
-    for first in range(0, len(waveform), length):
-        part = waveform[first : first + length]
+    first = 0
+    for part in stream_int16(entry.path, sample_rate, round(segment_seconds * sample_rate), remarks):
         start, end = first / sample_rate, (first + len(part)) / sample_rate
+        first += len(part)
         if not lasts(end - start):
             report.short_segments += 1
             continue

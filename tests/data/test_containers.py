@@ -105,6 +105,9 @@ def cases() -> dict[str, Case]:
         "mp3, joined, without length": (2 * without_xing(mp3), 6, []),
         "mp3, joined, other rate and channels": (mp3 + encoded("MP3", 44100, 2.0, 2), 5, []),
         "mp3, cut off": (mp3[: len(mp3) * 3 // 4], 2.2, unread),
+        "mp3, another file behind": (mp3 + wav, 3, unread),
+        "ogg, another file behind": (ogg + wav, 3, unread),
+        "ogg, cut off": (ogg[: len(ogg) * 3 // 4], 2.0, unread),
         "mp3, garbage inside": (without_xing(mp3)[:3000] + bytes(5000) + without_xing(mp3)[3000:], 3, []),
     }  # fmt: skip
 
