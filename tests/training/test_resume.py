@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 import main
-from runs.resume import find_resumed
+from runs.resume import RUN_SECTIONS, changes, find_resumed
 from sed_model import SEDWrapper
 from settings import UserError
 from tests.helpers import LEAN_FLAGS, SMALL_FLAGS, call, forkserver, last_checkpoint, refused, save_network, tiny
@@ -95,7 +95,7 @@ def test_another_fold_is_another_run(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     content = torch.load(save_network(tmp_path / "a.ckpt", dataset_type="esc-50", exp_name="fold"), weights_only=True)
     torch.save({**content, "epoch": 0, "optimizer_states": []}, folder / "last.ckpt")
-    assert find_resumed(settings) is not None
+    assert not changes(content["settings"], settings, *RUN_SECTIONS)
     with pytest.raises(UserError, match=r"esc_fold = 1 \(now 2\)"):
         find_resumed(settings.model_copy(update={"esc_fold": 2}))
 
