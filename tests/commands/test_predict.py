@@ -339,7 +339,6 @@ def test_an_output_that_cannot_be_written_at_the_end(
         assert predict(*words) == 2
     assert "a.csv" in capsys.readouterr().err.splitlines()[-1]
     assert Path("a.csv").is_file()
-    monkeypatch.setattr(Tagger, "_listen", lambda *_: pytest.fail("tagged again"))
     monkeypatch.setattr(Tagger, "_windows", lambda *_: pytest.fail("tagged again"))
     assert predict(*words) == 0
     assert Path("s.h5").is_file()
