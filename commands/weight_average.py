@@ -41,7 +41,7 @@ def run(given: dict[str, Any]) -> None:
     target = average_path(settings)
     if is_first_process():
         check_writable(f"wa_model_path = {target}", target, target.with_suffix(".md"))
-        with sole_writer(target):
+        with sole_writer(target, target.with_suffix(".md")):
             paths = find_checkpoints(settings.wa_folder or str(settings.run_folder), settings.wa_top_k, target=target)
             write_average(paths, target, given, reestimate=settings.wa_reestimate_bn)
             card = write_average_card(target, paths)

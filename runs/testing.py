@@ -75,7 +75,7 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
             check_writable(f"heatmap_dir = {folder}", *places)
             if whole:
                 check_ledger(ledger)
-            stack.enter_context(sole_writer(folder / plan.name, *places))
+            stack.enter_context(sole_writer(folder / plan.name, *places, ledger))
         with interruptible(trainer):
             trainer.test(module, data, verbose=False)
         return write_test(module, data, members, plan) if is_first_process() else []
