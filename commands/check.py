@@ -10,7 +10,7 @@ from rich.table import Table
 
 from data.clip_store import SPLITS, ClipTable
 from data.facts import store_facts
-from data.names import markup, shown
+from data.names import markup, shown, terminal_text
 from data_generator import hopeless, load_table
 from prepare.check import CheckReport, SplitReport, check_tables
 from sed_model import schedule_warnings
@@ -35,9 +35,9 @@ def run(given: dict[str, Any], processes: Optional[int] = None) -> None:
         warnings = report.warnings + schedule_warnings(settings)
         print(end="".join(what_it_tells(split, found) for split, found in report.splits.items()))
     for message in warnings:
-        print(f"warning: {message}")
+        print(f"warning: {terminal_text(message)}")
     for message in problems:
-        print(f"problem: {message}")
+        print(f"problem: {terminal_text(message)}")
     if problems:
         raise SystemExit(1)
     print("No problems found.")

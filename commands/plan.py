@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.facts import store_facts
-from data.names import markup
+from data.names import markup, terminal_text
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from runs.measure import (
@@ -395,8 +395,8 @@ def print_plan(settings: Config, plan: Plan, device: str) -> None:
         table.add_row(name, markup(text))
     Console().print(table)
     for message in plan.warnings:
-        print(f"warning: {message}")
+        print(f"warning: {terminal_text(message)}")
     for message in plan.problems:
-        print(f"problem: {message}")
+        print(f"problem: {terminal_text(message)}")
     if not plan.problems:
         print("The training can run.")

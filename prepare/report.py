@@ -7,7 +7,7 @@ from pathlib import Path
 from data.clip_store import LEAST_SECONDS
 from data.finding import FoundAudio, counted, readable_name
 from data.levels import Remark
-from data.names import shown
+from data.names import shown, terminal_text
 
 MOST_REMARKS = 20  # that are printed, beside their counts
 
@@ -49,7 +49,7 @@ class PrepareReport:
         ):
             if count:
                 lines.append(f"{count} {what} last less than {LEAST_SECONDS:g} s and were left out.")
-        lines += [f"warning: {note}" for note in self.notes]
+        lines += [f"warning: {terminal_text(note)}" for note in self.notes]
         if self.skipped:
             lines.append(f"{len(self.skipped)} files were skipped:")
             lines += [f"  {shown(name)}: {shown(reason)}" for name, reason in self.skipped]
