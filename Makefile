@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The network and the recipe of the demo: small enough for two cores and five minutes.
-DEMO := --exp_name demo --htsat_dim 32 --htsat_depth 1,1,2,1 --htsat_num_head 2,4,8,16 --batch_size 16 \
+DEMO := --exp_name demo --htsat_size tiny --batch_size 16 \
 	--max_epoch 16 --lr_scheduler_epoch 10,13,16 --lr_rate 0.02,0.1,0.2 --spec_augment False
 RUN := workspace/runs/demo
 
@@ -20,6 +20,7 @@ demo: install
 	@echo
 	@echo "Checkpoints: $(RUN)/checkpoints   Metrics: $(RUN)/scores/test.json, test_detection.json"
 	@echo "Report, for a browser: $(RUN)/scores/test_report.html   Curves: $(BIN)/tensorboard --logdir $(RUN)/logs"
+	@echo "Your own recordings: $(BIN)/python main.py predict FILES --resume_checkpoint $(RUN)/checkpoints/best.ckpt"
 
 results: demo
 	@$(BIN)/python benchmarks/demo.py

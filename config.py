@@ -133,14 +133,19 @@ sequence_layers: Layers = 2  # sequence_head: how many
 sequence_dim: PositiveInt = 256  # sequence_head: channels
 
 # --- sizes, htsat ----------------------------------------------------------------------------------------------------
+htsat_size: Literal["tiny", "small", "full"] = "full"  # sizes: tiny and small for a laptop, full: the paper's network
 htsat_spec_size: Side = 256  # height and width of the folded spectrogram
 htsat_patch_size: PositiveInt = 4  # side of a patch
 htsat_stride: PositiveInt = 4  # stride of the patches
 htsat_time_stride: PositiveInt = htsat_stride  # stride of the patches in time; half of htsat_stride: steps half as long
 htsat_window_size: PositiveInt = 8  # side of an attention window in tokens
-htsat_dim: PositiveInt = 96  # channels of the first stage, doubled by each further one
-htsat_depth: list[Layers] = [2, 2, 6, 2]  # blocks of each stage
-htsat_num_head: list[PositiveInt] = [4, 8, 16, 32]  # attention heads of each stage
+htsat_dim: PositiveInt = (  # channels of the first stage, doubled by each further one
+    {"tiny": 32, "small": 48, "full": 96}[htsat_size]
+)
+htsat_depth: list[Layers] = [1, 1, 2, 1] if htsat_size == "tiny" else [2, 2, 6, 2]  # blocks of each stage
+htsat_num_head: list[PositiveInt] = (  # attention heads of each stage
+    [4, 8, 16, 32] if htsat_size == "full" else [2, 4, 8, 16]
+)
 
 # --- network, htsat --------------------------------------------------------------------------------------------------
 enable_tscam: bool = not linear_probe  # token-semantic convolution; without it a linear layer on the averaged tokens

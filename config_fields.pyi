@@ -67,6 +67,7 @@ class ConfigFields(BaseModel):
     sequence_head: Literal['none', 'gru', 'attention', 'transformer']
     sequence_layers: Layers
     sequence_dim: PositiveInt
+    htsat_size: Literal['tiny', 'small', 'full']
     htsat_spec_size: Side
     htsat_patch_size: PositiveInt
     htsat_stride: PositiveInt

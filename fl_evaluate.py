@@ -14,19 +14,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
-from commands.command_line import Parser, add_settings
-from data.files import check_writable, read_json, write_text
-from evaluation.bootstrap import RESAMPLES
-from evaluation.clips import draw_clips, read_sounds
-from evaluation.detection import measure, with_intervals
-from evaluation.postprocess import PostProcessing, choose_postprocessing
-from evaluation.report import build_report
-from evaluation.score_tables import export_tables, import_tables
-from evaluation.scores import Scores, load_scores
-from evaluation.systems import system_of_scores, truth_of_scores
-from evaluation.tables import describe, print_metrics, write_detections
-from runs.ledger import file_sha256
-from settings import Config, UserError, resolve
+from commands import report_missing
+
+try:
+    from commands.command_line import EVALUATION, Parser, add_settings, settings_read
+    from data.files import check_writable, read_json, write_text
+    from data.names import terminal_text
+    from evaluation.bootstrap import RESAMPLES
+    from evaluation.clips import draw_clips, read_sounds
+    from evaluation.detection import measure, with_intervals
+    from evaluation.postprocess import PostProcessing, choose_postprocessing
+    from evaluation.report import build_report
+    from evaluation.score_tables import export_tables, import_tables
+    from evaluation.scores import Scores, load_scores
+    from evaluation.systems import system_of_scores, truth_of_scores
+    from evaluation.tables import describe, print_metrics, write_detections
+    from runs.ledger import file_sha256
+    from settings import Config, UserError, resolve
+except ModuleNotFoundError as error:
+    sys.exit(report_missing(error))
 
 BESIDE = ""  # --report without a file
 
@@ -112,8 +118,8 @@ def _name_checkpoint(path: str) -> str:
     return f"{path}, SHA-256 {file_sha256(path)} (of the file as it is now)"
 
 
-def build_parser() -> Parser:
-    """The flags of Options, and one for each setting."""
+def build_parser(*, everything: bool = False) -> Parser:
+    """The flags of Options, and one for each setting; everything: its help has all settings."""
     parser = Parser(prog="fl_evaluate.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--pictures", type=int, default=Options.pictures, help="how many clips to draw")
     parser.add_argument(
@@ -123,21 +129,23 @@ def build_parser() -> Parser:
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0 for no intervals")
     parser.add_argument("--export_scores", metavar="FOLDER", help="write the frame scores for sed_scores_eval")
     parser.add_argument("--import_scores", metavar="FOLDER", help="evaluate such tables, with the file's truth")
-    add_settings(parser)
+    add_settings(parser, EVALUATION, everything=everything)
+    parser.own = [*vars(Options()), *settings_read(EVALUATION)]
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 2 for a mistake in what was given."""
     try:
-        values = vars(build_parser().parse_args(argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        values = vars(build_parser(everything="--help-all" in words).parse_args(words))
         given = {k.removeprefix("setting_"): v for k, v in values.items() if k.startswith("setting_") and v is not None}
         options = Options(**{name: value for name, value in values.items() if not name.startswith("setting_")})
         if min(options.pictures, options.worst, options.resamples) < 0:
             raise UserError("--pictures, --worst and --resamples are numbers of 0 or more.")
         run(resolve(given), options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {terminal_text(str(error))}", file=sys.stderr)
         return 2
     return 0
 

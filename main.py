@@ -3,14 +3,21 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from commands.command_line import build_parser
-from data.files import FULL, explained
-from data.workers import end_with_parent, works_for_another
-from settings import UserError, check_values
+from commands import report_missing
+
+try:
+    from commands.command_line import build_parser
+    from data.files import FULL, explained
+    from data.names import terminal_text
+    from data.workers import end_with_parent, works_for_another
+    from settings import UserError, check_values
+except ModuleNotFoundError as error:
+    sys.exit(report_missing(error))
 
 # Commands that do not start anew after Ctrl-C.
 RESUMED = {
@@ -47,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if works_for_another():
         end_with_parent()
     try:
-        parser = build_parser(chosen)
+        parser = build_parser(chosen, everything="--help-all" in words)
         values = vars(parser.parse_args(words))
         command = values.pop("command")
         given = {k.removeprefix("setting_"): values.pop(k) for k in list(values) if k.startswith("setting_")}
@@ -56,12 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             return importlib.import_module(f"commands.{command}").run(given, **values) or 0
     except UserError as error:
         # torch puts a traceback in front of the message of a DataLoader's worker.
-        print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
+        print(f"error: {terminal_text(str(error).rpartition('UserError: ')[2].strip())}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        return report_missing(error)
     except KeyboardInterrupt:
         print(f"Interrupted. {RESUMED.get(chosen or '', STARTS_ANEW)}", file=sys.stderr)
         return 130
 
 
+def warning_text(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning with its place, without the line of code that gave it."""
+    return terminal_text(f"{filename}:{lineno}: {category.__name__}: {message}") + "\n"
+
+
 if __name__ == "__main__":
+    warnings.formatwarning = warning_text
     sys.exit(main())

@@ -13,7 +13,7 @@ import re
 import reprlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -217,11 +217,16 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, tuple))
 
 
+def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Those of `known` that a misspelt name may stand for, the closest first."""
+    return difflib.get_close_matches(name.replace("-", "_"), list(known), n=count)
+
+
 def unknown_setting(name: str) -> str:
-    """The message for a setting that does not exist: close names first, then all of them."""
-    close = difflib.get_close_matches(name, all_settings(), n=3)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return f"There is no setting {name!r}.{hint} The settings are: {', '.join(all_settings())}."
+    """The message for a setting that does not exist, with close names."""
+    close = close_names(name, all_settings())
+    hint = f"Did you mean {' or '.join(close)}?" if close else "config.py lists the settings."
+    return f"There is no setting {name!r}. {hint}"
 
 
 def check_values(given: Mapping[str, Any]) -> dict[str, Any]:

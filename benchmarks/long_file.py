@@ -52,14 +52,14 @@ class Watch:
     """Prints the memory in use at every tenth of the recording."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.heard, self.next_tenth = seconds, 0.0, 1
+        self.seconds, self.done_seconds, self.next_tenth = seconds, 0.0, 1
         self.begun = time.perf_counter()
 
     def __call__(self, seconds: float) -> None:
-        self.heard += seconds
-        while self.heard >= self.seconds * self.next_tenth / 10 - 1e-6 and self.next_tenth <= 10:
+        self.done_seconds += seconds
+        while self.done_seconds >= self.seconds * self.next_tenth / 10 - 1e-6 and self.next_tenth <= 10:
             print(
-                f"{self.heard / 3600:6.2f} h of sound: {resident_mib():7.0f} MiB resident, "
+                f"{self.done_seconds / 3600:6.2f} h of sound: {resident_mib():7.0f} MiB resident, "
                 f"{time.perf_counter() - self.begun:7.1f} s",
                 flush=True,
             )

@@ -8,8 +8,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data.clip_store import ClipTable, read_events
 from data.files import sole_writer
 from data.labels import AUDIOSET_CLASSES
+from data.names import markup, score_text
+from data_generator import load_test_data
 from evaluation.calibration import Calibrated, Objective, calibrate
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import Scores, load_scores
@@ -68,8 +71,21 @@ def _score_validation(path: str, given: dict[str, Any]) -> Path:
             f"calibrate was asked to choose on the split {split} (protocol {settings.protocol}), which are the clips "
             f"that a test reports: choose on others, with --test_split validation and protocol held_out."
         )
+    check_event_times(load_test_data(settings).tables[settings.test_split])
     test_member(member)
     return Path(settings.heatmap_dir) / "calibration.h5"
+
+
+def check_event_times(table: ClipTable) -> None:
+    """Raise UserError where no clip of a table has an event: without times there is nothing to calibrate on."""
+    for number, path in enumerate(table.paths):
+        events = read_events(path)
+        if any(events[row] for row in table.row[table.path_number == number].tolist()):
+            return
+    raise UserError(
+        f"calibrate needs clips with event times, and none of the {len(table)} in {', '.join(map(str, table.paths))} "
+        f"has any: prepare the data with a table of onsets and offsets, as docs/data.md shows."
+    )
 
 
 def _check_split(scores: Scores, file: Path) -> None:
@@ -107,15 +123,16 @@ def print_calibrated(fitted: Calibrated, objective: str, clips: int) -> None:
     measured = "area under the PSD-ROC" if objective == "psds1" else objective
     table = Table(title=f"{fitted.post.source.capitalize()} ({clips})", title_justify="left", caption_justify="left")
     table.caption = f"before, after: {measured}, on these clips, which it was chosen for"
-    for column in ("class", "threshold", "filter (steps)", "shortest event (s)", "before", "after"):
+    for column in ("class", "threshold", "its logit", "filter (frames)", "shortest event (s)", "before", "after"):
         table.add_column(column, justify="left" if column == "class" else "right")
     post = fitted.post
     columns = (post.labels, post.thresholds, post.median_filter, post.minimum_duration)
     for label, threshold, length, seconds in zip(*columns, strict=True):
         values = (fitted.before[label], fitted.after[label])
-        shown = ("-" if np.isnan(value) else f"{value:.3f}" for value in values)
-        last = label == post.labels[-1]
-        table.add_row(label, f"{threshold:.5f}", str(length), f"{seconds:.1f}", *shown, end_section=last)
+        numbers = ("-" if np.isnan(value) else f"{value:.3f}" for value in values)
+        logit = f"{np.log(threshold / (1 - threshold)):.2f}" if 0 < threshold < 1 else "-"
+        last, cells = label == post.labels[-1], (score_text(threshold), logit, str(length), f"{seconds:.1f}")
+        table.add_row(markup(label), *cells, *numbers, end_section=last)
     means = (f"{np.nanmean(list(values.values())):.3f}" for values in (fitted.before, fitted.after))
-    table.add_row("macro", "", "", "", *means)
+    table.add_row("macro", "", "", "", "", *means)
     Console().print(table)

@@ -5,12 +5,12 @@ from typing import Any, Optional
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 from data.clip_store import SPLITS, ClipTable
 from data.facts import store_facts
+from data.names import markup, shown, terminal_text
 from data_generator import hopeless, load_table
 from prepare.check import CheckReport, SplitReport, check_tables
 from sed_model import schedule_warnings
@@ -35,9 +35,9 @@ def run(given: dict[str, Any], processes: Optional[int] = None) -> None:
         warnings = report.warnings + schedule_warnings(settings)
         print(end="".join(what_it_tells(split, found) for split, found in report.splits.items()))
     for message in warnings:
-        print(f"warning: {message}")
+        print(f"warning: {terminal_text(message)}")
     for message in problems:
-        print(f"problem: {message}")
+        print(f"problem: {terminal_text(message)}")
     if problems:
         raise SystemExit(1)
     print("No problems found.")
@@ -90,7 +90,7 @@ def read_tables(tables: dict[str, ClipTable], settings: Config, processes: int) 
 def print_report(report: CheckReport, settings: Config) -> None:
     """The report's tables: the data set, its splits, its classes."""
     console = Console()
-    print(f"{settings.dataset_type}: {settings.dataset_path}")  # no title of a table, which would break the path
+    print(f"{settings.dataset_type}: {shown(settings.dataset_path)}")  # no title of a table, which would break the path
     table = Table(show_header=False)
     table.add_row("sample rate", f"{report.sample_rate} Hz")
     table.add_row("size on disk", f"{report.size / 2**20:,.1f} MiB")
@@ -128,5 +128,5 @@ def classes_table(report: CheckReport) -> Table:
         table.add_column(split, **NUMBER_COLUMN)
     for label, row in zip(report.labels, counts.tolist(), strict=True):
         if any(row):
-            table.add_row(escape(label), *map(str, row))
+            table.add_row(markup(label), *map(str, row))
     return table

@@ -2,37 +2,63 @@
 
 import argparse
 import math
-from collections.abc import Callable
-from typing import Any, NoReturn, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from prepare.adapters import all_flags
-from settings import all_settings, resolve, unknown_setting
+from settings import all_settings, close_names, resolve
 
 DESCRIPTION = (
-    "HTS-AT on the command line. Each setting of config.py is a flag: --max_epoch 5. Several values are given with "
-    """commas, or as a JSON list: --fl_class_num '["Speech, male", "Dog"]'."""
+    "Audio tagging and sound event detection. Each setting of config.py is a flag: --max_epoch 5. Several values are "
+    """given with commas, or as a JSON list: --fl_class_num '["Speech, male", "Dog"]'."""
 )
+
+EVENT_COLUMNS = "filename, onset, offset (seconds), event_label, score, threshold"
 
 Arguments = list[tuple[str, dict[str, Any]]]
 
-# command: (help, its own arguments beside the settings)
-COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
-    "prepare": (
+# Sections of config.py, and single settings, that commands read; a checkpoint and the data bring most of the network's.
+PLACES = ("workspace", "dataset_path")
+NETWORK = ("starting weights", "encoder", "front-end", "clips", "network", "sizes")
+TESTING = (
+    "data set", "split", "run", "machine", "batch_size", "precision", "random_seed", *NETWORK, "test", "fl_dataset",
+    "fl_audioset_mapping",
+)  # fmt: skip
+TRAINING = (
+    "data set", "split", "run", "machine", "training", "training clips", "fine-tuning", *NETWORK, "averaged weights",
+    "augmentation", "frame augmentation", "frame training", "semi-supervised",
+)  # fmt: skip
+TAGGING = ("resume_checkpoint", "accelerator", "precision", "dataset_type", "encoder", "frontend_from")
+EVALUATION = ("workspace", "exp_name", "heatmap_dir", "test_file", "fl_class_num", "event detection", "random_seed")
+
+
+class Command(NamedTuple):
+    """A row: what `--help` says of it, its own arguments beside the settings, and the settings it reads."""
+
+    help: str
+    arguments: Arguments | Callable[[], Arguments]
+    reads: tuple[str, ...]
+
+
+COMMANDS: dict[str, Command] = {
+    "prepare": Command(
         "make the clip store of a data set",
         lambda: [
             *all_flags(),
             ("--name", {"help": "name of the data set: into <workspace>/data/NAME", "metavar": "NAME"}),
             ("--overwrite", {"help": "replace a store that is there", "action": "store_true"}),
         ],
+        (*PLACES, "data set", "split", "random_seed", "front-end", "clips"),
     ),
-    "encoders": ("list the encoders and their options", []),
-    "train": ("train a network, or resume a run (--resume auto)", []),
-    "test": ("evaluate a checkpoint (--resume_checkpoint PATH)", []),
-    "cross_validate": (
+    "encoders": Command("list the encoders and their options", [], ()),
+    "train": Command("train a network, or resume a run (--resume auto)", [], TRAINING),
+    "test": Command("evaluate a checkpoint (--resume_checkpoint PATH)", [], TESTING),
+    "cross_validate": Command(
         "train and test every fold, chosen on held-out clips and as published",
         [("--protocols", {"help": "which rules to follow: held_out, paper or both", "default": "held_out,paper"})],
+        (*TRAINING, "test"),
     ),
-    "calibrate": (
+    "calibrate": Command(
         "choose thresholds and filters on validation clips, and keep them in the checkpoint (--resume_checkpoint PATH)",
         [
             (
@@ -45,8 +71,9 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
             ),
             ("--scores", {"help": "score file of the validation clips; without it they are scored", "metavar": "FILE"}),
         ],
+        (*TESTING, "fl_interpolation", "fl_maximum_gap"),
     ),
-    "evaluate": (
+    "evaluate": Command(
         "metrics of detections with intervals; give --detections, --ground_truth and --durations, or --scores",
         [
             ("--detections", {"help": "TSV of detected events; several: a.tsv,b.tsv,... for PSDS", "metavar": "FILE"}),
@@ -57,9 +84,10 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
             ("--resamples", {"help": "how often the bootstrap draws the clips anew", "type": int, "default": 1000}),
             ("--output", {"help": "write PREFIX_metrics.json and PREFIX_metrics.tsv as well", "metavar": "PREFIX"}),
         ],
+        ("fl_class_num", "event detection", "random_seed"),
     ),
-    "esm_test": ("evaluate several checkpoints as an ensemble", []),
-    "teach": (
+    "esm_test": Command("evaluate several checkpoints as an ensemble", [], (*TESTING, "esm_test")),
+    "teach": Command(
         "write the frame logits of a checkpoint, or of an ensemble (--esm_model_pathes A,B,...), to learn from",
         [
             (
@@ -72,22 +100,26 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
             ),
             ("--output", {"help": "file to write [<workspace>/teachers/<exp_name>.h5]", "metavar": "FILE"}),
         ],
+        (*TESTING, "esm_test"),
     ),
-    "weight_average": ("average the weights of several checkpoints", []),
-    "create_index": (
+    "weight_average": Command("average the weights of several checkpoints", [], (*TESTING, "weight_average")),
+    "create_index": Command(
         "AudioSet: index the packed files of hdf5s/waveforms (--dataset_path FOLDER, that of hdf5s/)",
         [("--processes", {"help": "files read at once", "type": int, "default": 4})],
+        PLACES,
     ),
-    "save_idc": ("list the clips of each class", []),
-    "check": (
+    "save_idc": Command("list the clips of each class", [], (*PLACES, "data set", "split")),
+    "check": Command(
         "report on a prepared data set; exit status 1 where a training would go wrong",
         [("--processes", {"help": "how many processes read clips [one a core]", "type": int, "default": None})],
+        (*PLACES, "data set", "split", "front-end", "clips", "classes_num", "resume_checkpoint"),
     ),
-    "plan": (
+    "plan": Command(
         "what a training will need, before it starts; exit status 1 where it cannot run",
         [("--measure_steps", {"help": "training steps to time, 0: none", "type": int, "default": 20})],
+        TRAINING,
     ),
-    "benchmark": (
+    "benchmark": Command(
         "measure training and inference on this machine",
         [
             ("--precisions", {"help": "32,bf16-mixed,16-mixed; without it what performance takes", "metavar": "LIST"}),
@@ -96,16 +128,18 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
             ("--json", {"help": "file to write the figures into as well", "dest": "json_file", "metavar": "FILE"}),
             ("--profile", {"help": "folder for a trace of training steps", "metavar": "FOLDER"}),
         ],
+        TRAINING,
     ),
-    "compress": ("keep the sound of the prepared stores as FLAC, without loss", []),
-    "import_legacy": (
+    "compress": Command("keep the sound of the prepared stores as FLAC, without loss", [], (*PLACES, "data set")),
+    "import_legacy": Command(
         "bring pickled .npy files of the published code into a store",
         [
             ("--legacy", {"help": "a .npy file; once for each file", "action": "append", "required": True}),
             ("--legacy_splits", {"help": "the split of each file, as train,validation,test", "default": None}),
         ],
+        (*PLACES, "data set", "front-end", "classes_num"),
     ),
-    "export": (
+    "export": Command(
         "write a checkpoint (--resume_checkpoint PATH) as safetensors and ONNX, each checked before it is kept",
         [
             (
@@ -118,21 +152,27 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
             ("--output", {"help": "folder to write into [export, beside the checkpoint]", "metavar": "FOLDER"}),
             ("--clips", {"help": "how many clips of the data set to check on", "type": int, "default": 60}),
         ],
+        (*PLACES, *TAGGING, "data set"),
     ),
-    "results": (
+    "results": Command(
         "print the tests that were run; with --dataset_type those on one data set",
         [("--tsv", {"help": "file to write them into as well, tab-separated", "metavar": "FILE"})],
+        ("workspace", "results_path", "data set"),
     ),
-    "predict": (
+    "predict": Command(
         "tag audio files with a checkpoint (--resume_checkpoint PATH); the same command resumes an interrupted run",
         [
             ("files", {"nargs": "+", "help": "audio files, folders with all below them, - for standard input"}),
             ("--top_k", {"type": int, "default": 5, "help": "how many classes to print"}),
             ("--runtime", {"default": "auto", "help": "torch, or onnx for an exported file; auto: what it is for"}),
+            ("--classes", {"help": "only these: dog,cat or '[\"Speech, male\"]' [all]", "metavar": "LIST"}),
+            ("--min_score", {"help": "leave out tags and events of a lower score [0]", "type": float}),
+            ("--output", {"help": "all of the following, in a folder", "metavar": "FOLDER"}),
             ("--jsonl", {"help": "tags and events, one JSON object a line", "metavar": "FILE"}),
             ("--csv", {"help": "all clip scores, a row a file; with --bins a row a bin", "metavar": "FILE"}),
-            ("--events", {"help": "TSV: filename, onset, offset, event_label", "metavar": "FILE"}),
+            ("--events", {"help": f"TSV: {EVENT_COLUMNS}", "metavar": "FILE"}),
             ("--audacity", {"help": "a label file for Audacity for each recording", "metavar": "FOLDER"}),
+            ("--raven", {"help": "a selection table for Raven for each recording", "metavar": "FOLDER"}),
             ("--scores", {"help": "all clip and frame scores, .h5", "metavar": "FILE"}),
             ("--embeddings", {"help": "embeddings, .h5 or .npz", "metavar": "FILE"}),
             (
@@ -143,8 +183,9 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
             ("--bins", {"help": "steps of a window, in place of the network's own", "type": int, "metavar": "N"}),
             ("--bins_by", {"help": "how frames make a bin", "choices": ["mean", "max"], "default": "mean"}),
         ],
+        (*TAGGING, "batch_size", "predict", "event detection"),
     ),
-    "listen": (
+    "listen": Command(
         "tags and events while they sound, with a checkpoint (--resume_checkpoint PATH): microphone or standard input",
         [
             (
@@ -171,11 +212,12 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
                     "default": 0.8,
                 },
             ),
-            ("--events", {"help": "TSV: filename, onset, offset, event_label", "metavar": "FILE", "default": None}),
+            ("--events", {"help": f"TSV: {EVENT_COLUMNS}", "metavar": "FILE", "default": None}),
             ("--top_k", {"help": "how many classes the live line shows [3]", "type": int, "default": 3}),
         ],
+        (*TAGGING, "event detection"),
     ),
-    "serve": (
+    "serve": Command(
         "a local web page that tags files and recordings with a checkpoint (--resume_checkpoint PATH)",
         [
             ("--host", {"help": "address to listen on; 127.0.0.1: this machine alone", "default": "127.0.0.1"}),
@@ -184,37 +226,53 @@ COMMANDS: dict[str, tuple[str, Arguments | Callable[[], Arguments]]] = {
             ("--most_seconds", {"help": "longest sound to take [600]", "type": float, "default": 600.0}),
             ("--most_waiting", {"help": "requests that may wait while one is computed [4]", "type": int, "default": 4}),
         ],
+        (*TAGGING, "predict", "event detection"),
     ),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with the near misses named."""
+    """argparse, with the near misses of the chosen command named."""
+
+    command = ""  # the chosen one
+    own: Sequence[str] = ()  # its flags, without the settings that it does not read
 
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].split()
         names = [word.lstrip("-").partition("=")[0] for word in unknown if word.startswith("--")]
-        self.exit(2, f"error: {unknown_setting(names[0]) if names else message}\n")
+        self.exit(2, f"error: {self._unknown_flag(names[0]) if names else message}\n")
+
+    def _unknown_flag(self, name: str) -> str:
+        close = dict.fromkeys([*close_names(name, self.own), *close_names(name, all_settings())])
+        hint = f" Did you mean {' or '.join(f'--{flag}' for flag in list(close)[:3])}?" if close else ""
+        program = f"{self.prog} {self.command}".strip()
+        return f"{program} has no flag --{name}.{hint} `python {program} --help` lists its flags."
 
 
-def build_parser(chosen: str | None) -> Parser:
-    """The parser; only the chosen command gets its flags, so that the others cost nothing."""
+def build_parser(chosen: str | None, *, everything: bool = False) -> Parser:
+    """The parser; only the chosen command gets its flags, so that the others cost nothing.
+
+    everything: its help has all settings, not those alone that the command reads.
+    """
     parser = Parser(prog="main.py", description=DESCRIPTION, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, (text, arguments) in COMMANDS.items():
+    for name, row in COMMANDS.items():
         command = subparsers.add_parser(
             name,
-            help=text,
-            description=text,
+            help=row.help,
+            description=row.help,
             usage=f"main.py {name} {'FILE ... ' if name == 'predict' else ''}[--setting VALUE ...]",
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
         if name == chosen:
-            for flag, options in arguments() if callable(arguments) else arguments:
+            flags = row.arguments() if callable(row.arguments) else row.arguments
+            for flag, options in flags:
                 number = {"type": finite_number} if options.get("type") is float else {}
                 command.add_argument(flag, **{**options, **number})
-            add_settings(command)
+            add_settings(command, row.reads, everything=everything)
+            parser.command, own = name, [flag.removeprefix("--") for flag, _ in flags if flag.startswith("--")]
+            parser.own = [*own, *settings_read(row.reads)]
     return parser
 
 
@@ -225,12 +283,20 @@ def finite_number(text: str) -> float:
     return number
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting, with config.py's comment as its help."""
-    defaults = resolve().model_dump()
-    group = parser.add_argument_group("settings (config.py)")
+def settings_read(reads: Sequence[str]) -> list[str]:
+    """Names of the settings that titles of sections, and single names, stand for."""
+    settings = all_settings().values()
+    return [setting.name for setting in settings if {setting.name, setting.section.partition(", ")[0]} & {*reads}]
+
+
+def add_settings(parser: argparse.ArgumentParser, reads: Sequence[str], *, everything: bool = False) -> None:
+    """One flag for each setting, with config.py's comment as its help; without `everything`, of those it reads."""
+    defaults, listed = resolve().model_dump(), settings_read(reads)
+    parser.add_argument("--help-all", action="help", help="this text, with all settings")
+    group = parser.add_argument_group("settings (config.py)" if everything else "settings that it reads (config.py)")
     for setting in all_settings().values():
         choices = [str(v) for v in get_args(setting.type)] if "Literal" in str(setting.type) else []
-        shown = f"{{{','.join(choices)}}}" if choices else 'VALUE,...|["VALUE",...]' if setting.is_list else "VALUE"
+        metavar = f"{{{','.join(choices)}}}" if choices else 'VALUE,...|["VALUE",...]' if setting.is_list else "VALUE"
         text = f"{setting.comment} [{defaults[setting.name]}]".replace("%", "%%")
-        group.add_argument(f"--{setting.name}", metavar=shown, help=text, dest=f"setting_{setting.name}")
+        text = text if everything or setting.name in listed else argparse.SUPPRESS
+        group.add_argument(f"--{setting.name}", metavar=metavar, help=text, dest=f"setting_{setting.name}")

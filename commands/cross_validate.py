@@ -1,6 +1,5 @@
 """python main.py cross_validate: train and test each fold of a data set, under both protocols, and compare them."""
 
-import csv
 import os
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ from data.files import check_writable, write_json
 from data.workers import CHILD
 from runs.ledger import settings_hash
 from settings import Config, UserError, resolve
-from training.callbacks import chosen_by
+from training.callbacks import chosen_by, read_curves
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 PROTOCOLS = ("held_out", "paper")
@@ -109,16 +108,9 @@ def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str)
 
 def read_curve(run_folder: Path, columns: tuple[str, str], epochs: int) -> Curve:
     """Two metrics of the first `epochs` epochs of a run, from its logs; of one trained again the later ones."""
-    curve: Curve = {}
-    versions = sorted((run_folder / "logs").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
-    for version in versions:
-        path = version / "metrics.csv"
-        if path.is_file():  # a run that was stopped at once has none
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    if all(row.get(column) for column in columns):
-                        curve[int(row["epoch"])] = float(row[columns[0]]), float(row[columns[1]])
-    curve = {epoch: values for epoch, values in curve.items() if epoch < epochs}
+    logged = read_curves(run_folder / "logs")
+    first, second = (logged.get(column, {}) for column in columns)
+    curve: Curve = {n: (first[n + 1], second[n + 1]) for n in range(epochs) if n + 1 in first and n + 1 in second}
     missing = sorted(set(range(epochs)) - curve.keys())
     if missing:
         raise UserError(

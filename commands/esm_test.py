@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 
 from data_generator import load_test_data
 from model import Network
+from model.registry import encoder_titles
 from runs.members import Member, check_alike, fit_together
 from runs.records import print_first_page
 from runs.testing import run_test
@@ -36,8 +37,9 @@ def run(given: dict[str, Any]) -> None:
     networks = [member.network() for member in members]
     check_steps(networks, members)
     together = fit_together(networks, settings) if settings.esm_together is None else settings.esm_together
+    encoders = encoder_titles(*(member.settings.encoder for member in members))
     print_first_page(
-        f"HTS-AT: test of {len(networks)} networks", first.reported(), data, networks[0],
+        f"{encoders}: test of {len(networks)} networks", first.reported(), data, networks[0],
         networks="all on the device" if together else "on the device one after another",
     )  # fmt: skip
     module = Ensemble_SEDWrapper(networks, settings, first.labels(table), together=together)

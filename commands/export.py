@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from data.files import check_writable, sole_writer, whole_file, write_each, write_json
+from data.names import markup
 from data_generator import SEDDataModule, Split, load_table
 from inference.onnx_runtime import load_onnx
 from model import Network
@@ -232,7 +233,7 @@ def table_rows(exports: Sequence[Export]) -> tuple[list[str], list[list[str]]]:
 def print_report(exports: Sequence[Export], reference: Reference, folder: Path) -> None:
     """The table, and which files were not kept."""
     columns, rows = table_rows(exports)
-    table = Table(title=f"exports in {folder}, checked on {reference.said}", title_justify="left")
+    table = Table(title=f"exports in {markup(str(folder))}, checked on {reference.said}", title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:

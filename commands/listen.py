@@ -12,7 +12,9 @@ from typing import Any, BinaryIO, Optional, TextIO
 import numpy as np
 
 from data.files import whole_file
+from data.names import shown
 from inference.loading import event_processing, load_tagger
+from inference.outputs import EVENT_HEADER, EventRow, event_lines, plain_score, tab_separated
 from inference.streaming import Event, Listener, Update
 from settings import UserError
 
@@ -158,7 +160,7 @@ class Screen:
             yield cls(None, name, top_k)
             return
         with whole_file(path, keep=True) as partial, partial.open("w", encoding="utf-8", buffering=1) as table:
-            table.write("filename\tonset\toffset\tevent_label\n")
+            table.write(tab_separated([EVENT_HEADER]))
             yield cls(table, name, top_k)
 
     def show(self, update: Update, listener: Listener) -> None:
@@ -168,16 +170,17 @@ class Screen:
         for event in sorted(update.events, key=lambda event: (event.onset, event.offset)):
             self._write(event)
         if self.live:
-            tags = "  ".join(f"{score:.2f} {label}" for label, score in update.window.top(self.top_k))
-            line = f"{update.heard:8.1f} s  {tags}  on: {', '.join(update.active) or '-'}"
+            tags = "  ".join(f"{score:.2f} {shown(label)}" for label, score in update.window.top(self.top_k))
+            line = f"{update.sound_seconds:8.1f} s  {tags}  on: {', '.join(map(shown, update.active)) or '-'}"
             line += f"  [{update.seconds:.2f} s, x{listener.real_time_factor:.2f}]"
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
 
     def _write(self, event: Event) -> None:
-        print(f"{event.onset:9.2f} {event.offset:9.2f}  {event.peak:.2f}  {event.label}", flush=True)
+        print(f"{event.onset:9.2f} {event.offset:9.2f}  {event.peak:.2f}  {shown(event.label)}", flush=True)
         if self.table is not None:
-            self.table.write(f"{self.name}\t{event.onset:.4f}\t{event.offset:.4f}\t{event.label}\n")
+            row = EventRow(event.onset, event.offset, event.label, plain_score(event.peak), event.threshold)
+            self.table.write(event_lines(self.name, [row]))
         self.events += 1
         self.late_seconds += event.known_at - event.offset
 
@@ -190,7 +193,7 @@ class Screen:
         late = f", certain {self.late_seconds / self.events:.1f} s after their end (mean)" if self.events else ""
         mean = listener.busy_seconds / listener.evaluations
         print(
-            f"Heard {listener.heard:.1f} s. Events: {self.events}{late}. Computing: {mean:.3f} s for each "
+            f"Sound: {listener.sound_seconds:.1f} s. Events: {self.events}{late}. Computing: {mean:.3f} s for each "
             f"{listener.hop_seconds:.2f} s of sound (at most {listener.slowest_seconds:.3f} s), real-time factor "
             f"{listener.real_time_factor:.3f}.",
             file=sys.stderr,

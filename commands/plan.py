@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,10 @@ from typing import Any, Optional
 import numpy as np
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from data.facts import store_facts
+from data.names import markup, terminal_text
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from runs.measure import (
@@ -24,6 +25,7 @@ from runs.measure import (
     WholeBatches,
     device_of,
     one_device,
+    resident_memory,
     saved_for_backward,
     time_inference,
     time_training,
@@ -38,6 +40,8 @@ from training.performance import settle
 RECIPE_RATE, RECIPE_BATCH = 1e-3, 128  # paper, section 3.1
 FLOAT32, MOMENTS = 4, 2  # bytes of a number; AdamW keeps two for each weight
 READ_CLIPS = 64  # for the disk's rate
+MEASURED_SECONDS = 5.0  # of training, and of inference
+FEW, MORE = 2, 6  # clips of a step that is measured on a CPU: from their memory that of a whole batch follows
 
 
 @dataclass
@@ -74,6 +78,7 @@ def run(given: dict[str, Any], measure_steps: int = 20) -> None:
 
 def make_plan(settings: Config, plan: Plan, measure_steps: int) -> str:
     """Fill `plan`; returns the name of the device."""
+    say("devices and data")
     devices = plan.attempt(lambda: device_count(settings))
     if devices is None:
         return "no device"
@@ -86,19 +91,26 @@ def make_plan(settings: Config, plan: Plan, measure_steps: int) -> str:
         return device_name(settings)
     weights = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    say("memory")
     plan.rows.append(("parameters", f"{weights:,} ({trained:,} trained)"))
     enough = plan_memory(settings, plan, module, weights, trained)
     if data is None:
         return device_name(settings)
     plan_schedule(settings, plan, data, devices)
     plan_disk(settings, plan, data, module, weights, trained)
+    say("reading clips")
     read = plan.attempt(lambda: reading_rate(data))
     if read:
         plan.rows.append(("disk", str(read)))
-    if measure_steps and enough and len(data.tables["train"]) >= one_device(settings).batch_size:
+    if measure_steps and enough and len(data.tables["train"]) >= measured_part(settings).batch_size:
         steps = data.steps_per_epoch(devices) * (settings.max_epoch - done)
         plan.attempt(lambda: plan_duration(settings, plan, data, steps, settings.max_epoch - done, measure_steps, read))
     return device_name(settings)
+
+
+def say(what: str) -> None:
+    """What is at work, since the plan itself comes last."""
+    print(f"plan: {what} ...", file=sys.stderr, flush=True)
 
 
 def complete_epochs(settings: Config) -> int:
@@ -127,20 +139,27 @@ def plan_memory(settings: Config, plan: Plan, module: SEDWrapper, weights: int, 
     averages = weights * FLOAT32 if settings.weight_averaging != "none" else 0
     fixed = trained * BYTES_PER_TRAINED_PARAMETER + (weights - trained) * FLOAT32 + averages
     activations = saved_for_backward(part, module) * part.batch_size
-    there = total_memory(settings)
+    libraries = 0 if on_gpu(settings) else resident_memory()
+    also = "" if on_gpu(settings) else f", {gib(libraries)} for the process itself"
     plan.rows.append(
         (
             "memory of a device",
             f"{gib(fixed)} for weights, gradients and AdamW, {gib(activations)} for the activations of "
-            f"{part.batch_size} clips; there is {gib(there)}",
+            f"{part.batch_size} clips{also}; there is {gib(total_memory(settings))}",
         )
     )
+    return has_room(settings, plan, fixed + activations + libraries)
+
+
+def has_room(settings: Config, plan: Plan, needed: float) -> bool:
+    """Whether the device has the memory that one process needs; else that is a problem of the plan."""
     processes = 1 if on_gpu(settings) else device_count(settings)  # CPU processes share their memory
-    if (fixed + activations) * processes <= there:
+    there = total_memory(settings)
+    if needed * processes <= there:
         return True
     plan.problems.append(
-        f"The training needs {gib((fixed + activations) * processes)} of memory, and there is {gib(there)}: lower "
-        f"batch_size, raise accumulate_batches, or set gradient_checkpointing."
+        f"The training needs {gib(needed * processes)} of memory, and there is {gib(there)}: lower batch_size, raise "
+        f"accumulate_batches, or set gradient_checkpointing."
     )
     return False
 
@@ -287,17 +306,27 @@ def plan_duration(
     read: Optional[ReadingRate],
 ) -> None:
     """Time some training steps from the store, and a few batches of inference for the validation."""
-    devices, part = device_count(settings), one_device(settings)
+    devices, part = device_count(settings), measured_part(settings)
+    whole = one_device(settings).batch_size
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
-    local = load_training_data(part, ("train",))
-    training = time_training(part, WholeBatches(local.train_dataloader(), WARM_UP + measured))  # type: ignore[arg-type]
-    few = WARM_UP + max(1, measured // 4)
-    inference = time_inference(part, WholeBatches(local.train_dataloader(), few))  # type: ignore[arg-type]
-    fitting = steps * settings.accumulate_batches * training.step_seconds
+
+    def batches(clips: int, count: int) -> WholeBatches:
+        loader = load_training_data(part.model_copy(update={"batch_size": clips}), ("train",)).train_dataloader()
+        return WholeBatches(loader, WARM_UP + count, seconds=MEASURED_SECONDS)  # type: ignore[arg-type]
+
+    say(f"training steps, for about {MEASURED_SECONDS:g} s")
+    few = (
+        time_training(part.model_copy(update={"batch_size": FEW}), batches(FEW, 1)) if part.batch_size < whole else None
+    )
+    training = time_training(part, batches(part.batch_size, measured))
+    say("inference")
+    inference = time_inference(part, batches(part.batch_size, max(1, measured // 4)))
+    fitting = steps * settings.accumulate_batches * training.step_seconds * whole / part.batch_size
     scored = sum(len(table) for split, table in data.tables.items() if split != "train")
     validating = epochs * scored / devices / inference.clips_per_second
     plan.rows += [
         ("measured", measured_line(settings, training)),
+        *([] if few is None else [("memory, measured", grown_memory(settings, plan, few, training))]),
         (
             "duration",
             f"{hours(training.first_step + fitting + validating)} for {epochs} epochs: {hours(fitting)} of steps, "
@@ -308,6 +337,22 @@ def plan_duration(
     ]
     if read:
         plan_reading(settings, plan, training, devices, read)
+
+
+def measured_part(settings: Config) -> Config:
+    """The settings of the steps that are measured: on a CPU, where steps are long, a few clips stand for a batch."""
+    part = one_device(settings)
+    if on_gpu(settings) or settings.labelling_shares:  # of which a few clips may have no whole number
+        return part
+    return part.model_copy(update={"batch_size": min(part.batch_size, MORE)})
+
+
+def grown_memory(settings: Config, plan: Plan, few: Timing, more: Timing) -> str:
+    """The most memory of a process with whole batches, on the straight line through two sizes of a step."""
+    whole = one_device(settings).batch_size
+    peak = more.memory + max(0, more.memory - few.memory) / (MORE - FEW) * (whole - MORE)
+    has_room(settings, plan, peak)
+    return f"{gib(peak)} at most with {whole} clips a step, by steps of {FEW} and {MORE} clips"
 
 
 def measured_line(settings: Config, training: Timing) -> str:
@@ -345,13 +390,13 @@ def hours(seconds: float) -> str:
 
 
 def print_plan(settings: Config, plan: Plan, device: str) -> None:
-    table = Table(title=f"Plan of {escape(settings.exp_name)}", show_header=False, title_justify="left")
+    table = Table(title=f"Plan of {markup(settings.exp_name)}", show_header=False, title_justify="left")
     for name, text in (("device", device), *plan.rows):
-        table.add_row(name, escape(text))
+        table.add_row(name, markup(text))
     Console().print(table)
     for message in plan.warnings:
-        print(f"warning: {message}")
+        print(f"warning: {terminal_text(message)}")
     for message in plan.problems:
-        print(f"problem: {message}")
+        print(f"problem: {terminal_text(message)}")
     if not plan.problems:
         print("The training can run.")

@@ -6,18 +6,19 @@ import stat
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data.finding import FoundAudio, counted
+from data.names import shown, terminal_text
 from data.progress import ProgressLines
 from inference import Tagged, Tagger
 from inference.loading import event_processing, load_tagger
-from inference.outputs import STANDARD_INPUT, Outputs, Source, Wanted, sources_of
+from inference.outputs import STANDARD_INPUT, Outputs, Source, Wanted, best_tags, sources_of
 from model.registry import find_checkpoint
-from settings import UserError, requested
+from settings import WITH_COMMAS, UserError, close_names, requested, split_list
 
 ENDED_BY_READER = 141  # exit status of a program that SIGPIPE ends, in a shell
 
@@ -32,20 +33,22 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
     path = requested("resume_checkpoint", given)
     if path is not None:  # else load_tagger asks for one
         check_runtime(runtime, path)
-    chosen = Wanted(**wanted)
+    chosen = Wanted(**{**wanted, "classes": tuple(dict.fromkeys(split_list(wanted.get("classes", ""))))})
     tagger = load_tagger(given, "predict")
-    if not tagger.has_frames:
-        chosen.check_time_axis()
+    labels = chosen.classes or tuple(tagger.labels)
+    check_classes(labels, tagger.labels)
+    chosen = chosen.named(has_frames=tagger.has_frames)
     if "batch_size" in given:
         tagger.batch_size = tagger.settings.batch_size
     file = find_checkpoint(path)[0]
     with tempfile.TemporaryDirectory() as folder:
         left_out, kinds = FoundAudio(), Counter[str]()
-        sources = collect(files, Path(folder), left_out, by_place=bool(chosen.audacity or chosen.plot))
-        processing = event_processing(tagger) if chosen.with_events and tagger.has_frames else None
+        sources = collect(files, Path(folder), left_out, by_place=chosen.by_place)
+        events = chosen.with_events and tagger.has_frames
+        processing = event_processing(tagger).for_labels(labels) if events else None
         try:
             with Outputs(
-                chosen, labels=tagger.labels, settings=tagger.settings, postprocessing=processing, checkpoint=file
+                chosen, labels=labels, settings=tagger.settings, postprocessing=processing, checkpoint=file
             ) as outputs:
                 done = outputs.done
                 if done:
@@ -68,10 +71,21 @@ def summary(files: int, failed: int, kinds: "Counter[str]", left_out: FoundAudio
     lines = [f"{failed} of {files} files could not be read." if failed else f"Files: {files}, all read."]
     if kinds:
         lines.append(f"Warnings: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}.")
-    lines += [f"not looked into: {path}: {reason}" for path, reason in left_out.skipped]
+    lines += [f"not looked into: {shown(str(path))}: {shown(reason)}" for path, reason in left_out.skipped]
     if left_out.others:
-        lines.append(f"Left out: other files: {counted(left_out.others)}.")
+        lines.append(f"Left out: other files: {shown(counted(left_out.others))}.")
     return "\n".join(lines)
+
+
+def check_classes(chosen: Sequence[str], labels: Sequence[str]) -> None:
+    """Raise UserError for a class that the checkpoint does not have."""
+    for label in chosen:
+        if label not in labels:
+            close = close_names(label, labels) or labels[:3]
+            raise UserError(
+                f"--classes: the checkpoint has no class {label!r}; among its {len(labels)} are {', '.join(close)}. "
+                f"{WITH_COMMAS}"
+            )
 
 
 def check_runtime(runtime: str, path: str) -> None:
@@ -99,12 +113,15 @@ def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any, kinds: "Cou
             bar.next_file()
             if isinstance(found, UserError):
                 reason = str(found).replace(str(source.path), source.name)
-                print(f"error: {reason if source.name in reason else f'{source.name}: {reason}'}", file=sys.stderr)
+                reason = reason if source.name in reason else f"{source.name}: {reason}"
+                print(f"error: {terminal_text(reason)}", file=sys.stderr)
                 failed += 1
                 continue
-            print_tags(source.name, found, wanted.top_k)
+            if wanted.classes:
+                found = found.select_classes(wanted.classes)
+            print_tags(source.name, found, wanted)
             for remark in found.remarks:
-                print(f"warning: {source.name}: {remark.text}", file=sys.stderr)
+                print(f"warning: {shown(source.name)}: {remark.text}", file=sys.stderr)
                 kinds[remark.kind] += 1
             if wanted.bins is not None:
                 window = tagger.settings.clip_samples / tagger.settings.sample_rate
@@ -113,9 +130,10 @@ def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any, kinds: "Cou
     return failed
 
 
-def print_tags(name: str, tagged: Tagged, count: int) -> None:
-    tags = [f"  {score:.3f}  {label}" for label, score in tagged.top(count)]
-    print("\n".join([f"{name} ({tagged.duration:.2f} s)", *(["  silent"] if tagged.silent else tags)]), flush=True)
+def print_tags(name: str, tagged: Tagged, wanted: Wanted) -> None:
+    tags = [f"  {score:.3f}  {shown(label)}" for label, score in best_tags(tagged, wanted)]
+    found = ["  silent"] if tagged.silent else tags
+    print("\n".join([f"{shown(name)} ({tagged.duration:.2f} s)", *found]), flush=True)
 
 
 def collect(files: list[str], folder: Path, left_out: FoundAudio, *, by_place: bool) -> list[Source]:

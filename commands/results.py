@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from data.files import whole_file
+from data.names import markup
 from runs.ledger import MetricRecord, Result, Spread, newest, over_seeds, read_results
 from settings import UserError, resolve
 
@@ -51,7 +51,7 @@ def run(given: dict[str, Any], tsv: Optional[str] = None) -> None:
 def results_table(results: Sequence[Result]) -> Table:
     """One row a test."""
     table = Table(title="Tests, newest last", title_justify="left", caption_justify="left")
-    table.caption = escape("[low to high]: 95 % percentile bootstrap over clips. +: files differed from the revision.")
+    table.caption = markup("[low to high]: 95 % percentile bootstrap over clips. +: files differed from the revision.")
     for column in (
         "date",
         "data set",
@@ -70,11 +70,11 @@ def results_table(results: Sequence[Result]) -> Table:
             r.dataset_type + (f" fold {r.esc_fold}" if r.esc_fold is not None else ""),
             _tested(r),
             str(r.clips),
-            escape("\n".join(_value(metric) for metric in r.metrics)),
+            markup("\n".join(_value(metric) for metric in r.metrics)),
             _seeds(r),
             (r.settings_hash or "-")[:8],
             r.git_revision,
-            escape(_weights(r)),
+            markup(_weights(r)),
         )
     return table
 
@@ -97,7 +97,7 @@ def seeds_table(experiments: Sequence[tuple[Result, Sequence[Spread]]]) -> Table
 
 
 def _tested(result: Result) -> str:
-    return escape(", ".join(said for said in (result.split, result.protocol, result.how()) if said))
+    return markup(", ".join(said for said in (result.split, result.protocol, result.how()) if said))
 
 
 def _value(metric: MetricRecord) -> str:

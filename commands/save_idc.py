@@ -8,6 +8,7 @@ import numpy as np
 from data.clip_store import class_index
 from data.facts import store_facts
 from data.files import whole_file
+from data.names import shown
 from data_generator import load_table
 from settings import resolve
 
@@ -23,6 +24,6 @@ def run(given: dict[str, Any]) -> None:
     path = Path(settings.dataset_path) / f"{settings.dataset_type}_classes.npz"
     with whole_file(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, clips=clips, starts=starts, counts=counts)
-    for label, count in zip(table.labels or range(len(counts)), counts.tolist(), strict=True):
-        print(f"{count:8d}  {label}")
+    for label, count in zip(table.labels or map(str, range(len(counts))), counts.tolist(), strict=True):
+        print(f"{count:8d}  {shown(label)}")
     print(f"{path}: {len(table)} clips, {(counts > 0).sum()} of {len(counts)} classes have clips")

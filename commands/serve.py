@@ -24,6 +24,7 @@ from data.audio import read_audio
 from data.levels import Remark
 from inference import Tagged, Tagger
 from inference.loading import event_processing, load_tagger
+from inference.outputs import event_rows
 from inference.pictures import sound_of_file
 from settings import UserError
 
@@ -356,7 +357,8 @@ def answer(tagged: Tagged, processing: "PostProcessing") -> dict[str, Any]:
     """{duration, seconds_per_frame, tags, classes, events}: seconds, and scores between 0 and 1.
 
     tags: the best classes, [label, clip score]; classes: these and all with events, with threshold and smoothed frame
-    scores; events: in the order of time. Without a time axis seconds_per_frame is 0, and there are only tags.
+    scores; events: in the order of time, with score and threshold. Without a time axis seconds_per_frame is 0, and
+    there are only tags.
     """
     tags = tagged.top(MOST_CLASSES)
     content: dict[str, Any] = {
@@ -365,11 +367,11 @@ def answer(tagged: Tagged, processing: "PostProcessing") -> dict[str, Any]:
     }  # fmt: skip
     if len(tagged.framewise) == 0:
         return content
-    table = tagged.events(processing).sort_values(["onset", "offset"], kind="stable")
+    events = event_rows(tagged.events(processing), processing)
     scores, step = processing.smooth(
         tagged.framewise[None], durations=np.array([tagged.duration]), seconds_per_frame=tagged.seconds_per_frame
     )
-    shown = dict.fromkeys([*table.event_label, *(label for label, _ in tags)])
+    shown = dict.fromkeys([*(event.label for event in events), *(label for label, _ in tags)])
     place = {label: processing.labels.index(label) for label in shown}
     return content | {
         "seconds_per_frame": step,
@@ -378,8 +380,7 @@ def answer(tagged: Tagged, processing: "PostProcessing") -> dict[str, Any]:
             for label, k in place.items()
         ],
         "events": [
-            {"onset": round(a, 4), "offset": round(b, 4), "label": label}
-            for a, b, label in zip(table.onset, table.offset, table.event_label, strict=True)
+            {**event._asdict(), "onset": round(event.onset, 4), "offset": round(event.offset, 4)} for event in events
         ],
     }
 

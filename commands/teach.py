@@ -139,12 +139,12 @@ class Teacher(Ensemble_SEDWrapper):
         self.writer, self.steps, self.unread = writer, steps, 0
 
     def frame_logits(self, waveform: Tensor, sample_rate: int) -> Tensor:
-        """(B, samples) -> (B, K, steps): one network's own logits, or those of the mean of several's probabilities.
+        """(B, samples) -> (B, K, steps): logits whose sigmoids are the probabilities, of one network its own.
 
-        The mean is that of esm_test. A coarser member's frames are repeated.
+        Several's probabilities are averaged as esm_test does; a coarser member's frames are repeated.
         """
-        if len(self.networks) == 1:
-            (network,) = self.networks
+        network = self.networks[0]
+        if len(self.networks) == 1 and not network.softmax:
             return network(at_rate_of(network, waveform, sample_rate)).frame_logits.float().transpose(1, 2)
         frames = [self.member_scores(network, waveform, sample_rate)[1].float() for network in self.networks]
         fine = [scores.repeat_interleave(self.steps // scores.shape[1], dim=1) for scores in frames]

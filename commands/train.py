@@ -13,6 +13,7 @@ from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
 from model.foreign import OWN
+from model.registry import encoder_titles
 from runs.card import CARD, write_run_card
 from runs.records import print_first_page, save_provenance
 from runs.resume import best_checkpoint, find_resumed, resumes, say_changes, with_recorded
@@ -81,7 +82,8 @@ def train(settings: Config, performance: Performance) -> None:
     wrapper = build_wrapper(network, settings, labels)
     if is_first_process():
         print(end="".join(f"warning: {message}\n" for message in schedule_warnings(settings)))
-    print_first_page(f"HTS-AT: training {settings.exp_name}", settings, data, network, **more)
+    title = f"{encoder_titles(settings.encoder)}: training {settings.exp_name}"
+    print_first_page(title, settings, data, network, **more)
     save_provenance(settings, data, **more)
     trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(process_count(settings)))
     try:

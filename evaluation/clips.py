@@ -1,5 +1,6 @@
 """Clips of a score store for figures: their sound from the clip store, scores, true and detected events."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -11,12 +12,14 @@ from torch.nn.functional import pad
 from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
 from data.clip_store import Waveforms, open_store
+from data.names import shown
 from evaluation.plots import ClipSound, ClipView, clip_figure, save_png
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import Scores
 from utils import int16_to_float32
 
 WINDOW_SECONDS, HOP_SECONDS = 0.032, 0.01  # of a picture's spectrogram, for every network
+MOST_LETTERS = 60  # of a picture's name: with 4 bytes each, a file system's 255 are not reached
 MEL_BANDS, LOWEST_HZ, HIGHEST_HZ = 64, 50.0, 14000.0
 
 
@@ -75,8 +78,21 @@ def draw_clips(
     scores: Scores, post: PostProcessing, found: pd.DataFrame, sounds: dict[int, ClipSound], folder: Path
 ) -> list[Path]:
     """Draw the clips of `sounds` into a folder, as <clip>.png."""
-    paths = []
-    for clip, sound in sounds.items():
-        paths.append(folder / f"{Path(scores.names[clip]).stem}.png")
-        save_png(clip_figure(view_clip(scores, post, found, clip, sound)), paths[-1])
+    paths = [folder / f"{name}.png" for name in file_names([scores.names[clip] for clip in sounds])]
+    for path, (clip, sound) in zip(paths, sounds.items(), strict=True):
+        save_png(clip_figure(view_clip(scores, post, found, clip, sound)), path)
     return paths
+
+
+def file_names(clips: Sequence[str]) -> list[str]:
+    """A name of one file for each clip, without ending: its stem, or its path with _ where several share the stem."""
+    stems = Counter(Path(clip).stem.casefold() for clip in clips)
+    taken: Counter[str] = Counter()
+    names = []
+    for clip in clips:
+        alone = stems[Path(clip).stem.casefold()] == 1
+        name = shown(Path(clip).stem if alone else clip.replace("/", "_"))[:MOST_LETTERS]
+        taken[name.casefold()] += 1
+        number = taken[name.casefold()]
+        names.append(name if number == 1 else f"{name}_{number}")
+    return names

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from data.clip_store import END_TOLERANCE
+from data.names import cell_text
 from data.tables import EVENT_COLUMNS, parse_event, read_table, require_columns
 from settings import UserError
 
@@ -93,8 +94,8 @@ def read_events(path: Path) -> pd.DataFrame:
     """A table of events with EVENT_COLUMNS. Raises UserError, with the line, as data.tables.parse_event."""
     columns, rows = read_table(path, empty=True)
     require_columns(path, columns, EVENT_COLUMNS)
-    events = [(row.cells["filename"], parse_event(row)) for row in rows]
-    found = [(name, event.onset, event.offset, event.label) for name, event in events if event is not None]
+    events = [(cell_text(row.cells["filename"]), parse_event(row)) for row in rows]
+    found = [(name, e.onset, e.offset, cell_text(e.label)) for name, e in events if e is not None]
     return pd.DataFrame(found, columns=EVENT_COLUMNS).astype({"onset": np.float64, "offset": np.float64})
 
 

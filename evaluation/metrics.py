@@ -1,11 +1,12 @@
 """Clip-level metrics by name, with the number of classes and clips that each is taken over."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Optional
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 from utils import d_prime
 
@@ -47,17 +48,53 @@ def tagging_metrics(scores: np.ndarray, targets: np.ndarray) -> list[Metric]:
     is NaN where no class qualifies.
     """
     clips, classes = targets.shape
-    positive = targets.any(axis=0)
-    both = positive & ~targets.all(axis=0)
-    ap = [average_precision_score(targets[:, k], scores[:, k]) for k in np.flatnonzero(positive)]
+    both = targets.any(axis=0) & ~targets.all(axis=0)
+    ap = average_precisions(scores, targets)
+    ap = ap[np.isfinite(ap)]
     auc = [roc_auc_score(targets[:, k], scores[:, k]) for k in np.flatnonzero(both)]
-    mean_ap = float(np.mean(ap)) if ap else float("nan")
+    mean_ap = float(np.mean(ap)) if len(ap) else float("nan")
     mean_auc = float(np.mean(auc)) if auc else float("nan")
     return [
         Metric("mAP", mean_ap, "macro average precision", clips, len(ap), classes),
         Metric("mAUC", mean_auc, "macro area under the ROC curve", clips, len(auc), classes),
         Metric("d_prime", d_prime(mean_auc), "sqrt(2) z(mAUC)", clips, len(auc), classes),
     ]
+
+
+def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(K,) of (N, K) scores against (N, K) bool targets; NaN for a class without positives."""
+    found = np.full(targets.shape[1], np.nan)
+    for k in np.flatnonzero(targets.any(axis=0)):
+        found[k] = average_precision_score(targets[:, k], scores[:, k])
+    return found
+
+
+@dataclass(frozen=True)
+class ClassResults:
+    """What a test of clips says of each of K classes. metric: average precision, or accuracy for one class a clip.
+
+    clips: (K,) with the class; values: (K,) of the metric, NaN for a class without clips. confusion: (K, K) clips by
+    true class (rows) and class of the highest score; None for several classes a clip.
+    """
+
+    labels: Sequence[str]
+    metric: str
+    clips: np.ndarray
+    values: np.ndarray
+    confusion: Optional[np.ndarray] = None
+
+
+def class_results(
+    task: Literal["multilabel", "single_label"], scores: np.ndarray, targets: np.ndarray, labels: Sequence[str]
+) -> ClassResults:
+    """The results of each class in (N, K) scores against (N, K) bool targets."""
+    clips = targets.sum(axis=0)
+    if task == "multilabel":
+        return ClassResults(labels, "average precision", clips, average_precisions(scores, targets))
+    counts = confusion_matrix(targets.argmax(axis=1), scores.argmax(axis=1), labels=np.arange(len(labels)))
+    with np.errstate(invalid="ignore"):
+        accuracy = counts.diagonal() / counts.sum(axis=1)
+    return ClassResults(labels, "accuracy", counts.sum(axis=1), accuracy, counts)
 
 
 def classification_metrics(scores: np.ndarray, targets: np.ndarray) -> list[Metric]:

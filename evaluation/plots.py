@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from data.files import whole_file
+from data.names import score_text, shown
 from evaluation.postprocess import frame_edges
 from evaluation.psds import MOST_FALSE_ALARMS, PsdRoc
 from evaluation.scores import EventList
@@ -26,6 +27,7 @@ SECONDS_IN_WIDTH = 60.0  # a longer recording has a wider figure
 MOST_CURVES = 12  # classes whose curves stay distinguishable
 MOST_COLUMNS = 1000  # of a waveform of any length
 BINS = 32  # of a histogram
+MOST_NUMBERS = 30  # classes of a table of confusions whose cells have room for numbers
 MEL_TICKS = np.array([100, 500, 1000, 3000, 10000])  # Hz
 LOGIT_TICKS = {1e-6: "1e-6", 1e-3: "0.001", 0.5: "0.5", 1 - 1e-3: "0.999", 1 - 1e-6: "1 - 1e-6"}
 LOGIT_EDGE = 1e-7  # about float32's distance from 1 to the next number
@@ -110,8 +112,8 @@ def clip_figure(view: ClipView) -> Figure:
 
     A strip has the class's scores and threshold, the true events as background and the detected ones as a bar.
     """
-    shown = view.shown
-    heights = [*([0.95, 1.5] if view.sound is not None else []), *([0.85] * len(shown))]
+    classes = view.shown
+    heights = [*([0.95, 1.5] if view.sound is not None else []), *([0.85] * len(classes))]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_width(view.duration), sum(heights) + 0.75), layout="constrained")
         if view.title:
@@ -119,8 +121,8 @@ def clip_figure(view: ClipView) -> Figure:
         axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
         if view.sound is not None:
             _draw_sound(figure, axes[0], axes[1], view.sound, view.duration)
-        scale = ScoreScale.of(view.scores[:, shown])
-        for axis, label in zip(axes[-len(shown) :], shown, strict=True):
+        scale = ScoreScale.of(view.scores[:, classes])
+        for axis, label in zip(axes[-len(classes) :], classes, strict=True):
             _draw_strip(axis, view, label, scale)
         axes[-1].set_xlabel("time (s)")
         axes[-1].set_xlim(0, view.duration)
@@ -152,7 +154,7 @@ def tags_figure(tags: Sequence[tuple[str, float]], sound: ClipSound, duration: f
         _draw_sound(figure, axes[0], axes[1], sound, duration)
         axes[1].set_xlabel("time (s)")
         axes[1].set_xlim(0, duration)
-        axes[2].barh([label for label, _ in tags], [score for _, score in tags], color=SCORE_COLOUR)
+        axes[2].barh([shown(label) for label, _ in tags], [score for _, score in tags], color=SCORE_COLOUR)
         axes[2].invert_yaxis()
         axes[2].set_xlim(0, 1)
         axes[2].set_xlabel("score of the clip (0 to 1)")
@@ -188,7 +190,9 @@ def _draw_strip(axis: Axes, view: ClipView, label: int, scale: ScoreScale) -> No
         axis.axvspan(onset, offset, ymin=0.02, ymax=0.14, color=FOUND_COLOUR, linewidth=0)
     axis.stairs(scale.place(view.scores[:, label]), edges, baseline=None, color=SCORE_COLOUR, linewidth=1)
     axis.axhline(float(scale.place(view.thresholds[label])), color=SCORE_COLOUR, linewidth=0.8, linestyle="--")
-    axis.set_title(f"{view.labels[label]}: threshold {view.thresholds[label]:.7g}", loc="left", fontsize=8, pad=3.5)
+    axis.set_title(
+        f"{shown(view.labels[label])}: threshold {score_text(view.thresholds[label])}", loc="left", fontsize=8, pad=3.5
+    )
     height = scale.high - scale.low
     axis.set_ylim(scale.low - 0.25 * height, scale.high + 0.1 * height)  # the bar of detections lies below the scores
     scale.set_ticks(axis.yaxis)
@@ -201,10 +205,10 @@ def roc_figure(curve: PsdRoc, class_curves: dict[str, PsdRoc]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.8), layout="constrained")
         axis = figure.subplots()
-        shown = class_curves if len(class_curves) <= MOST_CURVES else {}
+        drawn = class_curves if len(class_curves) <= MOST_CURVES else {}
         colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-        for number, (label, each) in enumerate(shown.items()):
-            _draw_curve(axis, each, label=label, color=colours[number * 2 % 20 + number // 10], linewidth=1)
+        for number, (label, each) in enumerate(drawn.items()):
+            _draw_curve(axis, each, label=shown(label), color=colours[number * 2 % 20 + number // 10], linewidth=1)
         _draw_curve(axis, curve, label="all (mean less deviation)", color="black", linewidth=2)
         axis.set_xlim(0, MOST_FALSE_ALARMS)
         axis.set_ylim(0, 1.02)
@@ -239,6 +243,29 @@ def histogram_figure(positive: np.ndarray, negative: np.ndarray, threshold: floa
         scale.set_ticks(axis.xaxis)
         axis.margins(x=0.02)
         figure.legend(loc="outside upper center", ncols=3, frameon=False, columnspacing=1, handlelength=1.3)
+    return figure
+
+
+def confusion_figure(counts: np.ndarray, labels: Sequence[str]) -> Figure:
+    """(K, K) clips by true class (rows) and chosen class, coloured by their share of the row."""
+    classes = len(labels)
+    side = min(2.6 + max(0.32 if classes <= MOST_NUMBERS else 0.16, 1.6 / classes) * classes, 30.0)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+        axis = figure.subplots()
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        image = axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+        names = [shown(label) for label in labels]
+        size = 8 if classes <= MOST_NUMBERS else 6
+        axis.set_xticks(range(classes), names, rotation=90, fontsize=size)
+        axis.set_yticks(range(classes), names, fontsize=size)
+        axis.set_xlabel("class with the highest score")
+        axis.set_ylabel("true class")
+        if classes <= MOST_NUMBERS:
+            for row, column in zip(*np.nonzero(counts), strict=True):
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axis.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(image, ax=axis, label="clips of the true class (%)", shrink=0.8, pad=0.02)
     return figure
 
 

@@ -13,7 +13,8 @@ from data.files import check_memory
 from data.tables import EVENT_COLUMNS
 from settings import SHORT, Config, UserError, section
 
-DEFAULT_THRESHOLD = 0.5
+SCORE = "score"  # a further column of detected events: the highest score, smoothed, of each
+DEFAULT_THRESHOLD, DEFAULT_SOURCE = 0.5, "default"
 LONGEST_FILTER, MOST_PARTS = 9_999, 1_000  # frames of a median filter; parts of a frame
 
 
@@ -33,7 +34,7 @@ class PostProcessing:
     minimum_duration: tuple[float, ...] = (0.0,)
     maximum_gap: tuple[float, ...] = (0.0,)
     interpolation: int = 1
-    source: str = "default"
+    source: str = DEFAULT_SOURCE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
@@ -225,11 +226,12 @@ def decode_events(
     maximum_gap: np.ndarray | float = 0.0,
     interpolation: int = 1,
 ) -> pd.DataFrame:
-    """(N, frames, K) scores -> a table of events: filename, onset, offset (seconds), event_label.
+    """(N, frames, K) scores -> a table of events: filename, onset, offset (seconds), event_label, score.
 
     durations: (N,) seconds; the others as in PostProcessing, (K,) or (1,). The scores are filtered and interpolated; an
     event is a run of frames above the threshold; maximum_gap joins events; those shorter than minimum_duration are
-    left out, and so are frames that begin after a clip's duration. Sorted by clip, class, time.
+    left out, and so are frames that begin after a clip's duration. An event's score is its highest one, filtered and
+    interpolated. Sorted by clip, class, time.
     """
     classes = len(labels)
     lengths = np.broadcast_to(median_filter, classes)
@@ -238,10 +240,10 @@ def decode_events(
     clip, label, start, stop = active_runs(scores > np.asarray(thresholds))
     ends = np.asarray(durations, dtype=np.float64)[clip]
     onset, offset = (_begin_times(k, scores.shape[1], step, ends, seconds_per_frame / 2) for k in (start, stop))
+    columns = [clip, label, onset, offset, _highest(scores, clip, label, start, stop)]
     inside = offset > onset
-    columns = [clip[inside], label[inside], onset[inside], offset[inside]]
-    columns = _join_close(*columns, gaps=np.broadcast_to(maximum_gap, classes))
-    clip, label, onset, offset = columns
+    columns = _join_close(*(column[inside] for column in columns), gaps=np.broadcast_to(maximum_gap, classes))
+    clip, label, onset, offset, highest = columns
     # Times are multiples of a frame: an event of the minimum duration may be shorter by a rounding.
     kept = offset - onset >= np.broadcast_to(minimum_duration, classes)[label] - 1e-9
     return pd.DataFrame(
@@ -250,22 +252,33 @@ def decode_events(
             "onset": onset[kept],
             "offset": offset[kept],
             "event_label": np.asarray(labels, dtype=object)[label[kept]],
-        },
-        columns=EVENT_COLUMNS,
+            SCORE: highest[kept],
+        }
     )
 
 
+def _highest(
+    scores: np.ndarray, clip: np.ndarray, label: np.ndarray, start: np.ndarray, stop: np.ndarray
+) -> np.ndarray:
+    """The highest of the (N, frames, K) scores of each run, which active_runs gave."""
+    frames, classes = scores.shape[1:]
+    line = np.append(scores.transpose(0, 2, 1), scores.dtype.type(0))  # one behind the last, for runs that end there
+    begin = (clip * classes + label) * frames
+    edges = np.stack([begin + start, begin + stop], axis=1).reshape(-1)
+    return np.maximum.reduceat(line, edges)[::2] if len(edges) else line[:0]  # every second one lies between two runs
+
+
 def _join_close(
-    clip: np.ndarray, label: np.ndarray, onset: np.ndarray, offset: np.ndarray, *, gaps: np.ndarray
+    clip: np.ndarray, label: np.ndarray, onset: np.ndarray, offset: np.ndarray, score: np.ndarray, *, gaps: np.ndarray
 ) -> list[np.ndarray]:
     """Events, sorted by clip, class and time, with those joined that are at most their class's gap apart."""
     if len(clip) == 0 or gaps.max() == 0:
-        return [clip, label, onset, offset]
+        return [clip, label, onset, offset, score]
     same = (clip[1:] == clip[:-1]) & (label[1:] == label[:-1])
     apart = onset[1:] - offset[:-1]
     first = np.concatenate([[True], ~same | (apart > gaps[label[1:]] + 1e-9)])
     last = np.concatenate([first[1:], [True]])
-    return [clip[first], label[first], onset[first], offset[last]]
+    return [clip[first], label[first], onset[first], offset[last], np.maximum.reduceat(score, np.flatnonzero(first))]
 
 
 def truth_table(names: list[str], events: list[list[tuple[int, float, float]]], labels: list[str]) -> pd.DataFrame:

@@ -16,11 +16,21 @@ import pandas as pd
 import soundfile
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from data.names import score_text, shown
 from evaluation.clips import read_sounds, view_clip
 from evaluation.detection import MACRO, MICRO, DetectionMetric
 from evaluation.event_metrics import intersection_counts
 from evaluation.event_tables import EventSet, GroundTruth
-from evaluation.plots import ClipView, ScoreScale, clip_figure, histogram_figure, roc_figure, svg_uri
+from evaluation.metrics import ClassResults, class_results
+from evaluation.plots import (
+    ClipView,
+    ScoreScale,
+    clip_figure,
+    confusion_figure,
+    histogram_figure,
+    roc_figure,
+    svg_uri,
+)
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import Scores
 
@@ -47,6 +57,7 @@ class Evaluated:
     post: PostProcessing
     scores: np.ndarray
     seconds_per_frame: float
+    tags: Optional[ClassResults] = None  # of the clips
 
 
 def build_report(
@@ -62,7 +73,9 @@ def build_report(
 ) -> str:
     """The report of a score store's detected events, with its `worst` clips; see render_report."""
     smoothed, step = scores.smooth(post)
-    evaluated = Evaluated(truth, truth.index(found), metrics, post, smoothed, step)
+    task: Any = scores.attributes.get("task", "multilabel")  # earlier versions' files do not say it
+    tags = class_results(task, scores.clipwise, scores.targets, scores.labels)
+    evaluated = Evaluated(truth, truth.index(found), metrics, post, smoothed, step, tags)
     errors = worst_clips(evaluated.detections, truth, worst)
     sounds = read_sounds(scores, [each.clip for each in errors])
     views = [(each, view_clip(scores, post, found, each.clip, sounds.get(each.clip))) for each in errors]
@@ -151,7 +164,7 @@ def render_report(
     chosen = busiest_classes(evaluated.truth)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: shown(value) if isinstance(value, str) else value,
     )  # fmt: skip
     environment.filters.update(number=_number, share=lambda value: "-" if np.isnan(value) else f"{100 * value:.0f}")
     return environment.get_template("report.html").render(
@@ -168,7 +181,16 @@ def render_report(
         all_classes=len(evaluated.truth.labels),
         worst=[_clip_card(evaluated.truth, errors, view) for errors, view in worst],
         clips=len(evaluated.truth.names),
+        tags=_tags(evaluated.tags),
     )
+
+
+def _tags(results: Optional[ClassResults]) -> Optional[dict[str, Any]]:
+    if results is None:
+        return None
+    confusion = None if results.confusion is None else svg_uri(confusion_figure(results.confusion, results.labels))
+    rows = zip(results.labels, results.clips.tolist(), results.values.tolist(), strict=True)
+    return {"metric": results.metric, "rows": list(rows), "confusion": confusion}
 
 
 def busiest_classes(truth: GroundTruth) -> list[int]:
@@ -195,7 +217,7 @@ def _class_rows(evaluated: Evaluated) -> list[dict[str, Any]]:
             (m.per_class[label], m.counts.get(label), m.intervals.get(label)) for m in evaluated.metrics if m.per_class
         ]
         rows.append({
-            "label": label, "events": counts[k], "threshold": f"{post.thresholds[k]:.7g}", "cells": cells,
+            "label": label, "events": counts[k], "threshold": score_text(post.thresholds[k]), "cells": cells,
             "extras": ", ".join(text for used, text in extras if used),
         })  # fmt: skip
     return rows

@@ -5,8 +5,8 @@ clip_index (N,) int64, the clips' places in the split; with localization framewi
 network's own time axis, and the true events event_clip, event_class (E,), event_onset and event_offset (E,) float64
 seconds. Attributes: labels (K names), seconds_per_frame, dataset_type, split, run_id (of checkpoints and clips),
 split_clips (number of clips in the split), weights (a fingerprint of the network's), postprocessing (JSON, where a
-checkpoint or a mapping brings one), clip_store (path of the clip store), and the front-end's settings (sample_rate,
-window_size, ...).
+checkpoint or a mapping brings one), clip_store (path of the clip store), task (that of the data), and the front-end's
+settings (sample_rate, window_size, ...).
 
 A test divided among several jobs (test_shard) leaves <name>.shard1of4.h5, ...: load_scores joins them.
 """

@@ -10,12 +10,13 @@ from typing import Any, Optional
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from data.files import write_each, write_json, write_text
+from data.names import markup, score_text, table_cell
 from data.tables import EVENT_COLUMNS
 from evaluation.detection import MACRO, MICRO, DetectionMetric, MetricComparison
+from evaluation.metrics import ClassResults
 from evaluation.postprocess import PostProcessing
 
 WIDTH = 1000  # characters of a line in a file or a pipe; a terminal has its own
@@ -28,7 +29,7 @@ TSV_COLUMNS = (
 def print_metrics(title: str, metrics: Sequence[DetectionMetric], labels: Sequence[str]) -> None:
     """Two tables: every metric with its interval, and every class with its values and counts."""
     console = _console()
-    table = Table(title=escape(title), title_justify="left", caption_justify="left")
+    table = Table(title=markup(title), title_justify="left", caption_justify="left")
     for column in ("metric", "criterion", "defined by", MACRO, "95 % interval", MICRO, "95 % interval"):
         table.add_column(column, justify="right" if column in (MACRO, MICRO) else "left", no_wrap="interval" in column)
     for m in metrics:
@@ -55,7 +56,7 @@ def _class_table(metrics: Sequence[DetectionMetric], labels: Sequence[str]) -> T
             counts = m.counts.get(label)
             of = f"{counts.true_positives}/{counts.false_positives}/{counts.false_negatives}" if counts else ""
             cells.append(f"{number(m.per_class[label])}\n{of}")
-        table.add_row(escape(label), *cells)
+        table.add_row(markup(label), *cells)
     table.caption = "Below each value: true positives / false positives / false negatives."
     return table
 
@@ -63,7 +64,7 @@ def _class_table(metrics: Sequence[DetectionMetric], labels: Sequence[str]) -> T
 def print_comparison(names: tuple[str, str], compared: Sequence[MetricComparison]) -> None:
     """One row for each value of both systems, with the interval of the difference."""
     table = Table(
-        title=escape(f"Difference: {names[0]} minus {names[1]}"), title_justify="left", caption_justify="left"
+        title=markup(f"Difference: {names[0]} minus {names[1]}"), title_justify="left", caption_justify="left"
     )
     for column in ("metric", "criterion", "value", "first", "second", "difference", "95 % interval", "p"):
         table.add_column(column, no_wrap="interval" in column)
@@ -91,7 +92,7 @@ def tsv_text(metrics: Sequence[DetectionMetric]) -> str:
         about = {"metric": m.name, "criterion": m.criterion, "tool": m.tool, "unit": m.unit, "note": m.note}
         values = {MACRO: m.macro, **({} if m.micro is None else {MICRO: m.micro}), **m.per_class}
         for row, value in values.items():
-            cells = {"class": row, "value": repr(value) if np.isfinite(value) else ""}
+            cells = {"class": table_cell(row), "value": repr(value) if np.isfinite(value) else ""}
             for part in (m.intervals.get(row), m.counts.get(row)):
                 cells |= {} if part is None else vars(part)
             writer.writerow({**about, **cells})
@@ -124,7 +125,8 @@ def write_detections(
         "postprocessing": post.as_dict(),
         "metrics": [metric.as_dict() for metric in metrics],
     }
-    events = found.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f")
+    cells = found.assign(filename=found.filename.map(table_cell), event_label=found.event_label.map(table_cell))
+    events = cells.to_csv(sep="\t", index=False, columns=EVENT_COLUMNS, float_format="%.4f")
     return write_each(
         {
             Path(f"{prefix}_events.tsv"): lambda path: write_text(path, events),
@@ -134,13 +136,35 @@ def write_detections(
     )
 
 
+def write_classes(prefix: str, results: ClassResults) -> list[Path]:
+    """Write PREFIX_classes.tsv and, for one class a clip, PREFIX_confusion.tsv and its picture PREFIX_confusion.png."""
+    names = [table_cell(label) for label in results.labels]
+    values = ["" if np.isnan(value) else f"{value:.6f}" for value in results.values]
+    columns = {"class": names, "clips": results.clips, results.metric.replace(" ", "_"): values}
+    tables = {"classes.tsv": pd.DataFrame(columns)}
+    if results.confusion is not None:
+        counts = pd.DataFrame(results.confusion, columns=names)
+        counts.insert(0, "true class", names, allow_duplicates=True)
+        tables["confusion.tsv"] = counts
+    for end, table in tables.items():
+        write_text(Path(f"{prefix}_{end}"), table.to_csv(sep="\t", index=False))
+    paths = [Path(f"{prefix}_{end}") for end in tables]
+    if results.confusion is not None:
+        from evaluation.plots import confusion_figure, save_png  # here: it brings matplotlib
+
+        paths.append(Path(f"{prefix}_confusion.png"))
+        save_png(confusion_figure(results.confusion, results.labels), paths[-1])
+    return paths
+
+
 def describe(post: PostProcessing) -> str:
     """The values in one line: one where all classes have the same, else the smallest and the largest."""
     shown = []
     units = {"thresholds": "", "median_filter": " frames", "minimum_duration": " s", "maximum_gap": " s"}
     for name, unit in units.items():
         values = getattr(post, name)
-        span = f"{min(values):.7g}" if min(values) == max(values) else f"{min(values):.7g} to {max(values):.7g}"
+        text = score_text if name == "thresholds" else "{:g}".format
+        span = text(min(values)) if min(values) == max(values) else f"{text(min(values))} to {text(max(values))}"
         shown.append(f"{name.replace('_', ' ')} {span}{unit}")
     parts = "no interpolation" if post.interpolation == 1 else f"{post.interpolation} parts a frame"
     return f"{', '.join(shown)}, {parts}"

@@ -25,7 +25,14 @@ def load_tagger(given: dict[str, Any], command: str) -> Tagger:
 
 
 def event_processing(tagger: Tagger) -> "PostProcessing":
-    """Thresholds and filters for events: the settings fl_..., else the checkpoint's, else 0.5 alone."""
-    from evaluation.postprocess import choose_postprocessing
+    """Thresholds and filters for events: the settings fl_..., else the checkpoint's, else 0.5 alone, with a line."""
+    from evaluation.postprocess import DEFAULT_SOURCE, DEFAULT_THRESHOLD, choose_postprocessing
 
-    return choose_postprocessing(tagger.postprocessing, tagger.labels, tagger.settings)
+    chosen = choose_postprocessing(tagger.postprocessing, tagger.labels, tagger.settings)
+    if tagger.has_frames and chosen.source.startswith(DEFAULT_SOURCE) and not tagger.settings.fl_threshold:
+        print(
+            f"Events: not calibrated: threshold {DEFAULT_THRESHOLD}. `python main.py calibrate` chooses one a class on "
+            f"clips with event times; --fl_threshold sets it.",
+            file=sys.stderr,
+        )
+    return chosen

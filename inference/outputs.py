@@ -18,11 +18,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from data.files import (
     write_text,
 )
 from data.finding import FoundAudio, counted, find_audio
+from data.names import score_text, shown, table_cell
 from inference.tagger import Tagged
 from settings import Config, UserError, section
 
@@ -46,8 +47,39 @@ if TYPE_CHECKING:
     from evaluation.postprocess import PostProcessing
 
 STANDARD_INPUT = "-"
-FOLDERS = ("audacity", "plot")  # outputs of several files
 HDF5_SUFFIXES = (".h5", ".hdf5")
+EVENT_HEADER = ("filename", "onset", "offset", "event_label", "score", "threshold")
+RAVEN_HEADER = (
+    "Selection", "View", "Channel", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)", "Label",
+    "Score", "Threshold", "Begin Path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Format:
+    """An output of predict. name: below --output. folder: each recording has a file of its own, in a folder.
+
+    endings: which its name may have, empty: any. timed: whether it needs an encoder with a time axis; events: whether
+    it has events where there is one.
+    """
+
+    name: str
+    folder: bool = False
+    endings: tuple[str, ...] = ()
+    timed: bool = False
+    events: bool = False
+
+
+FORMATS = {  # by their flags
+    "jsonl": Format("tags.jsonl", events=True),
+    "csv": Format("scores.csv"),
+    "events": Format("events.tsv", timed=True, events=True),
+    "scores": Format("scores.h5", endings=HDF5_SUFFIXES),
+    "embeddings": Format("embeddings.h5", endings=(*HDF5_SUFFIXES, ".npz")),
+    "audacity": Format("audacity", folder=True, timed=True, events=True),
+    "raven": Format("raven", folder=True, timed=True, events=True),
+    "plot": Format("pictures", folder=True, events=True),
+}
 
 
 @dataclass(frozen=True)
@@ -60,17 +92,23 @@ class Wanted:
     scores: Optional[str] = None
     embeddings: Optional[str] = None
     audacity: Optional[str] = None
+    raven: Optional[str] = None
     plot: Optional[str] = None
+    output: Optional[str] = None  # folder of all formats that have no path of their own
     embeddings_of: Literal["clips", "frames"] = "clips"
     bins: Optional[int] = None
     bins_by: Literal["mean", "max"] = "mean"
     top_k: int = 5
+    min_score: float = 0.0
+    classes: tuple[str, ...] = ()  # empty: all
 
     def __post_init__(self) -> None:
-        for name, allowed in (("scores", HDF5_SUFFIXES), ("embeddings", (*HDF5_SUFFIXES, ".npz"))):
-            path = getattr(self, name)
-            if path is not None and not path.endswith(allowed):
+        for name, path in self.paths().items():
+            allowed = FORMATS[name].endings
+            if allowed and not path.endswith(allowed):
                 raise UserError(f"--{name} {path}: the name must end with {' or '.join(allowed)}.")
+        if not 0 <= self.min_score <= 1:
+            raise UserError(f"--min_score {self.min_score} is not allowed: scores lie between 0 and 1.")
         if self.top_k < 1:
             raise UserError(f"--top_k {self.top_k} is not allowed: give 1 or more.")
         if self.bins is not None and self.bins < 1:
@@ -79,9 +117,22 @@ class Wanted:
         if len(set(paths)) < len(paths):
             raise UserError(f"Two outputs have the same name: {', '.join(paths)}.")
 
-    def check_time_axis(self) -> None:
-        """Raise UserError for outputs of frames and events, which an encoder without a time axis does not have."""
-        asked = [f"--{name}" for name in ("events", "audacity", "bins") if getattr(self, name) is not None]
+    def named(self, *, has_frames: bool) -> "Wanted":
+        """With the paths of --output. has_frames: whether the encoder has a time axis.
+
+        Raises UserError for outputs of frames and events that are asked for by name, where it has none.
+        """
+        if not has_frames:
+            self._check_time_axis()
+        if self.output is None:
+            return self
+        missing = {name for name, kind in FORMATS.items() if has_frames or not kind.timed} - self.paths().keys()
+        paths: dict[str, Any] = {name: str(Path(self.output, FORMATS[name].name)) for name in missing}
+        return replace(self, output=None, **paths)
+
+    def _check_time_axis(self) -> None:
+        asked = [f"--{name}" for name in self.paths() if FORMATS[name].timed]
+        asked += ["--bins"] if self.bins is not None else []
         asked += ["--embeddings_of frames"] if self.embeddings_of == "frames" else []
         if asked:
             raise UserError(
@@ -92,12 +143,11 @@ class Wanted:
     def check_places(self) -> None:
         """Make the folders in which all of it lies. Raises UserError where something could not be written."""
         for name, path in self.paths().items():
-            check_writable(f"--{name} {path}", Path(path) / "a.txt" if name in FOLDERS else path)
+            check_writable(f"--{name} {path}", Path(path) / "a.txt" if FORMATS[name].folder else path)
 
     def paths(self) -> dict[str, str]:
         """Flag: path, of all that is wanted."""
-        names = ("jsonl", "csv", "events", "scores", "embeddings", "audacity", "plot")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in FORMATS if getattr(self, name) is not None}
 
     @property
     def frame_embeddings(self) -> bool:
@@ -105,7 +155,12 @@ class Wanted:
 
     @property
     def with_events(self) -> bool:
-        return any((self.jsonl, self.events, self.audacity, self.plot))
+        return any(FORMATS[name].events for name in self.paths())
+
+    @property
+    def by_place(self) -> bool:
+        """Whether each recording writes a file of its own."""
+        return any(FORMATS[name].folder for name in self.paths())
 
 
 @dataclass(frozen=True)
@@ -123,38 +178,62 @@ class Source:
         return self.name if self.copied else str(self.path)
 
 
+class EventRow(NamedTuple):
+    """An event: seconds, class, the highest of its scores, and the threshold above which its class is on."""
+
+    onset: float
+    offset: float
+    label: str
+    score: float
+    threshold: float
+
+
 @dataclass(frozen=True)
 class Result:
     """One recording with its scores and events (None: the encoder has no time axis, or no output needs them)."""
 
     source: Source
     tagged: Tagged
-    events: "Optional[pd.DataFrame]"
-    top_k: int
+    events: Optional[list[EventRow]]
+    wanted: Wanted
+    highest_hz: float  # of the sound that the network is given
 
-    def event_rows(self) -> list[tuple[float, float, str]]:
-        """Onset and offset in seconds, and class, in the order of time."""
-        if self.events is None:
-            return []
-        table = self.events.sort_values(["onset", "offset"], kind="stable")
-        return [
-            (float(a), float(b), str(c)) for a, b, c in zip(table.onset, table.offset, table.event_label, strict=True)
-        ]
+    def tags(self) -> list[tuple[str, float]]:
+        return best_tags(self.tagged, self.wanted)
+
+
+def best_tags(tagged: Tagged, wanted: Wanted) -> list[tuple[str, float]]:
+    """The top_k classes of a recording with a clip score of min_score or more, best first."""
+    return [(label, score) for label, score in tagged.top(wanted.top_k) if score >= wanted.min_score]
+
+
+def event_rows(table: "pd.DataFrame", processing: "PostProcessing", min_score: float = 0.0) -> list[EventRow]:
+    """Detected events, as Tagged.events gives them, in the order of time; without those of a lower score."""
+    thresholds = dict(zip(processing.labels, processing.thresholds, strict=True))
+    table = table[table.score >= min_score].sort_values(["onset", "offset"], kind="stable")
+    columns = zip(table.onset, table.offset, table.event_label, table.score, strict=True)
+    return [EventRow(float(a), float(b), str(c), plain_score(s), thresholds[c]) for a, b, c, s in columns]
+
+
+def plain_score(score: float) -> float:
+    """A float32 score as the shortest number that tells it from its neighbours: 0.97, 0.99999994."""
+    return float(str(np.float32(score)))
 
 
 def jsonl_line(result: Result) -> bytes:
-    """{file, duration, tags: [{label, score}], events: [{onset, offset, label}]}, seconds; events: with a time axis.
+    """{file, duration, tags: [{label, score}], events: [{onset, offset, label, score, threshold}]}, in seconds.
 
-    warnings: what is odd about the sound, where something is.
+    events: with a time axis alone. warnings: what is odd about the sound, where something is.
     """
     content: dict[str, Any] = {
         "file": result.source.name,
         "duration": round(result.tagged.duration, 6),
-        "tags": [{"label": label, "score": round(score, 6)} for label, score in result.tagged.top(result.top_k)],
+        "tags": [{"label": label, "score": round(score, 6)} for label, score in result.tags()],
     }
     if result.events is not None:
-        rows = result.event_rows()
-        content["events"] = [{"onset": round(a, 4), "offset": round(b, 4), "label": c} for a, b, c in rows]
+        content["events"] = [
+            {**row._asdict(), "onset": round(row.onset, 4), "offset": round(row.offset, 4)} for row in result.events
+        ]
     if result.tagged.remarks:
         content["warnings"] = [remark.text for remark in result.tagged.remarks]
     return (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -169,22 +248,55 @@ def csv_rows(result: Result, every_frame: bool) -> bytes:
     else:
         rows = zip(np.array([[0.0, tagged.duration]]), tagged.clipwise[None], strict=True)
     for (start, end), scores in rows:
-        writer.writerow([result.source.name, f"{start:.4f}", f"{end:.4f}", *(f"{score:.6f}" for score in scores)])
+        writer.writerow(
+            [table_cell(result.source.name), f"{start:.4f}", f"{end:.4f}", *(f"{score:.6f}" for score in scores)]
+        )
     return text.getvalue().encode()
 
 
 def csv_header(labels: Sequence[str]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(["file", "start", "end", *labels])
+    csv.writer(text, lineterminator="\n").writerow(["file", "start", "end", *map(table_cell, labels)])
     return text.getvalue().encode()
 
 
-def event_lines(result: Result) -> bytes:
-    """filename, onset, offset (seconds), event_label, tab-separated, as DCASE's tools read them."""
+def tab_separated(rows: Iterable[Iterable[str]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")  # it quotes a name that has a tab in it
-    writer.writerows((result.source.name, f"{a:.4f}", f"{b:.4f}", c) for a, b, c in result.event_rows())
-    return text.getvalue().encode()
+    csv.writer(text, delimiter="\t", lineterminator="\n").writerows(rows)  # it quotes a name that has a tab in it
+    return text.getvalue()
+
+
+def event_lines(name: str, events: Iterable[EventRow]) -> str:
+    """The columns of EVENT_HEADER, of which DCASE's tools read the first four; times in seconds."""
+    rows = (
+        (f"{e.onset:.4f}", f"{e.offset:.4f}", table_cell(e.label), repr(e.score), f"{e.threshold:.9g}") for e in events
+    )
+    return tab_separated((table_cell(name), *row) for row in rows)
+
+
+def audacity_text(result: Result) -> str:
+    """Labels for Audacity: onset, offset, and the class with score and threshold, as `dog 0.97 > 0.5`."""
+    rows = result.events or []
+    return "".join(
+        f"{e.onset:.6f}\t{e.offset:.6f}\t{shown(e.label)} {score_text(e.score)} > {score_text(e.threshold)}\n"
+        for e in rows
+    )
+
+
+def raven_text(result: Result) -> str:
+    """A selection table for Raven: a box over the whole band of the network for each event."""
+    rows = (
+        (str(number), "Spectrogram 1", "1", f"{e.onset:.4f}", f"{e.offset:.4f}", "0", f"{result.highest_hz:g}",
+         table_cell(shown(e.label)), repr(e.score), f"{e.threshold:.9g}", table_cell(shown(result.source.name)))
+        for number, e in enumerate(result.events or [], start=1)
+    )  # fmt: skip
+    return tab_separated([RAVEN_HEADER, *rows])
+
+
+OF_EACH: dict[str, tuple[str, Callable[[Result], str]]] = {  # flag: ending and content of a recording's own file
+    "audacity": (".txt", audacity_text),
+    "raven": (".selections.txt", raven_text),
+}
 
 
 def score_block(result: Result) -> memoryview:
@@ -280,7 +392,10 @@ class Outputs:
         self.writers: dict[str, tuple[bytes, Callable[[Result], bytes | memoryview]]] = {
             "jsonl": (b"", jsonl_line),
             "csv": (csv_header(labels), lambda result: csv_rows(result, wanted.bins is not None)),
-            "events": (b"filename\tonset\toffset\tevent_label\n", event_lines),
+            "events": (
+                tab_separated([EVENT_HEADER]).encode(),
+                lambda result: event_lines(result.source.name, result.events or []).encode(),
+            ),
             "scores": (b"", score_block),
             "embeddings": (b"", embedding_block),
         }
@@ -325,14 +440,16 @@ class Outputs:
         """Write one recording into everything that is wanted. Prints why its labels or its picture are not written."""
         if self.journal is None:
             return
-        events = None if self.postprocessing is None else tagged.events(self.postprocessing, source.name)
-        result = Result(source, tagged, events, self.wanted.top_k)
+        processing, rows = self.postprocessing, None
+        if processing is not None:
+            rows = event_rows(tagged.events(processing, source.name), processing, self.wanted.min_score)
+        result = Result(source, tagged, rows, self.wanted, self.settings.sample_rate / 2)
         lacks = ""
         try:
             write_each(self._own_files(result))
         except UserError as error:
             lacks = str(error)
-            print(f"error: {source.name}: {lacks}", file=sys.stderr)
+            print(f"error: {shown(source.name)}: {shown(lacks)}", file=sys.stderr)
         entry = {
             "key": source.key, "name": source.name, "duration": tagged.duration, "frames": len(tagged.framewise),
             "seconds_per_frame": tagged.seconds_per_frame, **({"lacks": lacks} if lacks else {}),
@@ -343,22 +460,21 @@ class Outputs:
     def _own_files(self, result: Result) -> dict[Path, Callable[[Path], object]]:
         """The files of one recording, each with the function that writes it."""
 
-        def write_labels(path: Path) -> None:
-            write_text(path, "".join(f"{a:.6f}\t{b:.6f}\t{c}\n" for a, b, c in result.event_rows()))
-
         def draw(path: Path) -> None:
             from inference.pictures import draw_recording  # here: it brings matplotlib
 
-            rows, source = result.event_rows(), result.source.path
-            draw_recording(path, source, result.tagged, rows, self.postprocessing, self.settings)
+            rows = [row[:3] for row in result.events or []]
+            draw_recording(path, result.source.path, result.tagged, rows, self.postprocessing, self.settings)
 
-        kinds: dict[str, tuple[str, Callable[[Path], object]]] = {
-            "audacity": (".txt", write_labels), "plot": (".png", draw),
-        }  # fmt: skip
+        def writer(text: Callable[[Result], str]) -> Callable[[Path], object]:
+            return lambda path: write_text(path, text(result))
+
+        writers = {name: (ending, writer(text)) for name, (ending, text) in OF_EACH.items()}
+        writers["plot"] = (".png", draw)
         place = Path(result.source.place)
         return {
             folder / place.parent / fitting_name(folder, f"{place.name}{ending}"): write
-            for name, (ending, write) in kinds.items()
+            for name, (ending, write) in writers.items()
             for folder in ([self.paths[name]] if name in self.paths else [])
         }
 

@@ -12,7 +12,8 @@ from evaluation.plots import ClipSound, ClipView, clip_figure, save_png, tags_fi
 from evaluation.postprocess import PostProcessing
 from inference.tagger import Tagged
 from inference.windows import frame_count, step_count
-from model.frontend import LogMel, Spectrogram
+from model.frontend import POWER_FLOOR
+from model.registry import encoder_module
 from settings import Config
 
 MOST_COLUMNS = 3000  # of a spectrogram
@@ -61,27 +62,28 @@ def draw_recording(
 
 
 def sound_of_file(path: Path, settings: Config, duration: float) -> ClipSound:
-    """Log-mel spectrogram and waveform of an audio file of `duration` seconds, with the network's front-end settings.
+    """Log-mel spectrogram and waveform of an audio file of `duration` seconds, in the mel bands of its encoder.
 
     A column of the spectrogram is the mean power of some hops; the waveform has the lowest and the highest sample of
     each hop. Raises UserError where the file cannot be read.
     """
-    hop, window, rate = settings.hop_size, settings.window_size, settings.sample_rate
-    spectrogram = Spectrogram(window, hop)
-    mel = LogMel(rate, window, settings.mel_bins, settings.fmin, settings.fmax)
+    analysis, rate = encoder_module(settings.encoder).build_analysis(settings), settings.sample_rate
+    hop = analysis.hop
     pool = frame_count(duration * rate, hop * MOST_COLUMNS)  # hops in a column
     size = hop * pool  # samples in a column
     columns, extremes = [], []
     for piece in cut_pieces(stream_audio(path, rate), size * max(1, HOPS_AT_ONCE // pool)):
         count = -(-len(piece) // size)
-        padded = np.pad(piece, (0, max(count * size, window) - len(piece)))
-        power = spectrogram(torch.from_numpy(padded)[None])[:, : count * pool]  # (1, hops, bins)
-        columns.append(mel(power.unflatten(1, (count, pool)).mean(dim=2))[0].numpy())
+        padded = np.pad(piece, (0, max(count * size + analysis.beyond, analysis.shortest) - len(piece)))
+        power = analysis.power(torch.from_numpy(padded)[None])[:, : count * pool]  # (1, hops, bins)
+        mel = power.unflatten(1, (count, pool)).mean(dim=2) @ analysis.bands
+        columns.append(10 * torch.log10(mel.clamp(min=POWER_FLOOR))[0].numpy())
         hops = padded[: count * size].reshape(-1, hop)[: -(-len(piece) // hop)]
         extremes.append(np.stack([hops.min(axis=1), hops.max(axis=1)], axis=1).reshape(-1))
     return ClipSound(
         waveform=np.concatenate(extremes),
         sample_rate=round(2 * rate / hop),
         logmel=np.concatenate(columns),
-        band_hz=mel.melW.argmax(dim=0).numpy() * rate / window,
+        # Low bands that are narrower than a bin have no centre of their own.
+        band_hz=np.maximum.accumulate(analysis.bands.argmax(dim=0).numpy() * rate / 2 / (len(analysis.bands) - 1)),
     )

@@ -21,20 +21,24 @@ DEFAULT_HOP_SECONDS, DEFAULT_RELEASE = 1.0, 0.8
 
 @dataclass(frozen=True)
 class Event:
-    """A finished event. Times in seconds since the first sample; known_at: the time at which it was final."""
+    """A finished event. Times in seconds since the first sample; known_at: the time at which it was final.
+
+    threshold: above which its class's score begins an event.
+    """
 
     label: str
     onset: float
     offset: float
     peak: float  # the highest of its scores
     known_at: float
+    threshold: float
 
 
 @dataclass(frozen=True)
 class Update:
-    """The result of one evaluation. heard: seconds of sound so far."""
+    """The result of one evaluation. sound_seconds: the length of the sound so far."""
 
-    heard: float
+    sound_seconds: float
     window: Tagged  # of the last window
     active: list[str]  # classes that are on in the last settled frame
     events: list[Event]  # finished and final
@@ -98,8 +102,8 @@ class Listener:
         return self.busy_seconds / (self.evaluations * self.hop_seconds) if self.evaluations else 0.0
 
     @property
-    def heard(self) -> float:
-        """Seconds of sound so far."""
+    def sound_seconds(self) -> float:
+        """The length of the sound so far."""
         return self.samples / self.rate
 
     def feed(self, samples: Any) -> list[Update]:
@@ -162,15 +166,15 @@ class Listener:
         self.evaluations += 1
         self.busy_seconds += seconds
         self.slowest_seconds = max(self.slowest_seconds, seconds)
-        return Update(self.heard, tagged, self.tracker.active_labels(), events, seconds)
+        return Update(self.sound_seconds, tagged, self.tracker.active_labels(), events, seconds)
 
     def _settle(self, last: bool) -> list[Event]:
         """Events of the frames whose delay is over."""
         step = self.window / self.frames
         until = self.samples - self.delay_seconds * self.rate
         frames = self.scores.take(step_count(self.samples, step) if last else int(until / step + 1e-6))
-        smooth = self.smoother.feed(frames, self.heard if last else None)
-        return self.tracker.feed(smooth, self.heard, last)
+        smooth = self.smoother.feed(frames, self.sound_seconds if last else None)
+        return self.tracker.feed(smooth, self.sound_seconds, last)
 
 
 def _check(hop: float, delay: float, release: float, window: float, sample_rate: Optional[int]) -> None:
@@ -231,21 +235,21 @@ class EventTracker:
     def active_labels(self) -> list[str]:
         return [self.processing.labels[k] for k in np.flatnonzero(self.on)]
 
-    def feed(self, scores: np.ndarray, heard: float, last: bool) -> list[Event]:
-        """The events that are final after (n, K) further frames; heard: seconds of sound so far, the end if `last`."""
+    def feed(self, scores: np.ndarray, until: float, last: bool) -> list[Event]:
+        """The events that are final after (n, K) further frames; until: its length so far, the end if `last`."""
         events: list[Event] = []
         for frame in scores:
             begin, end = self.position * self.step_seconds, (self.position + 1) * self.step_seconds
-            if last and self.position >= step_count(heard, self.step_seconds):
+            if last and self.position >= step_count(until, self.step_seconds):
                 break
             self._frame(frame, begin)
             self.position += 1
-            events += self._close(self.waiting & (end - self.offset > self.gaps + 1e-9), heard)
+            events += self._close(self.waiting & (end - self.offset > self.gaps + 1e-9), until)
         if last:
-            self.offset[self.on] = heard
+            self.offset[self.on] = until
             self.waiting |= self.on
             self.on[:] = False
-            events += self._close(self.waiting.copy(), heard)
+            events += self._close(self.waiting.copy(), until)
         return events
 
     def _frame(self, scores: np.ndarray, begin: float) -> None:
@@ -259,10 +263,13 @@ class EventTracker:
         self.peak[on] = np.maximum(self.peak[on], scores[on])
         self.on = on
 
-    def _close(self, chosen: np.ndarray, heard: float) -> list[Event]:
+    def _close(self, chosen: np.ndarray, until: float) -> list[Event]:
         self.waiting[chosen] = False
         # Times are multiples of a step: an event of exactly the minimum may be shorter by a rounding error.
         long_enough = chosen & (self.offset - self.onset >= self.shortest - 1e-9)
         values = zip(np.flatnonzero(long_enough), self.onset[long_enough], self.offset[long_enough], strict=True)
         labels = self.processing.labels
-        return [Event(labels[k], float(a), float(min(b, heard)), float(self.peak[k]), heard) for k, a, b in values]
+        return [
+            Event(labels[k], float(a), float(min(b, until)), float(self.peak[k]), until, float(self.thresholds[k]))
+            for k, a, b in values
+        ]

@@ -64,6 +64,13 @@ class Tagged:
         best = np.argsort(-self.clipwise, kind="stable")[:count]
         return [((labels or self.labels)[k], float(self.clipwise[k])) for k in best]
 
+    def select_classes(self, labels: Sequence[str]) -> "Tagged":
+        """The same with some of the classes, in this order."""
+        place = [self.labels.index(label) for label in labels]
+        return replace(
+            self, labels=tuple(labels), clipwise=self.clipwise[place], framewise=np.take(self.framewise, place, axis=1)
+        )
+
     def times(self) -> np.ndarray:
         """(T, 2) seconds: where each frame begins and ends; the last one with the sound."""
         begins = np.arange(len(self.framewise)) * self.seconds_per_frame
@@ -138,7 +145,7 @@ class Recording:
         self.samples = window.recording or window.start + self.settings.clip_samples
 
     def result(self, labels: Sequence[str]) -> "Tagged | UserError":
-        """What was heard, or why nothing was."""
+        """The scores of the recording, or its error."""
         if self.error is not None:
             return self.error
         classes = len(self.clipwise)
@@ -159,7 +166,7 @@ class Recording:
 
 
 class Tagger:
-    """A network with its labels and front-end, ready to listen.
+    """A network with its labels and front-end.
 
     A recording is cut into windows of the length the network was trained on (clip_samples), which overlap by
     window_overlap; the last one ends with the recording, and one that is shorter than a window is filled up as the
@@ -337,13 +344,13 @@ class Tagger:
                 batch.append((recording, window))
                 recording.waiting += 1
                 if len(batch) == size:
-                    self._listen(batch, frame_embeddings, progress)
+                    self._score(batch, frame_embeddings, progress)
                     batch = []
             recording.cut = True
             while open_ones and open_ones[0][1].cut and open_ones[0][1].waiting == 0:
                 done, recording = open_ones.popleft()
                 yield done, recording.result(self.labels)
-        self._listen(batch, frame_embeddings, progress)
+        self._score(batch, frame_embeddings, progress)
         for name, recording in open_ones:
             yield name, recording.result(self.labels)
 
@@ -358,7 +365,7 @@ class Tagger:
             recording.error = error
 
     @torch.inference_mode()
-    def _listen(
+    def _score(
         self,
         batch: list[tuple[Recording, Window]],
         frame_embeddings: bool,
@@ -372,23 +379,23 @@ class Tagger:
             if frame_embeddings:
                 network = self.encoder()
                 outputs = network(waveform)
-                clipwise, embedding = network.clip_probabilities(outputs.clip_logits), outputs.embedding
-                framewise = torch.cat([outputs.frame_logits.sigmoid(), outputs.frames], dim=2)
+                clipwise, embedding = network.class_probabilities(outputs.clip_logits), outputs.embedding
+                framewise = torch.cat([network.class_probabilities(outputs.frame_logits), outputs.frames], dim=2)
             else:
                 clipwise, framewise, embedding = self.network.probabilities(waveform)
         columns = [part.float().cpu().numpy() for part in (clipwise, framewise, embedding)]
         if not all(np.isfinite(column).all() for column in columns):
             if len(batch) > 1:  # whose are they? Each by itself: 8-bit networks scale the windows of a batch together
                 for one in batch:
-                    self._listen([one], frame_embeddings, progress)
+                    self._score([one], frame_embeddings, progress)
                 return
             recording, window = batch[0]
             recording.error = self._not_finite(window)
         for (recording, window), *scores in zip(batch, *columns, strict=True):
-            heard = recording.samples
+            before = recording.samples
             recording.add(window, *scores)
             if progress is not None:
-                progress((recording.samples - heard) / self.settings.sample_rate)
+                progress((recording.samples - before) / self.settings.sample_rate)
 
     def _not_finite(self, window: Window) -> UserError:
         """The error of a recording that the network has no numbers for."""

@@ -36,8 +36,8 @@ class Probabilities(nn.Module):
     def forward(self, log_mel: Tensor) -> tuple[Tensor, ...]:
         network = self.network
         clips, frames, _, embedding = network.forward_head(network.forward_features(network.normalize(log_mel)))
-        clipwise = network.clip_probabilities(clips)
-        return (clipwise, frames.sigmoid(), embedding) if network.frames else (clipwise, embedding)
+        clipwise = network.class_probabilities(clips)
+        return (clipwise, network.class_probabilities(frames), embedding) if network.frames else (clipwise, embedding)
 
 
 def build_onnx(network: Network, clip_samples: int) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,20 @@ def slaney_bands(bins: int, fmin: float, fmax: float, bands: int, sample_rate: i
     return torchaudio.functional.melscale_fbanks(
         bins, fmin, fmax, bands, sample_rate, norm="slaney", mel_scale="slaney"
     )
+
+
+class Analysis(NamedTuple):
+    """What a front-end measures, before the logarithm: for pictures of sounds of any length.
+
+    power: (B, samples) -> (B, T, bins), a frame every `hop` samples. bands: (bins, F), their mel bands, from 0 Hz to
+    half the sample rate. shortest: samples; beyond: samples behind a frame's hop that it needs.
+    """
+
+    power: Callable[[Tensor], Tensor]
+    bands: Tensor
+    hop: int
+    shortest: int
+    beyond: int = 0
 
 
 class STFTKernels(nn.Module):
@@ -136,10 +150,16 @@ class KaldiFbank(nn.Module):
             raise UserError(
                 f"A waveform of {waveform.shape[1]} samples is too short: a frame of 25 ms has {self.length}."
             )
+        return torch.log(torch.clamp(self.power(waveform) @ self.get_buffer("bands"), min=self.floor))
+
+    def power(self, waveform: Tensor) -> Tensor:
+        """(B, samples) -> (B, T, bins)."""
         frames = self.emphasized(waveform.unfold(1, self.length, self.hop)) * self.get_buffer("window")
         spectrum = torch.fft.rfft(frames, n=self.fft)
-        power = spectrum.real**2 + spectrum.imag**2
-        return torch.log(torch.clamp(power @ self.get_buffer("bands"), min=self.floor))
+        return spectrum.real**2 + spectrum.imag**2
+
+    def analysis(self) -> Analysis:
+        return Analysis(self.power, self.get_buffer("bands"), self.hop, self.length, self.length - self.hop)
 
     def traced(self, samples: int) -> "TracedLogMel":
         """The same for clips of so many samples, in operators of the ONNX standard."""
@@ -180,11 +200,17 @@ class SlaneyDecibels(nn.Module):
         self.register_buffer("bands", triangles, persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
+        return 20.0 * torch.log10(torch.clamp(self.power(waveform) @ self.get_buffer("bands"), min=self.floor))
+
+    def power(self, waveform: Tensor) -> Tensor:
+        """(B, samples) -> (B, T, bins)."""
         spectrum = torch.stft(
             waveform, self.fft, self.hop, window=self.get_buffer("window"), pad_mode="constant", return_complex=True
         )
-        power = (spectrum.real**2 + spectrum.imag**2).transpose(1, 2)
-        return 20.0 * torch.log10(torch.clamp(power @ self.get_buffer("bands"), min=self.floor))
+        return (spectrum.real**2 + spectrum.imag**2).transpose(1, 2)
+
+    def analysis(self) -> Analysis:
+        return Analysis(self.power, self.get_buffer("bands"), self.hop, self.hop)
 
     def traced(self, samples: int) -> "TracedLogMel":
         """The same for clips of so many samples, in operators of the ONNX standard."""

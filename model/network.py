@@ -30,8 +30,8 @@ class Network(nn.Module, ABC):
     """An encoder with its front-end and head.
 
     sample_rate: of its input in Hz. clip_samples: its longest input. frames, frame_seconds: its time axis, which covers
-    clip_samples (0 and 0.0: none). channels: D. softmax: whether clip probabilities sum to 1 (trained by cross
-    entropy).
+    clip_samples (0 and 0.0: none). channels: D. softmax: whether the probabilities of the classes sum to 1, of a clip
+    and of each frame (trained by cross entropy).
     """
 
     sample_rate: int
@@ -94,11 +94,11 @@ class Network(nn.Module, ABC):
     def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, samples) -> probabilities (B, K) of the clips and (B, T, K) of the frames, embeddings (B, D)."""
         clips, frames, _, embedding = self(waveform)
-        return self.clip_probabilities(clips), frames.sigmoid(), embedding
+        return self.class_probabilities(clips), self.class_probabilities(frames), embedding
 
-    def clip_probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) -> (B, K)."""
-        return logits.softmax(dim=1) if self.softmax else logits.sigmoid()
+    def class_probabilities(self, logits: Tensor) -> Tensor:
+        """(..., K) logits of clips or frames -> (..., K): a softmax over the classes, or a sigmoid of each."""
+        return logits.softmax(dim=-1) if self.softmax else logits.sigmoid()
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Parameters that no output depends on."""

@@ -151,3 +151,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
 def known_names() -> list[str]:
     """The names that find_checkpoint knows."""
     return list(json.loads(KNOWN.read_text())["names"])
+
+
+def encoder_titles(*names: str) -> str:
+    """What encoders are called in titles, each once: HTS-AT, or HTS-AT and Audio Spectrogram Transformer."""
+    return " and ".join(dict.fromkeys(ENCODERS[name].title for name in names))

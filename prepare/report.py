@@ -7,6 +7,7 @@ from pathlib import Path
 from data.clip_store import LEAST_SECONDS
 from data.finding import FoundAudio, counted, readable_name
 from data.levels import Remark
+from data.names import shown, terminal_text
 
 MOST_REMARKS = 20  # that are printed, beside their counts
 
@@ -48,10 +49,10 @@ class PrepareReport:
         ):
             if count:
                 lines.append(f"{count} {what} last less than {LEAST_SECONDS:g} s and were left out.")
-        lines += [f"warning: {note}" for note in self.notes]
+        lines += [f"warning: {terminal_text(note)}" for note in self.notes]
         if self.skipped:
             lines.append(f"{len(self.skipped)} files were skipped:")
-            lines += [f"  {name}: {reason}" for name, reason in self.skipped]
+            lines += [f"  {shown(name)}: {shown(reason)}" for name, reason in self.skipped]
         return "\n".join([*lines, *self.other_lines()])
 
     def other_lines(self) -> list[str]:
@@ -60,9 +61,9 @@ class PrepareReport:
         if self.remarks:
             kinds = Counter(remark.kind for _, remark in self.remarks)
             lines.append(f"warning: of the clips, {', '.join(f'{count} {kind}' for kind, count in kinds.items())}:")
-            lines += [f"  {name}: {remark.text}" for name, remark in self.remarks[:MOST_REMARKS]]
+            lines += [f"  {shown(name)}: {remark.text}" for name, remark in self.remarks[:MOST_REMARKS]]
             lines += [f"  and {len(self.remarks) - MOST_REMARKS} more"] if len(self.remarks) > MOST_REMARKS else []
-        lines += [f"not looked into: {name}: {reason}" for name, reason in self.unopened]
+        lines += [f"not looked into: {shown(name)}: {shown(reason)}" for name, reason in self.unopened]
         left_out = [f"{self.unused} audio files that no table names"] if self.unused else []
         left_out += [f"other files: {counted(self.others)}"] if self.others else []
         if left_out:

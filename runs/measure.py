@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 import platform
 import resource
 import sys
@@ -112,22 +113,24 @@ class WholeBatches:
     The smaller batch at the end of an epoch is left out: compiled for its own size, it would be timed as compilation.
     """
 
-    def __init__(self, loader: TrainLoader, count: int) -> None:
-        self.loader, self.count = loader, count
+    def __init__(self, loader: TrainLoader, count: int, *, seconds: float = math.inf) -> None:
+        """seconds: after which no more are given, but for the WARM_UP first ones and one behind them."""
+        self.loader, self.count, self.seconds = loader, count, seconds
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Batch]:
         assert len(self.loader.sampler) >= (self.loader.batch_size or 1), "no epoch would have a whole batch"
-        given, epoch = 0, 0
+        given, epoch, started = 0, 0, time.monotonic()
         while True:
             self.loader.sampler.set_epoch(epoch)
             for batch in self.loader:
                 if len(batch["waveform"]) == self.loader.batch_size:
                     yield batch
                     given += 1
-                if given == self.count:
+                late = given > WARM_UP and time.monotonic() - started > self.seconds
+                if given == self.count or late:
                     return
             epoch += 1
 
@@ -338,6 +341,13 @@ def release_and_reset_peak(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak resident set size
+
+
+def resident_memory() -> int:
+    """Bytes that the process has resident now; on systems other than Linux the most so far."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_memory(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.files import read_json, write_json
+from data.names import markup
 from data_generator import SEDDataModule
 from evaluation.metrics import Metric
 from settings import Config
@@ -72,7 +73,7 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
         return
     count = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    table = Table(title=escape(title), show_header=False, title_justify="left")
+    table = Table(title=markup(title), show_header=False, title_justify="left")
     table.add_row("data set", f"{settings.dataset_type}, protocol {settings.protocol}")
     table.add_row("prepared data", escape(settings.dataset_path))
     table.add_row("clips", ", ".join(f"{split} {len(t)}" for split, t in data.tables.items()))
@@ -86,14 +87,14 @@ def print_first_page(title: str, settings: Config, data: SEDDataModule, network:
         needed = trained * BYTES_PER_TRAINED_PARAMETER / 2**30
         table.add_row("memory", f"{needed:.2f} GiB for weights, gradients and optimizer, beside activations")
     for name, text in more.items():
-        table.add_row(name.replace("_", " "), escape(text))
+        table.add_row(name.replace("_", " "), markup(text))
     Console().print(table)
 
 
 def print_metrics(title: str, metrics: list[Metric], settings: Config) -> None:
     """The table of named metrics, with the bootstrap intervals of those that have one."""
     intervals = [metric.interval for metric in metrics if metric.interval is not None]
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=markup(title), title_justify="left", caption_justify="left")
     columns = ["metric", "value", "criterion", "clips", "classes", "protocol"]
     if intervals:
         columns.insert(2, f"{intervals[0].level:.0%} interval")

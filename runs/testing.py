@@ -14,8 +14,10 @@ from data.files import check_writable, sole_writer, write_each, write_json
 from data_generator import SEDDataModule, load_test_data
 from evaluation.bootstrap import with_interval
 from evaluation.mapping import NAMED, ClassMapping
-from evaluation.metrics import Metric
+from evaluation.metrics import Metric, class_results
 from evaluation.scores import EventList, Scores
+from evaluation.tables import write_classes
+from model.registry import encoder_titles
 from runs.ledger import (
     CheckpointRecord,
     Kind,
@@ -48,7 +50,9 @@ def test_member(member: Member) -> list[Metric]:
     member.check_labels(table)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = member.network()
-    print_first_page(f"HTS-AT: test of {member.checkpoint.path}", member.reported(), data, network)
+    print_first_page(
+        f"{encoder_titles(settings.encoder)}: test of {member.checkpoint.path}", member.reported(), data, network
+    )
     return run_test(SEDWrapper(network, settings, member.labels(table)), data, [member])
 
 
@@ -88,21 +92,33 @@ def write_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member
     folder, ledger = Path(settings.heatmap_dir), Path(settings.results_path)
     table = data.tables[settings.test_split]
     metrics = with_interval(module.test_metrics, module.test_clipwise, module.test_targets, seed=settings.random_seed)
-    print_metrics(f"HTS-AT: {settings.test_split} clips, {', '.join(paths)}", metrics, reported)
+    scores = collect_scores(module, settings, table, plan)
+    encoders = encoder_titles(*(member.settings.encoder for member in members))
+    print_metrics(f"{encoders}: {settings.test_split} clips, {', '.join(paths)}", metrics, reported)
     summary = summarize(module, reported, table, metrics, paths, plan.mapping)
     writes: dict[Path, Callable[[Path], object]] = {
         folder / f"{plan.name}.json": lambda path: write_json(path, summary),
-        folder / f"{plan.name}.h5": collect_scores(module, settings, table, plan).save,
+        folder / f"{plan.name}.h5": scores.save,
     }
     if plan.complete and not settings.debug:
         writes[ledger] = lambda path: append_result(path, test_result(summary, metrics, settings, members))
     write_each(writes)
     print(f"Metrics: {folder / plan.name}.json\nScores: {folder / plan.name}.h5")
+    if plan.complete:
+        classes = class_results(module.task, scores.clipwise, scores.targets, scores.labels)
+        print(f"Classes: {', '.join(map(str, write_classes(str(folder / plan.name), classes)))}")
     if settings.fl_local:
-        print(f"Localize: python fl_evaluate.py --heatmap_dir {folder} --test_file {settings.test_file}")
+        print(f"Localize: python fl_evaluate.py{place_of_scores(settings)} --report")
     if ledger in writes:
         print(f"Ledger: {ledger}, which `python main.py results{place_flags(settings, 'results_path')}` prints")
     return metrics
+
+
+def place_of_scores(settings: Config) -> str:
+    """The flags that name a score file: the run's name alone, where the file lies where it belongs."""
+    own = Path(settings.heatmap_dir) == settings.run_folder / "scores"
+    place = f" --exp_name {settings.exp_name}" if own else f" --heatmap_dir {settings.heatmap_dir}"
+    return place + ("" if settings.test_file == "test" else f" --test_file {settings.test_file}")
 
 
 def summarize(
@@ -183,7 +199,7 @@ def collect_scores(module: Evaluation, settings: Config, table: ClipTable, plan:
         seconds_per_frame=clip_seconds / framewise.shape[1] if framewise is not None else 0.0,
         events=clip_events(scored, durations) if framewise is not None else None,
         clip_index=plan.share[chosen],
-        attributes=plan.attributes,
+        attributes={**plan.attributes, "task": module.task},
     )
 
 

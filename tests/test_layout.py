@@ -1,6 +1,7 @@
 """The house: imports point down only, and siblings do not know each other (docs/house.md)."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,13 @@ def test_only_the_registry_imports_encoders() -> None:
     for path in FILES:
         named = {module for pair in imports(path) for module in (pair[0], ".".join(pair))}
         assert not any(module.startswith("model.encoders.") for module in named), path
+
+
+def test_every_room_is_installed() -> None:
+    """`pip install -e .` puts them on the path of Python in every folder."""
+    text = (ROOT / "pyproject.toml").read_text()
+    found = (re.findall(rf"^{kind} = (\[.*?\])", text, re.MULTILINE | re.DOTALL) for kind in ("py-modules", "packages"))
+    modules, packages = (ast.literal_eval(each[0]) for each in found)
+    assert set(modules) == {path.stem for path in ROOT.glob("*.py")}
+    folders = {file.parent.relative_to(ROOT) for file in FILES if file.parent != ROOT}
+    assert set(packages) == {".".join(folder.parts) for folder in folders}

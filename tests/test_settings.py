@@ -13,7 +13,7 @@ import pytest
 from mypy import api
 
 import main
-from commands.command_line import COMMANDS, build_parser
+from commands.command_line import COMMANDS, build_parser, settings_read
 from model import build_model
 from model.checkpoint import Checkpoint
 from runs import resume
@@ -157,22 +157,43 @@ def test_what_is_set_for_training_does_not_hinder_a_test(notebook_config: Module
         resolve({"loss_type": "clip_bce"})
 
 
-def test_every_setting_is_a_flag_with_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in COMMANDS:
+@pytest.mark.parametrize("everything", [True, False])
+def test_every_setting_is_a_flag_with_its_comment(everything: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """--help has those that the command reads, --help-all all of them; any may be given."""
+    known = all_settings().values()
+    assert all(setting.comment for setting in known)
+    for name, row in COMMANDS.items():
+        for each in row.reads:  # a section, or a setting
+            assert settings_read([each]), each
+        parser = build_parser(name, everything=everything)
         with pytest.raises(SystemExit):
-            build_parser(name).parse_args([name, "--help"])
+            parser.parse_args([name, "--help-all" if everything else "--help"])
         shown = " ".join(capsys.readouterr().out.split())
-        for setting in all_settings().values():
-            assert f"--{setting.name} " in shown
-            assert setting.comment
-            assert setting.comment.split()[0] in shown
+        read = settings_read(row.reads)
+        for setting in known:
+            assert (f"--{setting.name} " in shown) == (everything or setting.name in read), (name, setting.name)
+    assert set(settings_read(COMMANDS["predict"].reads)) & {"window_overlap", "fl_threshold", "mixup_alpha"} == {
+        "window_overlap", "fl_threshold",
+    }  # fmt: skip
+    assert "max_epoch" in settings_read(COMMANDS["train"].reads)
 
 
-def test_unknown_flag_names_the_close_one(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "close"),
+    [
+        ("train --max_epochs 3", "--max_epoch"),
+        ("train --max-epoch 3", "--max_epoch"),
+        ("predict a.wav --json x", "--jsonl"),
+        ("predict a.wav --learning_rat 3", "--learning_rate"),
+    ],
+)
+def test_unknown_flag_names_close_ones(words: str, close: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        main.main(["train", "--max_epochs", "3"])
+        main.main(words.split())
     assert left.value.code == 2
-    assert "Did you mean max_epoch" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"Did you mean {close}" in said
+    assert len(said) < 300
 
 
 def other_value(name: str) -> Any:

@@ -1,9 +1,11 @@
-"""Callbacks of a training: checkpoints, averaged weights, progress; and how a checkpoint is written."""
+"""Callbacks of a training: checkpoints, averaged weights, progress, curves; and how a checkpoint is written."""
 
+import csv
 import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -52,7 +54,9 @@ def build_callbacks(settings: Config) -> list[Callback]:
     last = RunCheckpoint(
         dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
-    callbacks: list[Callback] = [best, last, BestLink(best), Progress(), EpochLine(metric)]
+    callbacks: list[Callback] = [
+        best, last, BestLink(best), Progress(), EpochLine(metric), Curves(settings.run_folder, metric),
+    ]  # fmt: skip
     if settings.checkpoint_every_steps:
         callbacks.append(MidEpoch(folder, settings.checkpoint_every_steps))
     if settings.weight_averaging != "none":
@@ -180,6 +184,64 @@ class Progress(TQDMProgressBar):
         shown = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
         line = next((c for c in trainer.callbacks if isinstance(c, EpochLine)), None)  # type: ignore[attr-defined]
         return {**shown, "left": line.left(trainer)} if line and trainer.training else shown
+
+
+class Curves(Callback):
+    """Logs each epoch's learning rate, and draws losses, metric and learning rate over the epochs of the whole run."""
+
+    def __init__(self, folder: Path, metric: str) -> None:
+        self.folder, self.metric, self.rate = folder, metric, 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        self.rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)  # the schedule moves it afterwards
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("learning_rate", self.rate, sync_dist=True)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        draw_curves(read_curves(self.folder / "logs"), self.metric, self.folder / "curves.png")
+
+
+def read_curves(logs: Path) -> dict[str, dict[int, float]]:
+    """{name: {epoch from 1: value}} of version_N/metrics.csv: a resumed run has several, of which later ones count."""
+    curves: dict[str, dict[int, float]] = {}
+    for path in sorted(logs.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2])):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name not in ("epoch", "step"):
+                        curves.setdefault(name, {})[int(row["epoch"]) + 1] = float(value)
+    return curves
+
+
+def draw_curves(curves: Mapping[str, Mapping[int, float]], metric: str, path: Path) -> None:
+    """A picture with a row for losses, metric and learning rate; x: epochs."""
+    from matplotlib.figure import Figure  # here: no step of a training needs it
+    from matplotlib.ticker import MaxNLocator
+
+    rows = {
+        "loss": {"train_loss_epoch": "training", "val_loss": "validation"},
+        metric: {metric: "validation", f"test_{metric}": "test"},
+        "learning rate": {"learning_rate": ""},
+    }
+    figure = Figure(figsize=(6, 6.5), layout="constrained")
+    axes = figure.subplots(len(rows), 1, sharex=True)
+    for axis, (title, names) in zip(axes, rows.items(), strict=True):
+        for name in (name for name in names if name in curves):
+            epochs = sorted(curves[name])
+            axis.plot(epochs, [curves[name][epoch] for epoch in epochs], marker=".", label=names[name])
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        if any(names.values()) and axis.lines:
+            axis.legend(frameon=False)
+    axes[-1].set_yscale("log")
+    axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
 
 
 class EpochLine(Callback):

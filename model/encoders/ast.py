@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.foreign import Weights
-from model.frontend import KaldiFbank, SlaneyDecibels
+from model.frontend import Analysis, KaldiFbank, SlaneyDecibels
 from model.network import Layer, Network, Outputs
 from model.registry import read_options
 from settings import Config, UserError
@@ -317,3 +317,8 @@ def build(settings: Config) -> AST:
 def build_frontend(settings: Config) -> Spectrum:
     """Network.log_mel alone, without the network."""
     return Spectrum(str(read_options("ast", settings.encoder_options)["frontend"]), settings.clip_samples)
+
+
+def build_analysis(settings: Config) -> Analysis:
+    """What the front-end measures, for pictures."""
+    return build_frontend(settings).analysis.analysis()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model import heads
 from model.foreign import STATE_DICT, Weights
-from model.frontend import BandNorm, LogMel, Spectrogram, TracedLogMel, bicubic_matrix, fold, stack, stretch
+from model.frontend import Analysis, BandNorm, LogMel, Spectrogram, TracedLogMel, bicubic_matrix, fold, stack, stretch
 from model.layers.readout import Readout, repeat_in_time
 from model.layers.swin import PatchEmbed, Stage, SwinBlock, TracedAttention
 from model.network import Layer, Network, Outputs
@@ -160,8 +160,8 @@ class HTSAT_Swin_Transformer(Network):
         """The outputs of the published code, by its names.
 
         waveform: (B, samples). infer_mode: fill a short clip by repetition, instead of stretching it in time. Returns
-        clipwise_output (B, K), which are logits with clip_ce, framewise_output (B, image_frames, K), in which each
-        frame is repeated (32 times with the published sizes), and latent_output (B, C).
+        clipwise_output (B, K), which are logits with clip_ce, framewise_output (B, image_frames, K), sigmoids with
+        any loss, in which each frame is repeated (32 times with the published sizes), and latent_output (B, C).
         """
         features = self.features(waveform)
         if infer_mode:
@@ -247,8 +247,10 @@ class HTSAT_Swin_Transformer(Network):
     def _mean_over_views(self, outputs: Outputs, views: int) -> Outputs:
         """The mean of the views' probabilities, as logits; with clip_ce of the clips' logits, as published."""
         clips, frames, tokens, embedding = (part.unflatten(0, (views, -1)) for part in outputs)
-        clip_logits = clips.mean(dim=0) if self.softmax else clips.sigmoid().mean(dim=0).logit(eps=1e-7)
-        frame_logits = frames.sigmoid().mean(dim=0).logit(eps=1e-7)
+        if self.softmax:
+            clip_logits, frame_logits = clips.mean(dim=0), frames.softmax(dim=-1).mean(dim=0).clamp(min=1e-7).log()
+        else:
+            clip_logits, frame_logits = (part.sigmoid().mean(dim=0).logit(eps=1e-7) for part in (clips, frames))
         return Outputs(clip_logits, frame_logits, tokens.mean(dim=0), embedding.mean(dim=0))
 
     def onnx_frontend(self, samples: int) -> nn.Module:
@@ -484,3 +486,10 @@ def build_frontend(settings: Config) -> nn.Module:
         Spectrogram(settings.window_size, settings.hop_size),
         LogMel(settings.sample_rate, settings.window_size, settings.mel_bins, settings.fmin, settings.fmax),
     )
+
+
+def build_analysis(settings: Config) -> Analysis:
+    """What the front-end measures, for pictures."""
+    mel = LogMel(settings.sample_rate, settings.window_size, settings.mel_bins, settings.fmin, settings.fmax)
+    power = Spectrogram(settings.window_size, settings.hop_size)
+    return Analysis(power, mel.melW, settings.hop_size, settings.window_size)

@@ -52,9 +52,10 @@ def test_report_and_profile(
         assert row["clips_per_second"] == pytest.approx(4 / row["step_seconds"])
         assert 0 <= row["waiting"] < 1
         assert row["memory"] > 2**20
-        assert 0 < row["share_of_peak"] < 1
     flops = [row["flops_per_second"] / row["clips_per_second"] for row in rows]
     assert flops[0] == pytest.approx(flops[1])  # of one clip
+    peaks = [row["flops_per_second"] / row["share_of_peak"] for row in rows]
+    assert peaks == pytest.approx([peaks[0]] * 4 + [peaks[4]] * 4)  # one for each precision
     assert 2 < flops[0] / flops[2] <= 3  # a training step: forwards, and twice as much backwards
 
     events = json.loads((tmp_path / "trace" / "training.json").read_text())["traceEvents"]

@@ -11,6 +11,7 @@ import torch
 
 import main
 from commands import results
+from prepare.demo import LABELS
 from tests.helpers import LEAN_FLAGS, call, refused
 
 BEST = Path("workspace/runs/htsat_demo/checkpoints/best.ckpt")
@@ -34,7 +35,10 @@ def test_train_leaves_a_run_that_explains_itself(trained_run: Path) -> None:
     logs = run / "logs" / "version_0"
     with (logs / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {"train_loss_epoch", "val_loss", "mAP"} <= rows[0].keys()
+    assert {"train_loss_epoch", "val_loss", "mAP", "learning_rate"} <= rows[0].keys()
+    rates = [float(row["learning_rate"]) for row in rows if row["learning_rate"]]
+    assert rates == pytest.approx([1e-2 * 0.02, 1e-2 * 0.05])  # the epochs' own: the first two of the warm-up
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(logs.glob("events.out.tfevents.*"))
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert checkpoint["settings"]["htsat_dim"] == 16
@@ -58,6 +62,11 @@ def test_test_and_localize(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in printed, word
     metrics = json.loads((SCORES / "test.json").read_text())["metrics"]
     assert [(metric["name"], metric["clips"]) for metric in metrics] == [("mAP", 3), ("mAUC", 3), ("d_prime", 3)]
+    with (SCORES / "test_classes.tsv").open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["class"] for row in rows] == LABELS
+    known = [float(row["average_precision"]) for row in rows if row["average_precision"]]
+    assert np.mean(known) == pytest.approx(metrics[0]["value"], abs=1e-5)
     with h5py.File(SCORES / "test.h5") as store:
         assert store["framewise"].shape == (3, 32, 10)
 

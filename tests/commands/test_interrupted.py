@@ -7,9 +7,22 @@ from typing import Any
 import pytest
 
 import main
+from commands import report_missing
 from commands.command_line import COMMANDS
 
 NEEDED = {"predict": ["a.wav"], "import_legacy": ["--legacy", "a.npy"]}
+
+
+def test_without_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing package is one line; a missing module of the project is a bug."""
+    assert report_missing(ModuleNotFoundError("No module named 'torch'", name="torch._C")) == 2
+    said = capsys.readouterr().err
+    assert "torch" in said
+    assert ".venv/bin/python" in said
+    assert said.count("\n") == 1
+    for own in ("data.nothing", "settings"):
+        with pytest.raises(ModuleNotFoundError):
+            report_missing(ModuleNotFoundError(name=own))
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -62,10 +62,11 @@ def listen_to(monkeypatch: pytest.MonkeyPatch) -> Listen:
 
 def table_rows(path: Path) -> list[Row]:
     header, *lines = path.read_text().splitlines()
-    assert header == "filename\tonset\toffset\tevent_label"
+    assert header == "filename\tonset\toffset\tevent_label\tscore\tthreshold"
     parts = [line.split("\t") for line in lines]
     assert {name for name, *_ in parts} <= {"standard input"}
-    return sorted((label, float(onset), float(offset)) for _, onset, offset, label in parts)
+    assert all(float(score) > float(threshold) == 0.5 for *_, score, threshold in parts)
+    return sorted((label, float(onset), float(offset)) for _, onset, offset, label, *_ in parts)
 
 
 @pytest.mark.parametrize("kind", ["s16le", "f32le"])

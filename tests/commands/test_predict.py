@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -22,7 +24,7 @@ import main
 from commands import predict as predict_module
 from evaluation.postprocess import PostProcessing
 from inference import Tagger, pictures
-from inference.outputs import Journal, Outputs
+from inference.outputs import FORMATS, Journal, Outputs
 from settings import UserError
 from tests.levels import FramelessTagger, save_nano
 
@@ -30,7 +32,7 @@ LABELS = ["dog, large", "cat", "Flügel"]
 NAMES = ["sounds/a.wav", "sounds/deep/b.flac", "sounds/deep/c.ogg", "sounds/deep/d.WAV"]
 OUTPUTS = {
     "jsonl": "tags.jsonl", "csv": "scores.csv", "events": "events.tsv", "scores": "scores.h5",
-    "embeddings": "embeddings.npz", "audacity": "labels",
+    "embeddings": "embeddings.npz", "audacity": "labels", "raven": "raven",
 }  # fmt: skip
 Predict = Callable[..., int]
 
@@ -122,11 +124,27 @@ def test_every_output(predict: Predict, tagger: Tagger) -> None:
     np.testing.assert_allclose(numbers(rows), [t.clipwise for t in expected], atol=1e-5)
 
     header, *events = read_rows("out/events.tsv", "\t")
-    assert header == ["filename", "onset", "offset", "event_label"]
+    assert header == ["filename", "onset", "offset", "event_label", "score", "threshold"]
+    assert {(event[3], float(event[5])) for event in events} == {("dog, large", 0.2), ("Flügel", 0.3)}
+    found = pd.concat([tagged.events(tagger.postprocessing).sort_values("onset", kind="stable") for tagged in expected])
+    np.testing.assert_allclose([float(event[4]) for event in events], found.score, atol=1e-5)
+    assert [[event["score"], event["threshold"]] for line in lines for event in line["events"]] == [
+        [float(cell) for cell in event[4:]] for event in events
+    ]
     assert {event[3] for event in events} == {"dog, large", "Flügel"}  # as calibrated: cat needs 0.99
     assert [len(line["events"]) for line in lines] == [sum(event[0] == name for event in events) for name in NAMES]
-    first = [(float(offset), label) for name, _, offset, label in events if name == NAMES[0]]
-    assert [(float(row[1]), row[2]) for row in read_rows("out/labels/a.wav.txt", "\t")] == first
+    first = [event[1:] for event in events if event[0] == NAMES[0]]
+    labels = [[*row[:2], row[2].rpartition(" > ")[2]] for row in read_rows("out/labels/a.wav.txt", "\t")]
+    assert [[float(cell) for cell in row] for row in labels] == [[float(e[0]), float(e[1]), float(e[4])] for e in first]
+    assert all(
+        row[2].startswith(f"{e[2]} 0.") for row, e in zip(read_rows("out/labels/a.wav.txt", "\t"), first, strict=True)
+    )
+    raven, *boxes = read_rows("out/raven/a.wav.selections.txt", "\t")
+    of = [raven.index(name) for name in ("Begin Time (s)", "End Time (s)", "Label", "Score", "Threshold")]
+    assert [[box[k] for k in of] for box in boxes] == first
+    assert {(box[raven.index("High Freq (Hz)")], box[raven.index("Begin Path")]) for box in boxes} == {
+        ("4000", NAMES[0])
+    }
     assert sorted(p.name for p in Path("out/labels/deep").iterdir()) == ["b.flac.txt", "c.ogg.txt", "d.WAV.txt"]
 
     with h5py.File("out/scores.h5") as store:
@@ -145,6 +163,25 @@ def test_every_output(predict: Predict, tagger: Tagger) -> None:
     assert {path.name for path in Path("out").iterdir()} == set(OUTPUTS.values())
 
 
+def test_all_formats_at_once(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those with a path of their own lie there; classes and scores that are not wanted stand nowhere."""
+    chosen = ["--classes", '["Flügel", "dog, large"]', "--min_score", "0.5", "--csv", "here.csv"]
+    assert predict("sounds", "--output", "out", *chosen) == 0
+    written = {name for name, kind in FORMATS.items() if Path("out", kind.name).exists()}
+    assert written == FORMATS.keys() - {"csv"}
+    assert read_rows("here.csv")[0] == ["file", "start", "end", "Flügel", "dog, large"]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    lines = read_lines("out/tags.jsonl")
+    tags = [tag for line in lines for tag in line["tags"]]
+    assert len(printed) == len(tags)
+    scores = [event["score"] for line in lines for event in [*line["tags"], *line["events"]]]
+    assert min(scores) >= 0.5
+    assert {tag["label"] for tag in tags} <= {"Flügel", "dog, large"}
+    with h5py.File("out/scores.h5") as store:
+        assert list(store.attrs["labels"]) == ["Flügel", "dog, large"]
+        assert store["framewise"].shape[1] == 2
+
+
 def test_bins(predict: Predict, tagger: Tagger) -> None:
     assert predict("sounds/a.wav", "--csv", "a.csv", "--bins", "1", "--bins_by", "max") == 0
     rows = read_rows("a.csv")[1:]
@@ -159,8 +196,8 @@ def test_without_a_time_axis(
 ) -> None:
     frameless = FramelessTagger(tagger.network, tagger.settings, tagger.labels)
     monkeypatch.setattr(predict_module, "load_tagger", lambda given, command: frameless)
-    words = [word for word in flags("out") if not word.endswith(("events", "events.tsv", "audacity", "labels"))]
-    assert predict("sounds", *words, "--plot", "out/pictures") == 0
+    assert predict("sounds", "--output", "out") == 0
+    assert {path.name for path in Path("out").iterdir()} == {k.name for k in FORMATS.values() if not k.timed}
     assert [(line["file"], "events" in line) for line in read_lines("out/tags.jsonl")] == [(n, False) for n in NAMES]
     with h5py.File("out/scores.h5") as store:
         assert (store["clipwise"].shape, store["framewise"].shape) == ((4, 3), (0, 3))
@@ -266,7 +303,7 @@ def test_an_interrupted_run_resumes(
         patch.setattr(Outputs, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert predict(*words, *flags("broken")) == 130
     journal = Path("broken/tags.jsonl.journal")
-    assert {path.name for path in Path("broken").iterdir()} == {journal.name, "labels"}
+    assert {path.name for path in Path("broken").iterdir()} == {journal.name, "labels", "raven"}
     os.truncate(journal, int(share * journal.stat().st_size))
     capsys.readouterr()
     assert predict(*words, *flags("broken")) == 0
@@ -358,6 +395,25 @@ def test_a_name_that_is_no_utf8(predict: Predict) -> None:
     assert "sounds/caf?.wav" in Path("tags.jsonl").read_text()
 
 
+def test_control_characters_reach_no_terminal_and_no_label_file(
+    predict: Predict, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file's name and of a checkpoint's labels; formulas reach no table."""
+    Path("sounds/a.wav").rename("sounds/a\x1b[31m.wav")
+    Path("sounds/bad\x1b[31m.wav").write_text("no sound")
+    content = torch.load(checkpoint, weights_only=True)
+    content["labels"] = content["postprocessing"]["labels"] = ["\x1b[31mdog", "cat", "=1+2"]
+    torch.save(content, "odd.ckpt")
+    assert predict("sounds", "--output", "out", file="odd.ckpt") == 1
+    printed = capsys.readouterr()
+    assert "\\x1b[31mdog" in printed.out
+    assert "\x1b" not in printed.out + printed.err
+    for path in (path for path in Path("out").rglob("*") if path.suffix in (".txt", ".tsv", ".csv")):
+        text = path.read_text()
+        assert "\x1b" not in text, path
+        assert not re.search(r"(^|[\t,])=", text, re.MULTILINE) or path.parent.name == "audacity", path
+
+
 def test_names_that_look_the_same_are_two_files(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted run has written one of them: the other is not taken for it."""
     for name, byte in ((NAMES[0], b"\xe8"), (NAMES[3], b"\xe9")):
@@ -412,6 +468,8 @@ def test_thresholds_for_other_classes_do_not_count(predict: Predict, checkpoint:
         ("sounds --plot sounds/a.wav", "--plot sounds/a.wav"),
         ("sounds --jsonl sounds/a.wav/tags", "--jsonl sounds/a.wav/tags"),
         ("sounds --top_k 0", "--top_k 0"),
+        ("sounds --min_score 2", "--min_score 2"),
+        ("sounds --classes cta", "cat"),
         ("sounds --csv a --jsonl ./a", "same name"),
         ("sounds other --audacity labels", "sounds/a.wav and other/a.wav"),
         ("sounds --fl_threshold 0.1,0.2 --jsonl a", "thresholds"),

@@ -135,6 +135,9 @@ def test_a_file_is_tagged_as_tagger_does(client: Client, tagger: Tagger, uploads
     events = [(event["label"], event["onset"], event["offset"]) for event in found["events"]]
     assert events == list(zip(table.event_label, table.onset.round(4), table.offset.round(4), strict=True))
     assert [label for label, *_ in events] == ["up", "down"]
+    assert [(event["score"], event["threshold"]) for event in found["events"]] == [
+        (pytest.approx(score, abs=1e-4), 0.5) for score in table.score
+    ]
     for one in found["classes"]:
         assert one["threshold"] == 0.5
         np.testing.assert_allclose(one["scores"], expected.framewise[:, LABELS.index(one["label"])], atol=1e-4)

@@ -113,6 +113,14 @@ def test_an_ensemble_is_what_esm_test_evaluates() -> None:
     np.testing.assert_allclose(mean.transpose(0, 2, 1), np.mean(single, axis=0), atol=1e-3)
 
 
+def test_one_class_a_clip_is_taught_as_probabilities() -> None:
+    """What learns from a teacher takes the sigmoid of its logits."""
+    save_teacher(Path("s.ckpt"), 4, loss_type="clip_ce", task="single_label")
+    teach("--resume_checkpoint", "s.ckpt", "--teach_split", "test")
+    with h5py.File("workspace/teachers/s.h5") as file:
+        np.testing.assert_allclose(sigmoid(file["strong_logits"][:]).sum(axis=1), 1, atol=5e-3)
+
+
 def test_members_of_other_steps_meet_on_the_finest() -> None:
     members = ["--esm_model_pathes", "a.ckpt,d.ckpt", "--esm_together", "False"]
     teach(*members, "--output", "mixed.h5", "--teach_split", "test")

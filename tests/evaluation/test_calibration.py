@@ -1,8 +1,10 @@
 """Calibration: the search finds what raises its metric; the command keeps it, and never uses the test clips."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,20 @@ def test_from_calibrate_to_fl_evaluate(untrained: Path, data: list[str], capsys:
     capsys.readouterr()
     assert fl_evaluate.main([*evaluate, "--import_scores", "tables"]) == 2
     assert "siren, knock" in capsys.readouterr().err
+
+
+def test_clips_without_event_times_are_refused_before_they_are_scored(
+    untrained: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("store").mkdir()
+    shutil.copy(demo_data / "workspace" / "data" / "demo" / "demo.h5", "store/demo.h5")
+    with h5py.File("store/demo.h5", "r+") as store:
+        for name in ("event_clip", "event_class", "event_onset", "event_offset"):
+            del store[name]
+    monkeypatch.setattr("commands.calibrate.test_member", lambda member: pytest.fail("the clips were scored"))
+    assert "store/demo.h5" in refused(
+        capsys, "calibrate", "--resume_checkpoint", untrained, "--dataset_path", "store", "--accelerator", "cpu"
+    )
 
 
 def test_never_on_the_clips_that_are_reported(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:

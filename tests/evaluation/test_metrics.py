@@ -1,9 +1,13 @@
 """Clip-level metrics against numbers computed by hand."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from evaluation.metrics import classification_metrics, frame_metric, tagging_metrics
+from evaluation.metrics import class_results, classification_metrics, frame_metric, tagging_metrics
+from evaluation.tables import write_classes
 
 
 def test_tagging_metrics_by_hand() -> None:
@@ -45,3 +49,28 @@ def test_frame_map_by_hand() -> None:
     targets = np.array([[[1, 0], [0, 0]], [[1, 0], [0, 0]]], dtype=bool)
     metric = frame_metric(scores, targets)
     assert (metric.value, metric.clips, metric.classes, metric.all_classes) == (pytest.approx(5 / 6), 2, 1, 2)
+
+
+def test_results_of_each_class(tmp_path: Path) -> None:
+    """One class a clip: two of three clips of a are right, the only one of b is not, c has none."""
+    scores = np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.6, 0.4, 0.0], [0.5, 0.1, 0.4]])
+    targets = np.eye(3, dtype=bool)[[0, 0, 0, 1]]
+    results = class_results("single_label", scores, targets, ["a", "b", "c"])
+    assert results.confusion is not None
+    assert results.confusion.tolist() == [[2, 1, 0], [1, 0, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(results.values, [2 / 3, 0, np.nan])
+    paths = write_classes(str(tmp_path / "test"), replace(results, labels=["=a", "b", "c\x1b"]))
+    assert [path.name for path in paths] == ["test_classes.tsv", "test_confusion.tsv", "test_confusion.png"]
+    lines = [[line.split("\t") for line in path.read_text().splitlines()] for path in paths[:2]]
+    assert lines[0] == [
+        ["class", "clips", "accuracy"],
+        ["'=a", "3", "0.666667"],
+        ["b", "1", "0.000000"],
+        ["c\\x1b", "0", ""],
+    ]
+    assert lines[1][1] == ["'=a", "2", "1", "0"]
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    several = class_results("multilabel", scores, targets, ["a", "b", "c"])
+    assert (several.metric, several.confusion, several.clips.tolist()) == ("average precision", None, [3, 1, 0])
+    assert np.nanmean(several.values) == pytest.approx(tagging_metrics(scores, targets)[0].value)
+    assert np.isnan(several.values[2])

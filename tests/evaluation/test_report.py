@@ -18,7 +18,7 @@ import soundfile
 import torch
 
 import fl_evaluate
-from evaluation.clips import sound_of
+from evaluation.clips import file_names, sound_of
 from evaluation.event_tables import GroundTruth
 from evaluation.plots import LOGIT_EDGE, ClipView, ScoreScale, clip_figure, place_on_logit, save_png
 from evaluation.postprocess import PostProcessing
@@ -42,6 +42,15 @@ def test_confusions_by_hand() -> None:
     assert lengths.tolist() == [2.0, 0.5, 1.5 + 4.0]
     assert seconds.tolist() == [[1.0, 0.5], [0.0, 0.5], [1.0 + 0.25, 1.5]]
     assert confused_seconds(truth.index(events()), truth.events, truth.durations, 2)[0].sum() == 0
+
+
+def test_each_clip_has_a_picture_of_its_own() -> None:
+    clips = ["one/same.wav", "two/same.wav", "b.wav", "x/B.flac", "a\x1b.wav", "é" * 300 + ".wav", "../../up.wav"]
+    names = file_names([*clips, "x/c.wav", "x_c.wav", "x/c.wav"])
+    assert names[:3] == ["one_same.wav", "two_same.wav", "b.wav"]
+    assert len({name.casefold() for name in names}) == len(names)
+    assert all(len(f"{name}.png.partial".encode()) < 255 and name.isprintable() for name in names)
+    assert not any("/" in name for name in names)
 
 
 def test_frames_belong_to_a_class_by_their_middle() -> None:
@@ -198,7 +207,7 @@ def report(scores: Scores) -> str:
 def test_the_report_has_all_its_parts(page: str) -> None:
     read = Page(page)
     assert read.values("section", "id") == [
-        "metrics", "classes", "curves", "histograms", "confusions", "clips", "system",
+        "metrics", "classes", "tags", "curves", "histograms", "confusions", "clips", "system",
     ]  # fmt: skip
     for name in ("intersection F1", "collar F1", "PSDS1", "PSDS2", "clip mAP", "DTC = GTC = 0.7"):
         assert name in read.text

@@ -110,7 +110,7 @@ def test_ten_seconds_are_the_networks_own(tagger: Tagger) -> None:
     with torch.inference_mode():
         network = tagger.encoder()
         outputs = network(torch.from_numpy(waveform)[None])
-        clipwise = network.clip_probabilities(outputs.clip_logits)
+        clipwise = network.class_probabilities(outputs.clip_logits)
     np.testing.assert_array_equal(tagged.clipwise, clipwise[0])
     np.testing.assert_array_equal(tagged.framewise, outputs.frame_logits[0].sigmoid())
     np.testing.assert_array_equal(tagged.embedding, outputs.embedding[0])

@@ -80,20 +80,20 @@ def test_events_are_certain_once_their_delay_is_over() -> None:
     assert listener.hop_seconds == 3 * STEP
     updates = [update for block in np.array_split(levels(60), 600) for update in listener.feed(block)]
     for update in updates:
-        assert not update.events or update.heard >= 10
+        assert not update.events or update.sound_seconds >= 10
         for event in update.events:
             late = event.known_at - event.offset
             assert 3 - STEP <= late <= max(3 + listener.hop_seconds + 2 * STEP, 10 - event.offset)
-            assert event.known_at == update.heard
+            assert event.known_at == update.sound_seconds
     assert len([event for update in updates for event in update.events]) > 5
-    np.testing.assert_allclose(np.diff([update.heard for update in updates]), listener.hop_seconds, atol=1e-3)
+    np.testing.assert_allclose(np.diff([update.sound_seconds for update in updates]), listener.hop_seconds, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [Tagger, FramelessTagger])
 def test_tags_come_before_the_first_window_is_full(kind: type[Tagger]) -> None:
     listener = Listener(levels_tagger(short_clips="repeat", kind=kind))
     first, *_ = listener.feed(stretches((3, 0.6)))
-    assert first.heard == pytest.approx(10 % listener.hop_seconds or listener.hop_seconds, abs=1e-3)
+    assert first.sound_seconds == pytest.approx(10 % listener.hop_seconds or listener.hop_seconds, abs=1e-3)
     assert first.window.top(1) == [("up", pytest.approx(0.6))]
     assert first.events == []
 
@@ -132,7 +132,7 @@ def test_an_hour_takes_no_more_memory_than_a_minute() -> None:
         listener.feed(minute)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert listener.heard == 3600
+    assert listener.sound_seconds == 3600
     assert after - before < 20_000
 
 
@@ -191,4 +191,9 @@ class Six:
 def test_hops_that_divide_a_window_but_for_rounding() -> None:
     tagger = Tagger(Six(), resolve({"sample_rate": 44100, "clip_samples": 5040}), LABELS)
     listener = Listener(tagger, hop_seconds=5040 / 44100 / 2)
-    assert [round(update.heard * 44100) for update in listener.feed(np.full(10_080, 0.5))] == [2520, 5040, 7560, 10_080]
+    assert [round(update.sound_seconds * 44100) for update in listener.feed(np.full(10_080, 0.5))] == [
+        2520,
+        5040,
+        7560,
+        10_080,
+    ]

@@ -6,11 +6,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import Tensor, nn
 
 from inference import Tagger
 from inference.onnx_runtime import OnnxNetwork, open_session
+from inference.pictures import sound_of_file
 from model import Network, build_model
 from model.checkpoint import load_network, read_checkpoint
 from model.export import Probabilities, build_onnx, join, save_onnx
@@ -116,8 +118,9 @@ def test_one_class_a_clip(name: str) -> None:
     network = tiny(name, task="single_label")
     assert network.softmax
     with torch.inference_mode():
-        clipwise = network.probabilities(sound(network))[0]
-        assert torch.equal(clipwise, network(sound(network)).clip_logits.softmax(dim=1))
+        found, outputs = network.probabilities(sound(network)), network(sound(network))
+    assert torch.equal(found[0], outputs.clip_logits.softmax(dim=1))
+    assert torch.equal(found[1], outputs.frame_logits.softmax(dim=2))
 
 
 @every_case
@@ -399,3 +402,15 @@ def test_a_sample_rate_that_the_encoder_does_not_take(name: str) -> None:
         return
     with pytest.raises(UserError, match="sample_rate"):
         build_model(settings)
+
+
+@every_encoder
+def test_pictures_show_the_encoders_bands(name: str, tmp_path: Path) -> None:
+    """A tone of 1 kHz lies in the band whose centre is 1 kHz, over the whole time, in a picture of any length."""
+    settings = resolve(CASES[name])
+    times = np.arange(3 * settings.sample_rate) / settings.sample_rate
+    soundfile.write(tmp_path / "tone.wav", 0.5 * np.sin(2000 * np.pi * times), settings.sample_rate)
+    sound = sound_of_file(tmp_path / "tone.wav", settings, 3.0)
+    assert sound.logmel.shape[1] == encoder_module(name).build_analysis(settings).bands.shape[1] == len(sound.band_hz)
+    loudest = sound.band_hz[sound.logmel[2:-4].argmax(axis=1)]
+    np.testing.assert_allclose(loudest, 1000, atol=60)

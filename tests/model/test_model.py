@@ -5,7 +5,7 @@ import torch
 import torchlibrosa
 from torch.nn import functional as F
 
-from model.encoders.htsat import HTSAT_Swin_Transformer, scale_probabilities
+from model.encoders.htsat import HTSAT_Swin_Transformer, Maps, scale_probabilities
 from model.export import Probabilities
 from model.frontend import BandNorm, LogMel, Spectrogram, bicubic_matrix, fold, stack, stretch
 from model.layers.swin import (
@@ -18,7 +18,7 @@ from model.layers.swin import (
     window_order,
 )
 from settings import UserError
-from tests.networks import noise
+from tests.networks import htsat, noise
 
 SMALL = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8), "num_classes": 5}
 
@@ -45,6 +45,16 @@ def test_frontend_is_torchlibrosas(rate: int, hop: int) -> None:
     torch.testing.assert_close(own_logmel.melW, logmel.melW, atol=1e-6, rtol=1e-5)
     expected = logmel(spectrogram(waveform))[:, 0]
     torch.testing.assert_close(own_logmel(own_spectrogram(waveform)), expected, atol=5e-3, rtol=0)
+
+
+def test_several_views_of_one_class_a_clip() -> None:
+    """The mean of their probabilities."""
+    network = htsat(loss_type="clip_ce", task="single_label")
+    maps = network.forward_features(network.features(noise(1, 10080)).repeat(1, 1, 2))
+    with torch.inference_mode():
+        each = [network.forward_head(Maps(grid[None], None, [], 1)).frame_logits.softmax(dim=-1) for grid in maps.grid]
+        torch.testing.assert_close(network.forward_head(maps).frame_logits.softmax(dim=-1), torch.stack(each).mean(0))
+    assert len(each) > 1
 
 
 def test_too_short_a_waveform_is_refused() -> None:
