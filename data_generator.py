@@ -128,10 +128,11 @@ def hopeless(settings: Config, tables: Mapping[Any, ClipTable]) -> list[str]:
         if settings.loss_type in FRAME_LOSSES or not same_classes(table):
             continue
         names = [table.labels[k] if table.labels else f"class {k}" for k in np.flatnonzero(table.targets.any(axis=0))]
+        times = any(len(events.onset) for events in table.events)
         found.append(
             f"All {len(table)} clips for {split} in {table.paths[0]} have the same classes "
             f"({', '.join(names[:5]) or 'none'}): there is nothing to tell apart. Give this split clips of other "
-            f"classes, or without any."
+            f"classes, or without any{', or learn from the event times: --loss_type frame_bce' if times else ''}."
         )
     return found
 

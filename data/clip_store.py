@@ -438,10 +438,9 @@ def _faults(table: ClipTable, waveforms: Waveforms, file: h5py.File) -> Iterator
         yield f"labels has an empty name, or one twice: {table.labels[:5]}"
     if table.task not in (None, *get_args(Task)):
         yield f"task is {table.task!r}, where {' or '.join(get_args(Task))} is needed"
-    lengths = np.zeros(0, dtype=int) if waveforms.real_len is None else waveforms.real_len
-    wrong = np.flatnonzero((lengths < 0) | (lengths > (waveforms.width or np.inf)))
-    if len(wrong):
-        yield f"real_len of row {wrong[0]} is {lengths[wrong[0]]}, and rows have room for {waveforms.width} samples"
+    lengths = np.zeros(0) if waveforms.real_len is None else waveforms.real_len
+    for row in np.flatnonzero((lengths < 0) | (lengths > (waveforms.width or np.inf)))[:1]:
+        yield f"real_len of row {row} is {lengths[row]}, and rows have room for {waveforms.width} samples"
     known = table.labelling if table.labelling is not None else np.zeros(0)
     if not np.isin(known, (UNLABELLED, WEAK, STRONG)).all():
         yield f"labelling must be {UNLABELLED}, {WEAK} or {STRONG}, and is up to {known.max()}"

@@ -65,7 +65,9 @@ def check_columns(file: h5py.File, columns: Columns, *, rows: Mapping[str, int])
         found = file[name]
         if not isinstance(found, h5py.Dataset) or found.dtype.kind not in kinds or len(found.shape) != dimensions:
             what = f"{found.dtype} {found.shape}" if isinstance(found, h5py.Dataset) else "no data set"
-            raise UserError(f"{file.filename}: {name} is {what}, where {KINDS[kinds]} ({dimensions}-d) are needed.")
+            raise UserError(
+                f"{file.filename}: {name} is {what}, where {KINDS[kinds]} of {dimensions} dimensions are needed."
+            )
         if found.shape[0] != rows.get(name, found.shape[0]):
             raise UserError(f"{file.filename}: {name} has {found.shape[0]} rows; there must be {rows[name]}.")
 

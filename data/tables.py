@@ -7,7 +7,7 @@ import math
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from settings import UserError
 
@@ -131,8 +131,8 @@ def _columns_of(text: str, delimiter: str) -> int:
     return len(next(csv.reader([header[:LONGEST_HEADER]], delimiter=delimiter, skipinitialspace=True), []))
 
 
-def _cleaned_lines(path: Path, reader: "csv._reader") -> Iterator[tuple[int, list[str]]]:  # type: ignore[name-defined]
-    """Number and cells of each line that has any text."""
+def _cleaned_lines(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of each line of a csv.reader that has any text."""
     try:
         for cells in reader:
             cleaned = [clean(cell) for cell in cells]

@@ -21,7 +21,8 @@ def fingerprint(settings: Config, flags: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps({name: getattr(settings, name) for name in USED}).encode())
     for flag, value in sorted(flags.items()):
         digest.update(f"{flag} {value}\n".encode(errors="surrogateescape"))
-        for part in split_list(str(value)):
+        named = [str(value)] if Path(str(value)).exists() else split_list(str(value))  # a path may hold commas
+        for part in named:
             for path in _files(Path(part)):
                 there = path.stat()
                 digest.update(f"{path} {there.st_size} {there.st_mtime_ns}\n".encode(errors="surrogateescape"))
@@ -33,7 +34,7 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
     elif path.is_dir():
-        yield from sorted(there for there, entry in walk(path, []) if entry.is_file())
+        yield from (there for there, entry in walk(path, []) if entry.is_file())
 
 
 def read_record(store: Path) -> dict[str, Any]:

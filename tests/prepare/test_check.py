@@ -247,7 +247,8 @@ def test_command(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         table = load_table(resolve({"dataset_path": str(store.parent)}), split)  # type: ignore[arg-type]
         assert table.fingerprint() in printed.out
     assert all(
-        word in printed.out for word in ("No problems found.", f"{RATE} Hz", *LABELS, "test has 10 clips", "0.26")
+        word in printed.out
+        for word in ("No problems found.", f"{RATE} Hz", *LABELS, "test has 10 clips", "0.26", str(store.parent))
     )
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert status(store, "--processes", "2") == 0
