@@ -89,7 +89,6 @@ def nested(file: h5py.File) -> None:
         (lambda file: file.attrs.update(labels=["a", "b"]), "clipwise"),
         (lambda file: file.attrs.update(postprocessing='{"labels": {"a": 1}}'), "postprocessing"),
         (lambda file: file.attrs.update(postprocessing='{"labels": ["a"], "thresholds": [[1]]}'), "thresholds"),
-        (lambda file: file.attrs.update(postprocessing='{"labels": ["d"]}'), "a, b, c"),
         (nested, ""), (cut_name, ""), (huge, "clipwise"), (lambda file: file.pop("target"), "target"),
     ],
 )  # fmt: skip
