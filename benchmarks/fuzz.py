@@ -188,7 +188,7 @@ def read_store(path: Path) -> int:
         given = {**NANO, "dataset_type": "folder", "dataset_path": folder, "batch_size": 3, "loss_type": "frame_bce"}
         check.run(given, processes=1)
         data = load_training_data(resolve(given), ("train", "validation"))
-        loaders: list[Any] = [data.train_dataloader(), data.val_dataloader()]
+        loaders = [data.train_dataloader(), *data.val_dataloader()]
         return sum(len(batch["waveform"]) for loader in loaders for batch in loader)
 
 
