@@ -83,7 +83,7 @@ def nested(file: h5py.File) -> None:
         (lambda file: file["event_offset"].write_direct(np.full(7, np.nan)), "nan"),
         (lambda file: file["duration"].write_direct(np.full(7, 1e12)), "duration"),
         (lambda file: file["duration"].write_direct(np.full(7, np.nan)), "duration"),
-        (lambda file: file.attrs.update(seconds_per_frame=0.0), "seconds_per_frame"),
+        (lambda file: file.attrs.update(seconds_per_frame=0.0), "frames of 0 s"),
         (lambda file: file.attrs.update(seconds_per_frame="x"), "x"),
         (lambda file: file.attrs.update(labels=["a", "b", "b"]), "labels"),
         (lambda file: file.attrs.update(labels=["a", "b"]), "clipwise"),
