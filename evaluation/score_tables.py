@@ -95,7 +95,7 @@ def _read_scores(path: Path) -> pd.DataFrame:
 
 
 def _frame_seconds(tables: Mapping[str, pd.DataFrame]) -> float:
-    """The length of a frame in seconds; the last one of a clip may be another. Raises UserError for different lengths."""
+    """The length of a frame in seconds, but the last one of a clip. Raises UserError for different lengths."""
     lengths = {name: (table.offset - table.onset).to_numpy() for name, table in tables.items()}
     step = float(max(length[: max(len(length) - 1, 1)].max() for length in lengths.values()))
     for name, length in lengths.items():
