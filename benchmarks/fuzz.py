@@ -188,7 +188,7 @@ def read_store(path: Path) -> int:
         given = {**NANO, "dataset_type": "folder", "dataset_path": folder, "batch_size": 3, "loss_type": "frame_bce"}
         check.run(given, processes=1)
         data = load_training_data(resolve(given), ("train", "validation"))
-        loaders: list[Any] = [data.train_dataloader(), data.val_dataloader()]
+        loaders = [data.train_dataloader(), *data.val_dataloader()]
         return sum(len(batch["waveform"]) for loader in loaders for batch in loader)
 
 
@@ -237,7 +237,7 @@ def outcome(kind: Kind, path: Path, original: Any) -> tuple[str, str]:
     signal.alarm(SECONDS)
     said = io.StringIO()
     try:
-        with warnings.catch_warnings(record=True) as caught, redirect_stderr(said), redirect_stdout(said):
+        with warnings.catch_warnings(record=True) as caught, redirect_stderr(said), redirect_stdout(io.StringIO()):
             warnings.simplefilter("always")
             found = kind.read(path)
     except (UserError, SystemExit) as error:  # check ends with a status
@@ -262,7 +262,8 @@ def read_all(name: str, seed: int, numbers: list[int], folder: Path, connection:
     torch.set_num_threads(1)
     kind = KINDS[name]
     originals = kind.originals(folder)
-    expected = {path: kind.read(path) for path in originals}
+    with redirect_stdout(io.StringIO()):
+        expected = {path: kind.read(path) for path in originals}
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

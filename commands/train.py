@@ -11,7 +11,7 @@ from data.files import FULL, check_writable, explained, sole_writer
 from data.labels import published_labels
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
-from model.checkpoint import Checkpoint, decided_settings, load_network, read_checkpoint
+from model.checkpoint import Checkpoint, check_resumable, decided_settings, load_network, read_checkpoint
 from model.foreign import OWN
 from model.registry import encoder_titles
 from runs.card import CARD, write_run_card
@@ -42,6 +42,8 @@ def run(given: dict[str, Any]) -> None:
 def train(settings: Config, performance: Performance) -> None:
     """Train a new run, or the rest of one."""
     resumed = find_resumed(settings)
+    if resumed:
+        check_resumable(resumed)
     done = (resumed.complete_epochs or 0) if resumed else 0
     splits: tuple[Split, ...] = ("train", "validation", "test") if settings.watch_test else ("train", "validation")
     data = load_training_data(settings, splits)

@@ -199,7 +199,7 @@ def _read(path: Path) -> Scores:
         )
         stored = found.attributes.get("postprocessing")
         if stored:
-            read_postprocessing(json.loads(str(stored)), path).for_labels(found.labels)
+            read_postprocessing(json.loads(str(stored)), path)
         fault = next(_faults(found), None)
         if fault:
             raise UserError(f"{path} is no valid score file: {fault}. Test again.")

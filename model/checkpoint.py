@@ -377,7 +377,8 @@ def decided_settings(
             known.setdefault("classes_num", len(last))
     frontend = (*section("front-end"), "clip_samples")  # its samples are counted at the front-end's rate
     if fine_tuning:
-        names = (*section("encoder", "sizes"), *(frontend if frontend_from == "checkpoint" else ()))
+        sizes = (*section("encoder", "sizes"), *network_class(checkpoint.encoder).frontend_sizes)
+        names = (*sizes, *(frontend if frontend_from == "checkpoint" else ()))
         return {name: known[name] for name in names if name in known}
     return {name: value for name, value in known.items() if name not in frontend or frontend_from != "settings"}
 

@@ -153,7 +153,7 @@ class NumpyArray:
         if kind.code.startswith("O"):
             return list(data)
         array = kind.read(data).reshape(shape, order="F" if columns_first else "C")
-        return array.tolist() if array.dtype.kind in "SU" else torch.from_numpy(np.ascontiguousarray(array))
+        return array.tolist() if array.dtype.kind in "SU" else torch.from_numpy(np.array(array, order="C"))
 
 
 # All that a pickle may name, and what is called for it: (modules, names, what). None of it runs code of the file, opens

@@ -48,6 +48,8 @@ class Network(nn.Module, ABC):
     additions: ClassVar[tuple[str, ...]] = ()
     frontend: ClassVar[tuple[str, ...]] = ()
     not_in_images: ClassVar[tuple[str, ...]] = ()
+    # Settings of the front-end that are sizes of weights: fine-tuning takes them from the file.
+    frontend_sizes: ClassVar[tuple[str, ...]] = ()
     # Endings of state-dict keys: buffers that follow from the sizes, and are never taken from a file.
     computed: ClassVar[tuple[str, ...]] = ()
 

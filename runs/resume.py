@@ -9,7 +9,7 @@ import torch
 
 from data.facts import store_facts
 from data.files import read_json
-from model.checkpoint import Checkpoint, check_resumable, read_checkpoint
+from model.checkpoint import Checkpoint, read_checkpoint
 from settings import (
     OTHER_SECTIONS,
     TRAINED_SECTIONS,
@@ -95,7 +95,6 @@ def find_resumed(settings: Config) -> Optional[Checkpoint]:
     if changed:
         was = ", ".join(f"{name} = {then[name]!r} (now {getattr(settings, name)!r})" for name in changed)
         raise UserError(f"The run to resume has {was}: give the same settings, or another --exp_name.")
-    check_resumable(resumed)
     return resumed
 
 

@@ -48,6 +48,7 @@ class HTSAT_Swin_Transformer(Network):
     additions = ("readout.", "sequence_head.")
     frontend = ("spectrogram_extractor.", "logmel_extractor.")
     not_in_images = ("bn0.",)
+    frontend_sizes = ("mel_bins",)
     computed = ("relative_position_index", "attn_mask")
 
     def __init__(

@@ -100,7 +100,7 @@ def test_a_wrong_entry_is_refused_by_name(entries: Content, said: str, content: 
         ({"window_size": 2**20, "clip_samples": 2**21, "hop_size": 2**20}, "would take"),
         ({"clip_samples": 10**10, "hop_size": 10**9}, "clip_samples .* would take"),
         ({"encoder": "ast", "encoder_options": {"depth": str(10**12)}}, "depth"),
-        ({"encoder": "ast", "encoder_options": {"depth": "1000"}}, "depth"),
+        ({"encoder": "ast", "sample_rate": 16000, "encoder_options": {"depth": "1000"}}, "depth"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_memory_is_taken(

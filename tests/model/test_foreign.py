@@ -296,7 +296,7 @@ class Changing:
         b"\x80\x04ctorch\nSize\n}(X\x01\x00\x00\x00aK\x01ub.",  # a state for a class
         b"\x80\x02(ccollections\nOrderedDict\no.",  # OBJ, of an old protocol
         b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",
-        b"\x80\x04\x8c\x05torch\x8c\x08load.eval\x93.",
+        b"\x80\x04\x8c\x05torch\x8c\x09load.eval\x93.",
     ],
 )
 def test_pickles_change_nothing_that_is_there(steps: bytes) -> None:

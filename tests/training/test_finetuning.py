@@ -1,6 +1,7 @@
 """Fine-tuning: what learns, how fast, and what stays as it was; and the average over shifts in a test."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,8 +55,9 @@ def test_a_training_begins_with_the_sizes_of_its_file(
     """Of a reduced network, without a flag; and of a published file by its known name."""
     monkeypatch.chdir(demo_workspace)
     monkeypatch.setenv("HTSAT_CHECKPOINTS", str(tmp_path))
-    start = save_network(tmp_path / "small.ckpt", **SMALL)
-    save_network(tmp_path / "HTSAT_AudioSet_Saved_1.ckpt", **SMALL)
+    sizes: dict[str, Any] = {**SMALL}
+    start = save_network(tmp_path / "small.ckpt", **sizes)
+    save_network(tmp_path / "HTSAT_AudioSet_Saved_1.ckpt", **sizes)
     words = ["train", "--accelerator", "cpu", "--max_epoch", "1", "--debug", "True", "--batch_size", "4"]
     for name, path in (("sizes", start), ("known", "htsat-audioset")):
         call(*words, "--exp_name", name, "--resume_checkpoint", path)
