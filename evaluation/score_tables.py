@@ -95,10 +95,11 @@ def _read_scores(path: Path) -> pd.DataFrame:
 
 
 def _frame_seconds(tables: Mapping[str, pd.DataFrame]) -> float:
-    """The length of a frame in seconds. Raises UserError for frames of different lengths."""
+    """The length of a frame in seconds; the last one of a clip may have another. Raises UserError for others."""
     lengths = {name: (table.offset - table.onset).to_numpy() for name, table in tables.items()}
-    step = float(max(length.max() for length in lengths.values()))
-    for name, length in lengths.items():
-        if not np.allclose(length[:-1], step, rtol=0, atol=1e-5) or abs(tables[name].onset.iloc[0]) > 1e-5:
+    inner = {name: length[:-1] for name, length in lengths.items()}
+    step = float(max(map(np.max, filter(len, inner.values())), default=max(map(np.max, lengths.values()))))
+    for name, length in inner.items():
+        if not np.allclose(length, step, rtol=0, atol=1e-5) or abs(tables[name].onset.iloc[0]) > 1e-5:
             raise UserError(f"{name}.tsv: frames must begin at 0 s and have one length, {step} s as in other tables.")
     return step

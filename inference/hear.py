@@ -57,7 +57,7 @@ def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
 def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
     """(n_sounds, n_samples) -> (n_sounds, T, timestamp_embedding_size) float32, and (n_sounds, T) milliseconds.
 
-    The times are the middles of the frames, rising; the last frame may be cut short by the end of the sound. Raises
+    The times are the middles of the frames, rising; the last frame ends with the sound. Raises
     UserError for an encoder without a time axis.
     """
     if not model.tagger.has_frames:

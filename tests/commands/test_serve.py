@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], int, str]] = {
     "NaN": (lambda: encoded(np.append(SOUND, np.nan), subtype="FLOAT"), 415, "NaN"),
     "no mean": (lambda: encoded(np.full(RATE, 3e38, np.float32), subtype="FLOAT"), 422, "too loud"),
     "a page": (lambda: b"<html>no sound</html>" * 100, 415, "The file is no audio"),
-    "another container": (lambda: b"\0\0\0\x18ftypM4A " + bytes(500), 415, "pip install av"),
+    "another container": (lambda: b"\0\0\0\x18ftypM4A " + bytes(500), 415, "The file is MP4"),
     "too long": (lambda: encoded(np.zeros(31 * RATE), "FLAC"), 422, "30 s"),
     "a long silence": (lambda: encoded(np.zeros(1800 * RATE), "FLAC"), 422, "30 s"),
     "too large": (lambda: bytes(500_001), 413, "0.5 MB"),

@@ -117,6 +117,21 @@ def test_gaps_are_closed_before_short_events_go() -> None:
     ]
 
 
+@pytest.mark.parametrize("interpolation", [1, 4])
+@pytest.mark.parametrize(("seconds", "frames"), [(2.001, 8), (2.4, 8), (2.001, 2), (2.4, 2), (2.5, 3), (2.9, 3)])
+def test_no_event_lies_in_a_rest_of_the_last_frame(seconds: float, frames: int, interpolation: int) -> None:
+    """Frames of a second, of the clip or also of the padding behind it: the last one ends with the clip."""
+    post = PostProcessing(("a",), interpolation=interpolation)
+    last = int(seconds + 0.5) - 1
+    scores = np.zeros((1, frames, 1), np.float32)
+    scores[0, last + 1 :] = 1.0  # the padding
+    found = decode(post, scores, 1.0, seconds)
+    assert all(offset - onset >= 0.49 / interpolation for _, onset, offset, _ in found)
+    scores[0, last] = 1.0
+    ((_, onset, offset, _),) = decode(post, scores, 1.0, seconds)
+    assert (onset, offset) == (pytest.approx(last, abs=0.5), seconds)
+
+
 def test_no_events_and_a_full_clip() -> None:
     post = PostProcessing(("a",), maximum_gap=(1.0,), minimum_duration=(0.1,))
     assert decode(post, np.zeros((2, 4, 1)), 1.0, 4.0) == []

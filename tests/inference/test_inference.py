@@ -72,6 +72,7 @@ def test_output_is_as_long_as_the_input(seconds: float) -> None:
     assert not tagged.framewise[:, 1].any()
 
 
+@pytest.mark.filterwarnings("ignore:.*clipped")
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 96000])
 @pytest.mark.parametrize("channels", [1, 2, 8])
 def test_files_of_every_rate_and_number_of_channels(rate: int, channels: int, tmp_path: Path) -> None:
@@ -121,6 +122,7 @@ def test_ten_seconds_are_the_networks_own(tagger: Tagger) -> None:
     assert best == tagged.top(3, tagger.labels)
 
 
+@pytest.mark.filterwarnings("ignore:.*clipped")
 def test_files_together_score_as_each_alone(tagger: Tagger, tmp_path: Path) -> None:
     paths = []
     for number, seconds in enumerate((3.0, 27.5, 0.2, 10.0, 12.0)):

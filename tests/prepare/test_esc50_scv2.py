@@ -30,7 +30,7 @@ def test_esc50(tmp_path: Path) -> None:
     extra = ["gone.wav", *write_broken(audio)]
     write_text(meta, meta.read_text() + "".join(f"{name},1,0,{LABELS[0]}\n" for name in extra))
     report, table = prepare("esc-50", tmp_path, rate=32000, **flags)
-    assert [name for name, _ in report.skipped] == ["broken.wav", *extra]
+    assert sorted(name for name, _ in report.skipped) == sorted(["broken.wav", *extra])
     assert all(name in str(report) for name in extra)
     assert (table.labels, table.fold.tolist(), names(table)) == (LABELS[:4], [1, 3, 4], ["1.wav", "2.flac", "3.ogg"])
     assert classes(table) == [[LABELS[0]], [LABELS[2]], [LABELS[3]]]
