@@ -73,7 +73,7 @@ def test_another_experiment_has_other_runs() -> None:
 def test_every_fold_under_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folds train in this process."""
 
-    def train(command: list[str]) -> subprocess.CompletedProcess[str]:
+    def train(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         assert Path(command[1]).name == "main.py"
         return subprocess.CompletedProcess(command, main.main(command[2:]))
 

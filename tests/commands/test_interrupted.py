@@ -2,6 +2,7 @@
 
 import importlib
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import main
 from commands import report_missing
 from commands.command_line import COMMANDS
+from tests.helpers import run_python
 
 NEEDED = {"predict": ["a.wav"], "import_legacy": ["--legacy", "a.npy"]}
 
@@ -56,3 +58,9 @@ def test_an_interrupted_test(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     best = "workspace/runs/htsat_demo/checkpoints/best.ckpt"
     assert main.main(["test", "--resume_checkpoint", best, "--accelerator", "cpu"]) == 130
     assert "starts anew" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_commands_end_as_unbroken_ones(tmp_path: Path) -> None:
+    """SIGKILL at random moments; see benchmarks/kill.py, which tries more of them and the other commands."""
+    run_python("benchmarks/kill.py", "--commands", "prepare,train,predict", "--times", "2", cwd=tmp_path)
