@@ -17,7 +17,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from data.clip_store import STRONG, UNLABELLED, UNREADABLE
 from data.frame_targets import Events, Targets, rasterize, resample_steps
-from data.ontology import read_ontology
+from data.labels import read_ontology
 from data_generator import SEDDataModule
 from evaluation.metrics import FRAME_METRIC, MAIN_METRIC, Metric, clip_metrics, frame_metric
 from model import Network, Outputs

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.ontology import read_ontology
+from data.labels import read_ontology
 from settings import UserError
 from training import augment
 
