@@ -1,5 +1,6 @@
 """Test one network or an ensemble: score the clips, print the metrics, write metrics, scores and ledger."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
@@ -79,7 +80,8 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
             check_writable(f"heatmap_dir = {folder}", *places)
             if whole:
                 check_ledger(ledger)
-            stack.enter_context(sole_writer(folder / plan.name, *places, ledger))
+            classes = [folder / f"{plan.name}_{end}" for end in ("classes.tsv", "confusion.tsv", "confusion.png")]
+            stack.enter_context(sole_writer(folder / plan.name, *places, *classes, ledger))
         with interruptible(trainer):
             trainer.test(module, data, verbose=False)
         return write_test(module, data, members, plan) if is_first_process() else []
@@ -100,13 +102,16 @@ def write_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member
         folder / f"{plan.name}.json": lambda path: write_json(path, summary),
         folder / f"{plan.name}.h5": scores.save,
     }
+    made: list[Path] = []
+    if plan.complete:
+        classes, prefix = class_results(module.task, scores.clipwise, scores.targets, scores.labels), folder / plan.name
+        writes[Path(f"{prefix}_classes.tsv")] = lambda _: made.extend(write_classes(str(prefix), classes))
     if plan.complete and not settings.debug:
         writes[ledger] = lambda path: append_result(path, test_result(summary, metrics, settings, members))
     write_each(writes)
     print(f"Metrics: {folder / plan.name}.json\nScores: {folder / plan.name}.h5")
-    if plan.complete:
-        classes = class_results(module.task, scores.clipwise, scores.targets, scores.labels)
-        print(f"Classes: {', '.join(map(str, write_classes(str(folder / plan.name), classes)))}")
+    if made:
+        print(f"Classes: {', '.join(map(str, made))}")
     if settings.fl_local:
         print(f"Localize: python fl_evaluate.py{place_of_scores(settings)} --report")
     if ledger in writes:
@@ -117,8 +122,9 @@ def write_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member
 def place_of_scores(settings: Config) -> str:
     """The flags that name a score file: the run's name alone, where the file lies where it belongs."""
     own = Path(settings.heatmap_dir) == settings.run_folder / "scores"
-    place = f" --exp_name {settings.exp_name}" if own else f" --heatmap_dir {settings.heatmap_dir}"
-    return place + ("" if settings.test_file == "test" else f" --test_file {settings.test_file}")
+    name, folder = shlex.quote(settings.exp_name), shlex.quote(settings.heatmap_dir)
+    place = f" --exp_name {name}{place_flags(settings)}" if own else f" --heatmap_dir {folder}"
+    return place + ("" if settings.test_file == "test" else f" --test_file {shlex.quote(settings.test_file)}")
 
 
 def summarize(
