@@ -79,9 +79,8 @@ def prepared(
                 f"another data set beside it."
             )
         report = record.get("report") or f"{store} is complete."
-        return f"{report}\nIt was made from the same files: nothing to do. --overwrite makes it anew.", record[
-            "skipped"
-        ]
+        text = f"{report}\nIt was made from the same files: nothing to do. --overwrite makes it anew."
+        return text, int(record.get("skipped") or 0)
     if store.is_file():
         remove_record(store)
     else:
