@@ -10,17 +10,17 @@ import soundfile
 
 import fl_evaluate
 import main
-from tests.helpers import LEAN_FLAGS, ROOT
+from tests.helpers import ROOT, TINY_FLAGS
 
 RATE = 8000
 TRAINING = (
-    f"--sample_rate {RATE} --hop_size 640 --max_epoch 8 --learning_rate 1e-2 --lr_rate 0.2,0.2,0.4 --mixup_alpha 0 "
+    f"--sample_rate {RATE} --max_epoch 8 --learning_rate 1e-2 --lr_rate 0.2,0.2,0.4 --mixup_alpha 0 "
     "--spec_augment False"
 )
 SMALLER = {  # for each command, what makes it tiny
     "prepare": ["--sample_rate", str(RATE)],
     "check": ["--sample_rate", str(RATE)],
-    "train": [*LEAN_FLAGS, *TRAINING.split()],
+    "train": [*TINY_FLAGS, *TRAINING.split()],
     "calibrate": ["--accelerator", "cpu"],
     "test": ["--accelerator", "cpu"],
     "predict": ["--accelerator", "cpu"],
