@@ -12,10 +12,11 @@ import torch
 
 from inference import Tagger, hear
 from model.registry import ENCODERS, encoder_module
-from tests.helpers import SIZES, call, flags, last_checkpoint, refused, save_network
+from tests.helpers import LEAN, SIZES, call, flags, last_checkpoint, refused, save_network
 
 pytestmark = pytest.mark.slow
 CPU = ("--accelerator", "cpu")
+NETWORKS = {**SIZES, "htsat": LEAN}
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
@@ -24,7 +25,7 @@ def trained(request: pytest.FixtureRequest, demo_workspace: Path) -> tuple[str, 
     name: str = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(demo_workspace)
-        call("train", *flags(SIZES[name]), "--max_epoch", "2", "--exp_name", f"encoder_{name}")
+        call("train", *flags(NETWORKS[name]), "--max_epoch", "2", "--exp_name", f"encoder_{name}")
     return name, demo_workspace / f"workspace/runs/encoder_{name}/checkpoints/best.ckpt"
 
 
@@ -52,7 +53,7 @@ def test_trained_tested_and_calibrated(trained: tuple[str, Path], capsys: pytest
     call("weight_average", "--wa_folder", run, "--wa_model_path", run / "mean.ckpt", "--wa_test", "True", *CPU)
     members = f"{checkpoint},{run / 'checkpoints/last.ckpt'}"
     call("esm_test", "--esm_model_pathes", members, *CPU, "--test_file", "two")
-    call("plan", *flags(SIZES[name]), "--measure_steps", "1", "--exp_name", f"planned_{name}")
+    call("plan", *flags(NETWORKS[name]), "--measure_steps", "1", "--exp_name", f"planned_{name}")
 
 
 def test_tagged_with_and_exported(trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +80,7 @@ def test_tagged_with_and_exported(trained: tuple[str, Path], tmp_path: Path, mon
 def test_fine_tuned_from(trained: tuple[str, Path]) -> None:
     """Without naming the encoder: the checkpoint brings it. A classifier alone, then all layers at their own rates."""
     name, checkpoint = trained
-    sizes = {key: value for key, value in SIZES[name].items() if not key.startswith("encoder")}
+    sizes = {key: value for key, value in NETWORKS[name].items() if not key.startswith("encoder")}
     start = ["train", *flags(sizes), "--max_epoch", "1", "--resume_checkpoint", str(checkpoint)]
     call(*start, "--exp_name", f"frozen_{name}", "--freeze_backbone", "True")
     before = torch.load(checkpoint, weights_only=True)["state_dict"]

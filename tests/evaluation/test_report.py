@@ -257,6 +257,7 @@ def test_values_are_those_of_the_metrics(folder: Path, page: str) -> None:
     assert all(f"{float(value):.3f}" in text for value in values)
 
 
+@pytest.mark.slow
 def test_the_same_scores_make_the_same_report(folder: Path) -> None:
     scores = load_scores(folder / "test.h5").select_classes(LABELS[:1])
     assert report(scores) == report(scores)
@@ -296,6 +297,7 @@ def test_mistakes_are_refused(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert f"{tmp_path / 'test.h5'} has no frame scores" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_in_a_browser(folder: Path, page: str, tmp_path: Path) -> None:
     """Chromium draws the page from the disk."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -57,6 +57,7 @@ def test_outputs(case: str) -> None:
         np.testing.assert_allclose(outputs["latent_output"], expected["latent_output"], rtol=0, atol=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_gradients(gradient_checkpointing: bool) -> None:
     """Every parameter's gradient norm, in evaluation mode as they were measured."""
