@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from inference.windows import OverlapAverage, SlidingAverage, cut_windows, into_bins, step_count, taper
+from inference.windows import OverlapAverage, SlidingAverage, cut_windows, into_bins, pool_sound, step_count, taper
 from settings import UserError
 
 
@@ -118,3 +118,21 @@ def test_bins(seconds: float, by: str, expected: list[float]) -> None:
     frames = np.array([[0.0], [1.0], [2.0], [3.0]])
     found = into_bins(frames, seconds_per_frame=1.0, duration=3.5, seconds_per_bin=seconds, by=by)  # type: ignore[arg-type]
     assert found[:, 0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_padding_does_not_count_for_the_clip(softmax: bool) -> None:
+    """Logits of a clip are the mean of those of its steps: of all in the network, then of those that hold sound."""
+
+    def probabilities(logits: np.ndarray) -> np.ndarray:
+        powers = np.exp(logits)
+        return powers / powers.sum(axis=-1, keepdims=True) if softmax else powers / (1 + powers)
+
+    logits = np.random.default_rng(0).normal(0, 4, (32, 5))
+    logits[20:] -= 15  # the padding
+    frames, clipwise = probabilities(logits), probabilities(logits.mean(axis=0))
+    for share, inside in ((0.6, 19), (0.61, 20), (0.001, 1)):
+        found = pool_sound(clipwise, frames, share, softmax=softmax)
+        np.testing.assert_allclose(found, probabilities(logits[:inside].mean(axis=0)), rtol=1e-6)
+    assert pool_sound(clipwise, frames, 1.0, softmax=softmax) is clipwise
+    assert pool_sound(clipwise, frames[:0], 0.1, softmax=softmax) is clipwise
