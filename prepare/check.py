@@ -13,7 +13,7 @@ from typing import Optional
 
 import numpy as np
 
-from data.clip_store import ClipTable, Waveforms, open_store
+from data.clip_store import END_TOLERANCE, ClipTable, Waveforms, open_store
 from data.workers import end_with_parent
 from prepare.near_duplicates import SIZE, candidates, fingerprint, nearly_same
 from settings import UserError
@@ -109,6 +109,7 @@ def check_tables(
     )
     for split, found in splits.items():
         _judge_split(split, found, report, single_label)
+        _judge_events(split, tables[split], found, report)
     _judge_repeated("the same audio", same_audio, splits, report)
     _judge_repeated("the same id", _groups(splits, "names"), splits, report)
     _judge_near(tables, splits, report)
@@ -267,6 +268,19 @@ def _judge_split(split: str, found: SplitReport, report: CheckReport, single_lab
         report.warnings.append(f"{_some(split, found, found.silent)} silent (all samples below -60 dBFS).")
     if len(found.clipped):
         report.warnings.append(f"{_some(split, found, found.clipped)} clipped (over 0.1 % of samples at full scale).")
+
+
+def _judge_events(split: str, table: ClipTable, found: SplitReport, report: CheckReport) -> None:
+    """Clips with an event that ends more than END_TOLERANCE after them."""
+    late = []
+    for clip in range(len(table) if table.events else 0):
+        events = table.events[table.path_number[clip]]
+        if (events.offset[events.of(table.row[clip])] > found.seconds[clip] + END_TOLERANCE).any():
+            late.append(clip)
+    if late:
+        report.problems.append(
+            f"{_some(split, found, late)} have events that end more than {END_TOLERANCE:g} s after the clip."
+        )
 
 
 def _judge_repeated(

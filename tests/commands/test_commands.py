@@ -94,7 +94,6 @@ def test_a_bug_shows_its_traceback_and_a_mistake_one_message(
         (["export", "--clips", "0"], "--clips 0"),
         (["serve", "--port", "65536"], "port 65536"),
         (["serve", "--most_seconds", "0"], "most_seconds = 0.0"),
-        (["serve", "--most_megabytes", "nan"], "most_megabytes = nan"),
         (["serve", "--most_waiting", "-1"], "most_waiting = -1"),
         (["listen", "--rate", "16000"], "--rate"),
         (["listen", "--pcm", "s16le"], "--resume_checkpoint"),

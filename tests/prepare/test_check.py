@@ -12,7 +12,7 @@ import pytest
 
 import main
 import prepare.check
-from data.clip_store import SPLITS, Clip, ClipStoreWriter, read_store_table
+from data.clip_store import SPLITS, Clip, ClipStoreWriter, Event, read_store_table
 from data_generator import load_table
 from prepare.check import CheckReport, SplitReport, check_tables
 from prepare.compress import compress_store
@@ -163,6 +163,13 @@ def test_unreadable_rows(store: Path, damage: Callable[[h5py.File], None], split
     assert len(report.splits[split].unreadable) == np.isnan(report.splits[split].seconds).sum() == clips
     assert f"{split}: {clips} of 10 clips" in report.problems[0]
     assert reason in report.problems[0]
+
+
+def test_events_after_the_end_of_their_clip(tmp_path: Path) -> None:
+    ends = {"train3.wav": 0.7}
+    late = [replace(one, events=[Event(one.labels[0], 0.05, ends.get(one.name, 0.1))]) for one in fine_clips()]
+    (problem,) = check(write(tmp_path / "a.h5", late)).problems
+    assert "train3.wav" in problem
 
 
 def louder(wave: np.ndarray) -> np.ndarray:
