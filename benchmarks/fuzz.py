@@ -140,7 +140,7 @@ JUNK: list[Any] = [
 
 
 def edit_entries(path: Path, rng: np.random.Generator) -> None:
-    """Put something else in place of an entry, of a value in one, or of a weight."""
+    """Put something else in place of an entry, of a value in one, or of a weight; other thresholds are no damage."""
     if path.suffix == ".safetensors":
         path.write_bytes(mutate(path.read_bytes(), rng))
         return
@@ -152,7 +152,7 @@ def edit_entries(path: Path, rng: np.random.Generator) -> None:
         key = str(rng.choice(list(inside)))
         changes = [lambda v: v + 1, lambda v: v.double(), lambda v: v.flatten()[:1], lambda v: junk, lambda v: -v]
         inside[key] = changes[int(rng.integers(len(changes)))](inside[key])
-    elif isinstance(inside, dict) and rng.random() < 0.8:
+    elif isinstance(inside, dict) and entry != "postprocessing" and rng.random() < 0.8:
         inside[str(rng.choice(list(inside)))] = junk
     elif isinstance(inside, list) and rng.random() < 0.5:
         inside.append(junk)

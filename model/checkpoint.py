@@ -112,6 +112,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     settings = about["settings"] or weights.settings
     if settings and not about["frontend"]:
         about["frontend"] = {name: settings[name] for name in section("front-end") if name in settings}
+    for name, value in (about["frontend"] or {}).items():
+        check_entry(path, value, f"frontend/{name}", float if isinstance(value, float) else int)
     own = weights.kind == OWN
     epoch = check_entry(path, content.get("epoch"), "epoch", int) if own else None
     complete = check_entry(path, content.get("complete_epochs"), "complete_epochs", int) if own else None

@@ -68,6 +68,7 @@ def tag(path: Path) -> np.ndarray:
         ({"complete_epochs": "x"}, "complete_epochs is a str"),
         ({"settings": [1]}, "settings is a list"),
         ({"frontend": 3}, "frontend is a int"),
+        ({"frontend": {"mel_bins": torch.zeros(3)}}, "frontend/mel_bins is a Tensor"),
         ({"postprocessing": "x"}, "postprocessing is a str"),
         ({"postprocessing": {"labels": None}}, "postprocessing .*labels"),
         ({"postprocessing": {**CALIBRATED, "thresholds": ["x"] * 3}}, "thresholds"),
