@@ -217,7 +217,7 @@ def test_ensembles(capsys: pytest.CaptureFixture[str]) -> None:
     made = sorted(path.name for path in Path("ensembles").iterdir())
     digests = sorted(hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in members)
     name = f"ensemble_{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:8]}"
-    assert made == [f"{name}.h5", f"{name}.json", "test.h5", "test.json"]
+    assert made == [f"{stem}{end}" for stem in (name, "test") for end in (".h5", ".json", "_classes.tsv")]
     with h5py.File(f"ensembles/{name}.h5") as file:
         together = {column: file[column][:] for column in ("clipwise", "framewise")}
     call("esm_test", "--esm_model_pathes", ",".join(members[::-1]), *words, "--esm_together", "False")

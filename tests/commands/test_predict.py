@@ -411,7 +411,7 @@ def test_control_characters_reach_no_terminal_and_no_label_file(
     for path in (path for path in Path("out").rglob("*") if path.suffix in (".txt", ".tsv", ".csv")):
         text = path.read_text()
         assert "\x1b" not in text, path
-        assert not re.search(r"(^|[\t,])=", text, re.MULTILINE) or path.parent.name == "audacity", path
+        assert not re.search(r"(^|[\t,])=", text, re.MULTILINE) or "audacity" in path.parts, path
 
 
 def test_names_that_look_the_same_are_two_files(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:

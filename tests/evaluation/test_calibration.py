@@ -178,7 +178,7 @@ def test_scores_of_another_network_are_refused(
     content["state_dict"]["sed_model.norm.bias"] += 1e-3
     torch.save(content, "other.ckpt")
     for objective in ("collar_f1", "intersection_f1"):  # twice: the first one adds to the file
-        flags = ["--calibrate_for", objective, "--scores", "scores/test.h5"]
+        flags = ["--calibrate_for", objective, "--scores", "scores/validation.h5"]
         assert main.main(["calibrate", "--resume_checkpoint", str(untrained), *flags]) == 0
         assert "weights than those of other.ckpt" in refused(
             capsys, "calibrate", "--resume_checkpoint", "other.ckpt", *flags
