@@ -62,7 +62,8 @@ COMMANDS: dict[str, list[str]] = {
 }  # fmt: skip
 NEEDS = {name: ["prepare"] if name in ("compress", "train") else ["prepare", "train"] for name in COMMANDS}
 NEEDS["prepare"] = []
-PASSING = ("logs", "provenance.json", "folder.json")  # which differ from run to run; the last: what prepare said
+# What differs from run to run: folder.json is what prepare said, the curves are those of the logs.
+PASSING = ("logs", "curves.png", "provenance.json", "folder.json")
 IN_A_LINE = ("date", "device")
 
 

@@ -19,7 +19,7 @@ from runs.records import print_first_page, save_provenance
 from runs.resume import best_checkpoint, find_resumed, resumes, say_changes, with_recorded
 from sed_model import build_wrapper, schedule_warnings
 from settings import Config, UserError, place_flags, resolve
-from training.callbacks import checkpoint_folder, restore_best
+from training.callbacks import checkpoint_folder, chosen_by, draw_curves, read_curves, restore_best
 from training.devices import is_first_process, process_count
 from training.performance import Performance, compile_network, settle
 from training.trainer import build_trainer, interruptible
@@ -101,7 +101,8 @@ def train(settings: Config, performance: Performance) -> None:
 
 
 def finish(settings: Config, data: SEDDataModule, score: Optional[float]) -> None:
-    """Write the card of the best checkpoint, with its metric `score`, and print what to do with it."""
+    """Draw the curves, write the card of the best checkpoint, with its metric `score`, and print what to do with it."""
+    draw_curves(read_curves(settings.run_folder / "logs"), chosen_by(settings), settings.run_folder / "curves.png")
     best = checkpoint_folder(settings) / "best.ckpt"
     print(f"Model card: {write_run_card(settings, data, score)}")
     test = f"python main.py test --resume_checkpoint {shlex.quote(str(best))}{place_flags(settings)}"

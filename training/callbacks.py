@@ -55,7 +55,7 @@ def build_callbacks(settings: Config) -> list[Callback]:
         dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
     callbacks: list[Callback] = [
-        best, last, BestLink(best), Progress(), EpochLine(metric), Curves(settings.run_folder, metric),
+        best, last, BestLink(best), Progress(), EpochLine(metric), LearningRate(),
     ]  # fmt: skip
     if settings.checkpoint_every_steps:
         callbacks.append(MidEpoch(folder, settings.checkpoint_every_steps))
@@ -186,11 +186,8 @@ class Progress(TQDMProgressBar):
         return {**shown, "left": line.left(trainer)} if line and trainer.training else shown
 
 
-class Curves(Callback):
-    """Logs each epoch's learning rate, and draws losses, metric and learning rate over the epochs of the whole run."""
-
-    def __init__(self, folder: Path, metric: str) -> None:
-        self.folder, self.metric, self.rate = folder, metric, 0.0
+class LearningRate(Callback):
+    """Logs each epoch's learning rate, its own and not the next one's."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         self.rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)  # the schedule moves it afterwards
@@ -200,9 +197,8 @@ class Curves(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for logger in trainer.loggers:
+        for logger in trainer.loggers:  # draw_curves reads them
             logger.save()
-        draw_curves(read_curves(self.folder / "logs"), self.metric, self.folder / "curves.png")
 
 
 def read_curves(logs: Path) -> dict[str, dict[int, float]]:

@@ -156,7 +156,7 @@ def test_clips_without_times_can_be_taught_by_a_network_trained_on_times(capsys:
         store["target"][:] = False
     flags = ["--resume_checkpoint", "frames.ckpt", "--output", "frames.h5", "--dataset_path", "unlabelled"]
     teach(*flags)
-    assert "train --dataset_type folder --loss_type" in capsys.readouterr().out
+    assert "train --dataset_type folder --dataset_path unlabelled --loss_type" in capsys.readouterr().out
     with h5py.File("frames.h5") as file:
         np.testing.assert_allclose(file["strong_logits"][:], answers("frames.ckpt")[1], rtol=1e-3, atol=1e-3)
 
