@@ -7,7 +7,9 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Optional
 
@@ -297,25 +299,30 @@ def _judge_repeated(
 def _judge_near(tables: dict[str, ClipTable], splits: dict[str, SplitReport], report: CheckReport) -> None:
     """Clips of two splits whose audio is nearly the same: a warning with their names."""
     shown = []
-    for (one, first), (other, second) in itertools.combinations(splits.items(), 2):
-        these, those = first.audible(), second.audible()
-        for a, b in candidates(first.prints[these], second.prints[those]):
-            left, right = int(these[a]), int(those[b])
-            if first.digests[left] == second.digests[right]:
-                continue
-            if nearly_same(_read_clip(tables[one], left), _read_clip(tables[other], right)):
-                shown.append(f"{_name(first, left)} ({one}) ~ {_name(second, right)} ({other})")
+    with ExitStack() as stack:
+
+        @cache
+        def waveforms(path: Path) -> Waveforms:
+            return Waveforms(stack.enter_context(open_store(path)))
+
+        @lru_cache(maxsize=64)
+        def sound(split: str, clip: int) -> np.ndarray:
+            table = tables[split]
+            return waveforms(table.paths[table.path_number[clip]]).read(int(table.row[clip]))
+
+        for (one, first), (other, second) in itertools.combinations(splits.items(), 2):
+            these, those = first.audible(), second.audible()
+            for a, b in candidates(first.prints[these], second.prints[those]):
+                left, right = int(these[a]), int(those[b])
+                if first.digests[left] == second.digests[right]:
+                    continue
+                if nearly_same(sound(one, left), sound(other, right)):
+                    shown.append(f"{_name(first, left)} ({one}) ~ {_name(second, right)} ({other})")
     if shown:
         report.warnings.append(
             f"nearly the same audio in two splits, {len(shown)} times: {_listed(shown)}. What is learned in one is "
             f"known in the other: keep them in one split."
         )
-
-
-def _read_clip(table: ClipTable, clip: int) -> np.ndarray:
-    """(samples,) int16 of a clip of a table, which could be read before."""
-    with open_store(table.paths[table.path_number[clip]]) as file:
-        return Waveforms(file).read(int(table.row[clip]))
 
 
 def _judge_classes(report: CheckReport) -> None:
