@@ -71,7 +71,7 @@ def test_from_a_table_of_events_to_a_detector(tmp_path: Path, monkeypatch: pytes
     run = Path("workspace/runs/detector")
     assert (run / "scores/test_report.html").stat().st_size > 10000
     found = pd.read_csv("found.tsv", sep="\t")
-    assert list(found.columns) == ["filename", "onset", "offset", "event_label"]
+    assert list(found.columns) == ["filename", "onset", "offset", "event_label", "score", "threshold"]
     assert set(found["event_label"]) <= {"tone", "noise"}
     bins = pd.read_csv("bins.csv")
     assert len(bins) == 2 * 10  # ten steps of each recording of one window
