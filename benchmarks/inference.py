@@ -36,6 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.plain import PlainHTSAT
+from data.labels import published_labels
 from inference.onnx_runtime import load_onnx
 from model import Network, build_model
 from model.export import build_onnx, join, quantize, save_onnx
@@ -125,7 +126,8 @@ def exported(settings: Config, network: Network, folder: Path) -> tuple[dict[str
     """onnxruntime with the float32 and the int8 file, on as many threads as torch; and the files' sizes in bytes."""
     frontend, body = build_onnx(network, settings.clip_samples)
     described = {name: getattr(settings, name) for name in section("front-end")}
-    about = {"settings": settings.model_dump(), "labels": [], "frontend": described}
+    labels = published_labels("audioset", settings.classes_num)
+    about = {"settings": settings.model_dump(), "labels": labels, "frontend": described}
     sides: dict[str, Listen] = {}
     for name, model in (("onnx", body), ("onnx int8", quantize(body))):
         path = folder / f"{name}.onnx"
