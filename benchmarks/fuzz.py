@@ -144,7 +144,7 @@ def edit_entries(path: Path, rng: np.random.Generator) -> None:
     if path.suffix == ".safetensors":
         path.write_bytes(mutate(path.read_bytes(), rng))
         return
-    content = torch.load(path, weights_only=False)  # this program wrote it
+    content = torch.load(path, weights_only=True)
     entry = str(rng.choice(list(content)))
     inside = content[entry]
     junk = JUNK[int(rng.integers(len(JUNK)))]

@@ -209,7 +209,9 @@ def _read_torch(path: Path) -> Any:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected pickle protocol")
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except pickle.UnpicklingError:  # it holds more, or in a newer protocol; archives of code have been refused
+        except pickle.UnpicklingError:  # it holds more, or in a newer protocol
+            # No code of the file runs here either: the Unpickler of PICKLES admits a stated list of names, and the load
+            # above has refused archives of TorchScript. weights_only=False is what lets it take torch's place.
             loaded = torch.load(path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=PICKLES)
             return plain(loaded)
     except NotAdmittedError as error:

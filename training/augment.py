@@ -112,7 +112,7 @@ def replace_stretch(waveform: Tensor, targets: Tensor, steps: int, shares: Seque
 def warp_frequency(logmel: Tensor, largest: float) -> Tensor:
     """Stretch each clip's mel axis about a random band by a random factor from 1 - largest to 1 + largest.
 
-    Linear interpolation; beyond its edges the spectrum goes on with its first and last band. Time, and so the labels,
+    Linear interpolation; beyond its edges the spectrum repeats its first and last band. Time, and so the labels,
     stay. Raises UserError unless 0 <= largest < 1.
     """
     if not 0 <= largest < 1:
