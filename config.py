@@ -101,12 +101,14 @@ freeze_backbone: bool = linear_probe  # fine-tuning: train only the classifier
 layer_decay: Decay = 1.0  # fine-tuning: each layer learns slower than the one above it, by this factor
 
 # --- encoder ---------------------------------------------------------------------------------------------------------
-encoder: Literal["htsat", "ast"] = "htsat"  # the network, by its name in model/registry.py
+encoder: Literal[  # the network, by its name in model/registry.py
+    "htsat", "ast", "atst-f", "beats", "fpasst", "m2d", "asit", "frame_mn06", "frame_mn10"
+] = "htsat"
 encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `python main.py encoders` lists them
 
 # --- front-end -------------------------------------------------------------------------------------------------------
 data_rate = 16000 if dataset_type == "scv2" else 32000  # of the prepared data, which say it themselves (data/facts.py)
-sample_rate: PositiveInt = {"ast": 16000}.get(encoder, data_rate)  # samples per second that the network is given
+sample_rate: PositiveInt = {"htsat": data_rate}.get(encoder, 16000)  # samples per second that the network is given
 
 # --- front-end, htsat ------------------------------------------------------------------------------------------------
 window_size: PositiveInt = 1024  # STFT window in samples
@@ -128,7 +130,9 @@ classes_num: PositiveInt = (  # classes
 loss_type: Literal["clip_bce", "clip_ce", "asl_loss", "frame_bce", "weak_strong_bce"] = (  # frame_...: learn from times
     "clip_ce" if task == "single_label" and dataset_type != "scv2" else "clip_bce"
 )
-sequence_head: Literal["none", "gru", "attention", "transformer"] = "none"  # layers over the steps of the frame scores
+sequence_head: Literal["none", "gru", "lstm", "attention", "transformer"] = (
+    "none"  # layers over the steps of the frame scores
+)
 sequence_layers: Layers = 2  # sequence_head: how many
 sequence_dim: PositiveInt = 256  # sequence_head: channels
 

@@ -52,7 +52,7 @@ class ConfigFields(BaseModel):
     linear_probe: bool
     freeze_backbone: bool
     layer_decay: Decay
-    encoder: Literal['htsat', 'ast']
+    encoder: Literal['htsat', 'ast', 'atst-f', 'beats', 'fpasst', 'm2d', 'asit', 'frame_mn06', 'frame_mn10']
     encoder_options: dict[str, str]
     sample_rate: PositiveInt
     window_size: PositiveInt
@@ -64,7 +64,7 @@ class ConfigFields(BaseModel):
     short_clips: Literal['pad', 'repeat']
     classes_num: PositiveInt
     loss_type: Literal['clip_bce', 'clip_ce', 'asl_loss', 'frame_bce', 'weak_strong_bce']
-    sequence_head: Literal['none', 'gru', 'attention', 'transformer']
+    sequence_head: Literal['none', 'gru', 'lstm', 'attention', 'transformer']
     sequence_layers: Layers
     sequence_dim: PositiveInt
     htsat_size: Literal['tiny', 'small', 'full']

@@ -11,6 +11,7 @@ from settings import UserError
 AUDIOSET_CLASSES = 527
 ASSETS = Path(__file__).parents[1] / "assets"
 PUBLISHED = {("esc-50", 50): "esc50_labels.json", ("scv2", 35): "scv2_published_labels.json"}
+AUDIOSET_STRONG_CLASSES = 447  # of its training events
 
 
 def read_labels(name: str) -> list[str]:
@@ -22,6 +23,8 @@ def published_labels(dataset_type: str, classes: int) -> list[str]:
     """Names in the order of the published checkpoints for a data set; `class 0`, ... where none are known."""
     if classes == AUDIOSET_CLASSES:
         return [entry["name"] for entry in audioset_classes()]
+    if classes == AUDIOSET_STRONG_CLASSES:
+        return read_labels("audioset_strong_labels.json")
     if (dataset_type, classes) in PUBLISHED:
         return read_labels(PUBLISHED[dataset_type, classes])
     return [f"class {number}" for number in range(classes)]

@@ -67,7 +67,9 @@ def identify(content: Mapping[Any, Any]) -> Weights:
                     f"({type(error).__name__}: {error})"
                 ) from error
             published = found.kind == STATE_DICT and any(PREFIX in key for key in given)
-            return replace(found, encoder=name, kind=f"published {row.title}" if published else found.kind)
+            return replace(
+                found, encoder=found.encoder or name, kind=f"published {row.title}" if published else found.kind
+            )
     return Weights(STATE_DICT, weights)
 
 

@@ -18,13 +18,21 @@ from settings import UserError
 POWER_FLOOR = 1e-10  # of the mel power, before the logarithm: -100 dB
 
 
-def slaney_bands(bins: int, fmin: float, fmax: float, bands: int, sample_rate: int) -> Tensor:
-    """(bins, bands) Slaney's mel filterbank; on the meta device, where build_model measures a network, its shape."""
+def mel_filterbank(bins: int, fmin: float, fmax: float, bands: int, sample_rate: int, scale: str = "slaney") -> Tensor:
+    """(bins, bands) mel filterbank: Slaney's scale and norm, or htk, which has no norm.
+
+    On the meta device, where build_model measures a network, it has a shape alone.
+    """
     if torch.get_default_device().type == "meta":
         return torch.empty(bins, bands)
-    return torchaudio.functional.melscale_fbanks(
-        bins, fmin, fmax, bands, sample_rate, norm="slaney", mel_scale="slaney"
-    )
+    norm = "slaney" if scale == "slaney" else None
+    return torchaudio.functional.melscale_fbanks(bins, fmin, fmax, bands, sample_rate, norm=norm, mel_scale=scale)
+
+
+def kaldi_filterbank(bands: int, fmin: float, fmax: float) -> Tensor:
+    """(257, bands) Kaldi's triangles over an FFT of 512 at 16 kHz, the last bin without weight; fmax 0: 8 kHz."""
+    triangles, _ = kaldi.get_mel_banks(bands, 512, 16000.0, fmin, fmax, 100.0, -500.0, 1.0)
+    return F.pad(triangles, (0, 1)).T.contiguous()
 
 
 class Analysis(NamedTuple):
@@ -93,7 +101,7 @@ class LogMel(nn.Module):
 
     def __init__(self, sample_rate: int, window_size: int, mel_bins: int, fmin: float, fmax: float) -> None:
         super().__init__()
-        bands = slaney_bands(window_size // 2 + 1, fmin, fmax, mel_bins, sample_rate)
+        bands = mel_filterbank(window_size // 2 + 1, fmin, fmax, mel_bins, sample_rate)
         self.melW = nn.Parameter(bands, requires_grad=False)
 
     def forward(self, power: Tensor) -> Tensor:
@@ -132,18 +140,20 @@ class BandNorm(nn.BatchNorm1d):
 class KaldiFbank(nn.Module):
     """(B, samples) at 16 kHz -> (B, T, bands): Kaldi's log filter bank, as torchaudio.compliance.kaldi.fbank.
 
-    Frames of 25 ms every 10 ms without padding; each loses its mean and is pre-emphasized; symmetric Hann window, FFT
-    of 512, HTK mel bands from 20 Hz, natural logarithm. No buffer is in the state dict.
+    Frames of 25 ms every 10 ms without padding; each loses its mean and is pre-emphasized; symmetric window (hanning or
+    povey), FFT of 512, HTK mel bands from 20 Hz, natural logarithm. gain: of the samples, 32768 for 16-bit integers. No
+    buffer is in the state dict.
     """
 
     length, hop, fft, floor, preemphasis = 400, 160, 512, 1.1920929e-07, 0.97
     decibel = math.log(10) / 10  # one decibel, in the units of the spectrogram
 
-    def __init__(self, bands: int) -> None:
+    def __init__(self, bands: int, *, window: str = "hanning", gain: float = 1.0) -> None:
         super().__init__()
-        triangles, _ = kaldi.get_mel_banks(bands, self.fft, 16000.0, 20.0, 0.0, 100.0, -500.0, 1.0)
-        self.register_buffer("window", torch.hann_window(self.length, periodic=False), persistent=False)
-        self.register_buffer("bands", F.pad(triangles, (0, 1)).T.contiguous(), persistent=False)  # (bins, bands)
+        self.gain = gain
+        taper = torch.hann_window(self.length, periodic=False) ** {"hanning": 1.0, "povey": 0.85}[window]
+        self.register_buffer("window", taper, persistent=False)
+        self.register_buffer("bands", kaldi_filterbank(bands, 20.0, 0.0), persistent=False)  # (bins, bands)
 
     def forward(self, waveform: Tensor) -> Tensor:
         if waveform.shape[1] < self.length:
@@ -161,7 +171,7 @@ class KaldiFbank(nn.Module):
     def analysis(self) -> Analysis:
         return Analysis(self.power, self.get_buffer("bands"), self.hop, self.length, self.length - self.hop)
 
-    def traced(self, samples: int) -> "TracedLogMel":
+    def traced(self, samples: int) -> nn.Module:
         """The same for clips of so many samples, in operators of the ONNX standard."""
         window, bands = self.get_buffer("window"), self.get_buffer("bands")
         return TracedLogMel(
@@ -178,44 +188,96 @@ class KaldiFbank(nn.Module):
 
     def emphasized(self, frames: Tensor) -> Tensor:
         """(..., length) frames without their mean, and with less of each sample's predecessor."""
-        frames = frames - frames.mean(dim=-1, keepdim=True)
+        frames = self.gain * (frames - frames.mean(dim=-1, keepdim=True))
         return frames - self.preemphasis * torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
 
 
-class SlaneyDecibels(nn.Module):
-    """(B, samples) -> (B, T, bands): 20 log10 of the mel power, as torchaudio's MelSpectrogram with Slaney's bands.
+class CentredLogMel(nn.Module):
+    """(B, samples) -> (B, T, bands): scale * log10(max(mel power, floor) + offset) of frames centred on each hop.
 
-    Hann window of 1024 in frames of 4096 every 400 samples, zeros beyond the ends. The factor 20, for a power, is that
-    of "AudioTagging Done Right": its statistics and weights are on this scale. No buffer is in the state dict.
+    window: (length,), in the middle of a frame of `fft` samples; bands: (fft // 2 + 1, bands); pad_mode: what lies
+    beyond the ends. preemphasis: share of each sample's predecessor that is taken away, which costs the clip one
+    sample; 0: none. No buffer is in the state dict.
     """
 
-    fft, hop, floor = 4096, 400, 1e-10
-    decibel = 2.0  # one decibel, in the units of the spectrogram
-
-    def __init__(self, bands: int, sample_rate: int) -> None:
+    def __init__(
+        self,
+        window: Tensor,
+        bands: Tensor,
+        *,
+        fft: int,
+        hop: int,
+        scale: float = math.log(10),
+        floor: float = 0.0,
+        offset: float = 0.0,
+        pad_mode: str = "reflect",
+        preemphasis: float = 0.0,
+    ) -> None:
         super().__init__()
-        triangles = slaney_bands(self.fft // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate)
-        window = F.pad(torch.hann_window(1024), ((self.fft - 1024) // 2, (self.fft - 1024) // 2))
-        self.register_buffer("window", window, persistent=False)
-        self.register_buffer("bands", triangles, persistent=False)
+        self.fft, self.hop, self.scale, self.floor, self.offset = fft, hop, scale, floor, offset
+        self.pad_mode, self.preemphasis = pad_mode, preemphasis
+        self.decibel = scale / 10  # one decibel, in the units of the spectrogram
+        spare = fft - len(window)
+        self.register_buffer("window", F.pad(window, (spare // 2, spare - spare // 2)), persistent=False)
+        self.register_buffer("bands", bands, persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        return 20.0 * torch.log10(torch.clamp(self.power(waveform) @ self.get_buffer("bands"), min=self.floor))
+        power = self.power(self.emphasized(waveform)) @ self.get_buffer("bands")
+        return self.scale * torch.log10(torch.clamp(power, min=self.floor) + self.offset)
+
+    def emphasized(self, waveform: Tensor) -> Tensor:
+        return waveform[:, 1:] - self.preemphasis * waveform[:, :-1] if self.preemphasis else waveform
 
     def power(self, waveform: Tensor) -> Tensor:
         """(B, samples) -> (B, T, bins)."""
         spectrum = torch.stft(
-            waveform, self.fft, self.hop, window=self.get_buffer("window"), pad_mode="constant", return_complex=True
+            waveform, self.fft, self.hop, window=self.get_buffer("window"), pad_mode=self.pad_mode, return_complex=True
         )
         return (spectrum.real**2 + spectrum.imag**2).transpose(1, 2)
 
     def analysis(self) -> Analysis:
-        return Analysis(self.power, self.get_buffer("bands"), self.hop, self.hop)
+        return Analysis(self.power, self.get_buffer("bands"), self.hop, max(self.hop, self.fft // 2 + 1))
 
-    def traced(self, samples: int) -> "TracedLogMel":
+    def traced(self, samples: int) -> nn.Module:
         """The same for clips of so many samples, in operators of the ONNX standard."""
-        window, bands = self.get_buffer("window"), self.get_buffer("bands")
-        return TracedLogMel(window, bands, self.hop, samples, pad=self.fft // 2, pad_mode="constant", scale=20.0)
+        log_mel = TracedLogMel(
+            self.get_buffer("window"),
+            self.get_buffer("bands"),
+            self.hop,
+            samples - bool(self.preemphasis),
+            pad=self.fft // 2,
+            pad_mode=self.pad_mode,
+            scale=self.scale,
+            floor=self.floor,
+            offset=self.offset,
+        )
+        return nn.Sequential(Emphasis(self), log_mel) if self.preemphasis else log_mel
+
+
+class Emphasis(nn.Module):
+    """The pre-emphasis of a CentredLogMel alone."""
+
+    def __init__(self, analysis: CentredLogMel) -> None:
+        super().__init__()
+        self.emphasized = analysis.emphasized
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        return self.emphasized(waveform)
+
+
+class SlaneyDecibels(CentredLogMel):
+    """(B, samples) -> (B, T, bands): 20 log10 of the mel power, as torchaudio's MelSpectrogram with Slaney's bands.
+
+    Hann window of 1024 in frames of 4096 every 400 samples, zeros beyond the ends. The factor 20, for a power, is that
+    of "AudioTagging Done Right": its statistics and weights are on this scale.
+    """
+
+    hop = 400
+
+    def __init__(self, bands: int, sample_rate: int) -> None:
+        triangles = mel_filterbank(4096 // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate)
+        window = torch.hann_window(1024)
+        super().__init__(window, triangles, fft=4096, hop=400, scale=20.0, floor=POWER_FLOOR, pad_mode="constant")
 
 
 class TracedLogMel(nn.Module):
@@ -240,6 +302,7 @@ class TracedLogMel(nn.Module):
         pad_mode: str = "reflect",
         scale: float = 10.0,
         floor: float = POWER_FLOOR,
+        offset: float = 0.0,
         before: Optional[Callable[[Tensor], Tensor]] = None,
     ) -> None:
         """window: (length,); size: N, None: length; bands: (N // 2 + 1, F); samples: of a clip.
@@ -251,7 +314,8 @@ class TracedLogMel(nn.Module):
         length, size = len(window), size or len(window)
         second = size // max(k for k in range(1, math.isqrt(size) + 1) if size % k == 0)
         first = size // second
-        self.pad, self.pad_mode, self.scale, self.floor, self.before = pad, pad_mode, scale, floor, before
+        self.pad, self.pad_mode, self.before = pad, pad_mode, before
+        self.scale, self.floor, self.offset = scale, floor, offset
         self.block = math.gcd(length, hop)  # the frames are put together from whole blocks
         self.frames, self.shape, self.fill = (samples + 2 * pad - length) // hop + 1, (first, second), size - length
         starts = torch.arange(self.frames) * (hop // self.block)
@@ -287,7 +351,7 @@ class TracedLogMel(nn.Module):
         short = rearrange(samples @ self.get_buffer("first"), "b t n2 (c k1) -> b k1 t (c n2)", c=2)
         real, imaginary = (short @ self.get_buffer("second")).chunk(2, dim=-1)  # (B, k1, T, k2)
         power = ((real**2 + imaginary**2) @ self.get_buffer("bands")).sum(dim=1)
-        return self.scale * torch.log10(torch.clamp(power, min=self.floor))
+        return self.scale * torch.log10(torch.clamp(power, min=self.floor) + self.offset)
 
 
 @lru_cache(maxsize=32)

@@ -17,22 +17,23 @@ from settings import UserError
 HEAD_CHANNELS = 64  # of one attention head
 DROPOUT = 0.1  # of each residual branch, and between the layers of a GRU, in training
 
-Kind = Literal["gru", "attention", "transformer"]
+Kind = Literal["gru", "lstm", "attention", "transformer"]
+RNNS = {"gru": nn.GRU, "lstm": nn.LSTM}
 
 
 class SequenceHead(nn.Module):
     """(B, C, f, T) -> the same, with what a sequence model of its mean over frequency adds.
 
-    kind: a bidirectional gru, attention (self-attention with rotary positions), or transformer (the same with an MLP in
-    each layer). layers: how many; dim: D; steps: T. Raises UserError for a dim that the kind cannot have.
+    kind: a bidirectional gru or lstm, attention (self-attention with rotary positions), or transformer (the same with
+    an MLP in each layer). layers: how many; dim: D; steps: T. Raises UserError for a dim that the kind cannot have.
     """
 
     def __init__(self, kind: Kind, *, channels: int, layers: int, dim: int, steps: int) -> None:
         super().__init__()
         _check_dim(kind, dim)
         self.project = nn.Linear(channels, dim)
-        if kind == "gru":
-            self.layers: nn.Module = BidirectionalGRU(dim, layers)
+        if kind in RNNS:
+            self.layers: nn.Module = BidirectionalRNN(kind, dim, layers)
         else:
             blocks = (AttentionBlock(dim, steps, with_mlp=kind == "transformer") for _ in range(layers))
             self.layers = nn.Sequential(*blocks)
@@ -47,16 +48,30 @@ class SequenceHead(nn.Module):
         return grid + rearrange(added, "b t c -> b c 1 t")
 
 
-class BidirectionalGRU(nn.Module):
-    """(B, T, D) -> (B, T, D): half of the channels read forwards, half backwards."""
+class BidirectionalRNN(nn.Module):
+    """(B, T, D) -> (B, T, D): half of the channels read forwards, half backwards. kind: gru or lstm."""
 
-    def __init__(self, dim: int, layers: int) -> None:
+    def __init__(self, kind: str, dim: int, layers: int) -> None:
         super().__init__()
         dropout = DROPOUT if layers > 1 else 0.0
-        self.gru = nn.GRU(dim, dim // 2, layers, batch_first=True, dropout=dropout, bidirectional=True)
+        rnn = RNNS[kind](dim, dim // 2, layers, batch_first=True, dropout=dropout, bidirectional=True)
+        self.add_module(kind, rnn)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gru(x)[0]
+        return next(self.children())(x)[0]
+
+
+class FrameRNN(nn.Module):
+    """(B, T, C) -> (B, T, 2 dim): a bidirectional gru, or an lstm with a linear layer, as in PretrainedSED's files."""
+
+    def __init__(self, kind: str, channels: int, *, layers: int, dim: int) -> None:
+        super().__init__()
+        self.rnn = RNNS[kind](channels, dim, layers, batch_first=True, bidirectional=True)
+        self.embedding = nn.Linear(2 * dim, 2 * dim) if kind == "lstm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rnn(x)[0]
+        return x if self.embedding is None else self.embedding(x)
 
 
 class AttentionBlock(nn.Module):
@@ -112,7 +127,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def _check_dim(kind: Kind, dim: int) -> None:
     if dim % 2:
         raise UserError(f"sequence_dim {dim} must be even, for sequence_head = {kind}.")
-    if kind != "gru" and dim > HEAD_CHANNELS and dim % HEAD_CHANNELS:
+    if kind not in RNNS and dim > HEAD_CHANNELS and dim % HEAD_CHANNELS:
         raise UserError(
             f"sequence_dim {dim} must be a multiple of {HEAD_CHANNELS}, the channels of an attention head, or an even "
             f"number below it, for sequence_head = {kind}."

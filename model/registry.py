@@ -50,6 +50,23 @@ DEFAULT_FOLDER = "~/.cache/hts-at"
 LARGEST_OPTION = 2**20  # of a number in encoder_options
 UNNAMED = "htsat"  # encoder of checkpoints of this project that name none: there was no other
 
+PRETRAINED_SED = "https://github.com/fschmid56/PretrainedSED"
+HEAD_OPTIONS = {
+    "head": Option(
+        str,
+        "auto",
+        "what frames and clips are scored by; auto: as loss_type learns",
+        ("auto", "strong", "weak", "both", "attention"),
+    ),
+}
+TRANSFORMER_OPTIONS = {
+    **HEAD_OPTIONS,
+    "dim": Option(int, 768, "channels"),
+    "depth": Option(int, 12, "blocks"),
+    "heads": Option(int, 12, "attention heads"),
+    "drop_layers": Option(int, 0, "blocks left out at the top"),
+}
+
 ENCODERS: dict[str, Encoder] = {
     "htsat": Encoder(
         module="htsat",
@@ -62,6 +79,59 @@ ENCODERS: dict[str, Encoder] = {
         licence="MIT",
         keys=(r"layers\.0\.blocks\.", r"audio_branch\."),
         published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
+    ),
+    "atst-f": Encoder(
+        module="atst_f",
+        title="ATST-Frame",
+        paper="Li, Shao, Li, TASLP 2024, arXiv 2306.04186",
+        address=PRETRAINED_SED,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=85_823_759,
+        licence="weights CC BY 4.0",
+        keys=(r"atst\.", r"(mask_embed|norm_frame\.)"),
+        options={
+            **TRANSFORMER_OPTIONS,
+            "floor": Option(
+                str, "clip", "80 dB below the loudest cell of the clip, or of the batch", ("clip", "batch")
+            ),
+        },
+    ),
+    "beats": Encoder(
+        module="beats",
+        title="BEATs",
+        paper="Chen et al., ICML 2023, arXiv 2212.09058",
+        address="https://github.com/microsoft/unilm/tree/master/beats",
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=90_717_055,
+        licence="MIT",
+        keys=(r"beats\.", r"patch_embedding\.", r"post_extract_proj\."),
+        options=TRANSFORMER_OPTIONS,
+    ),
+    "fpasst": Encoder(
+        module="fpasst",
+        title="Frame-PaSST",
+        paper="Koutini et al., Interspeech 2022, arXiv 2110.05069",
+        address=PRETRAINED_SED,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=88_826_895,
+        licence="Apache 2.0",
+        keys=(r"fpasst\.", r"(time|freq)_new_pos_embed"),
+        options=TRANSFORMER_OPTIONS,
+    ),
+    "m2d": Encoder(
+        module="m2d",
+        title="M2D",
+        paper="Niizumi et al., TASLP 2024, arXiv 2404.06095",
+        address="https://github.com/nttcslab/m2d",
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=87_517_199,
+        licence="NTT's own, for evaluation",
+        keys=(r"m2d\.", r"backbone\.(norm_stats|pos_embed|blocks\.)"),
+        options=TRANSFORMER_OPTIONS,
     ),
     "ast": Encoder(
         module="ast",
@@ -90,6 +160,42 @@ ENCODERS: dict[str, Encoder] = {
             "deviation": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
         },
         published=("ast-audioset",),
+    ),
+    "asit": Encoder(
+        module="asit",
+        title="ASiT",
+        paper="Ahmed et al., TASLP 2024, arXiv 2211.13189",
+        address=PRETRAINED_SED,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=85_887_503,
+        licence="not stated",
+        keys=(r"asit\.", r"pos_embed"),
+        options=TRANSFORMER_OPTIONS,
+    ),
+    "frame_mn06": Encoder(
+        module="frame_mn",
+        title="frame MobileNet 0.6",
+        paper="Schmid et al., ICASSP 2025, arXiv 2409.09546",
+        address=PRETRAINED_SED,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=1_403_263,
+        licence="MIT",
+        keys=(r"frame_mn\.", r"features\.\d+\.block\."),
+        options={**HEAD_OPTIONS, "width": Option(float, 0.6, "factor of the channels")},
+    ),
+    "frame_mn10": Encoder(
+        module="frame_mn",
+        title="frame MobileNet 1.0",
+        paper="Schmid et al., ICASSP 2025, arXiv 2409.09546",
+        address=PRETRAINED_SED,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=3_478_111,
+        licence="MIT",
+        keys=(r"frame_mn\.", r"features\.\d+\.block\."),
+        options={**HEAD_OPTIONS, "width": Option(float, 1.0, "factor of the channels")},
     ),
 }
 

@@ -27,12 +27,24 @@ TINY: dict[str, Any] = {  # a network of one block a stage
 }
 SIZES: dict[str, dict[str, Any]] = {  # of each encoder: the settings of a tiny network
     "htsat": TINY,
-    "ast": {
-        "encoder": "ast",
-        "encoder_options": "dim=128,depth=2,heads=2",
-        "clip_samples": "16000",
-        "batch_size": "4",
-        "accelerator": "cpu",
+    **{
+        name: {
+            "encoder": name,
+            "encoder_options": options,
+            "clip_samples": "16000",
+            "batch_size": "4",
+            "accelerator": "cpu",
+        }
+        for name, options in {
+            "ast": "dim=128,depth=2,heads=2",
+            "atst-f": "dim=64,depth=2,heads=1",
+            "beats": "dim=64,depth=2,heads=1",
+            "fpasst": "dim=64,depth=2,heads=1",
+            "m2d": "dim=64,depth=2,heads=1",
+            "asit": "dim=64,depth=2,heads=1",
+            "frame_mn06": "width=0.1",
+            "frame_mn10": "width=0.85",
+        }.items()
     },
 }
 LEAN: dict[str, Any] = {  # 32 steps of 10 s, as TINY, from an eighth of the frames

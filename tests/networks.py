@@ -36,15 +36,18 @@ def htsat(sizes: Mapping[str, Any] = SMALL, /, **changes: Any) -> HTSAT_Swin_Tra
 def awake(network: NetworkT) -> NetworkT:
     """The network with something in place of what begins with zeros, and with statistics of a log-mel in decibels."""
     with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:  # else nothing passes before BatchNorm has learned
+                nn.init.kaiming_normal_(module.weight)
         for name, parameter in network.named_parameters():
             if name.endswith("relative_position_bias_table"):
                 parameter.normal_(0, 0.5)
             elif parameter.requires_grad and not parameter.any():
                 parameter.normal_(0, 0.3)
         for name, buffer in network.named_buffers():
-            if name.endswith("running_mean"):
+            if name == "bn0.running_mean":
                 buffer.fill_(-40.0)
-            elif name.endswith("running_var"):
+            elif name == "bn0.running_var":
                 buffer.fill_(300.0)
     return network
 
