@@ -3,13 +3,15 @@
 import importlib
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
 
-from settings import UserError
+from data.files import download
+from settings import UserError, close_names
 
 
 @dataclass(frozen=True)
@@ -130,22 +132,42 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file of a path or of a known name (htsat-audioset, ...), and the settings that the name brings.
 
     Known names, those of assets/checkpoints.json, are looked up in the folder that the environment variable
-    HTSAT_CHECKPOINTS names, or in ~/.cache/hts-at. Raises UserError, with what to download and where to put it, where
-    the file of a known name is not there.
+    HTSAT_CHECKPOINTS names, or in ~/.cache/hts-at; where the file is not there, it is downloaded into it. Raises
+    UserError, with what to download and where to put it, where that cannot be done, and for a misspelt name.
     """
-    known = json.loads(KNOWN.read_text())
-    if Path(path).is_file() or str(path) not in known["names"]:
+    known = json.loads(KNOWN.read_text())["names"]
+    if Path(path).is_file() or str(path) not in known:
+        _check_spelling(path, known)
         return Path(path), {}
-    entry = known["names"][str(path)]
+    entry = known[str(path)]
     folder = Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER).expanduser()
-    for file in (folder / name for name in entry["files"]):
-        if file.is_file():
-            return file, dict(entry["settings"])
-    raise UserError(
-        f"{path} ({entry['about']}) is not in {folder}. Download {' or '.join(entry['files'])} from the published "
-        f"checkpoints ({entry['source']}, licence {entry['licence']}) and put it there, or set the environment "
-        f"variable {FOLDER_VARIABLE} to the folder that has it."
+    found = next((folder / name for name in entry["files"] if (folder / name).is_file()), None)
+    return found or _download(str(path), entry, folder), dict(entry["settings"])
+
+
+def _download(name: str, entry: Mapping[str, Any], folder: Path) -> Path:
+    """The file of a known name, fetched into the folder. Raises UserError with what to do by hand."""
+    address, file = entry.get("address"), folder / entry["files"][0]
+    by_hand = (
+        f"Download {' or '.join(entry['files'])} from the published checkpoints ("
+        f"{f'{address}, or ' if address else ''}{entry['source']}; licence {entry['licence']}) and put it into "
+        f"{folder}, or set the environment variable {FOLDER_VARIABLE} to the folder that has it."
     )
+    if address is None:
+        raise UserError(f"{name} ({entry['about']}) is not in {folder}. {by_hand}")
+    try:
+        download(address, file, sha256=entry.get("sha256"))
+    except UserError as error:
+        raise UserError(f"{name} ({entry['about']}) is not in {folder}. {error} {by_hand}") from error
+    print(f"{name}: {file}, licence {entry['licence']}", file=sys.stderr)
+    return file
+
+
+def _check_spelling(path: str | Path, known: Iterable[str]) -> None:
+    """Raise UserError for what is neither there nor looks like a path, where a known name is close to it."""
+    close = [] if Path(path).exists() or len(Path(path).parts) > 1 else close_names(str(path), known)
+    if close:
+        raise UserError(f"There is no file {path}, and no known name {path}: did you mean {' or '.join(close)}?")
 
 
 def known_names() -> list[str]:
