@@ -294,7 +294,7 @@ def download(address: str, path: Path, *, sha256: Optional[str] = None) -> None:
                 if found != (size or found):
                     raise OSError(f"{found} of {size} bytes came, then the connection ended")
         except (OSError, HTTPException, RuntimeError) as error:  # of the network, or of torch.hub for another SHA-256
-            raise UserError(f"{address} did not give the file: {error}.") from error
+            raise UserError(f"{address} did not give the file: {str(error).strip('<>')}.") from error
         finally:
             socket.setdefaulttimeout(before)
 

@@ -147,18 +147,17 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def _download(name: str, entry: Mapping[str, Any], folder: Path) -> Path:
     """The file of a known name, fetched into the folder. Raises UserError with what to do by hand."""
-    address, file = entry.get("address"), folder / entry["files"][0]
+    file, missing = folder / entry["files"][0], f"{name} ({entry['about']}) is not in {folder}."
     by_hand = (
-        f"Download {' or '.join(entry['files'])} from the published checkpoints ("
-        f"{f'{address}, or ' if address else ''}{entry['source']}; licence {entry['licence']}) and put it into "
-        f"{folder}, or set the environment variable {FOLDER_VARIABLE} to the folder that has it."
+        f"Put {' or '.join(entry['files'])} there by hand ({entry['source']}; licence {entry['licence']}), or set the "
+        f"environment variable {FOLDER_VARIABLE} to the folder that has it."
     )
-    if address is None:
-        raise UserError(f"{name} ({entry['about']}) is not in {folder}. {by_hand}")
+    if "address" not in entry:
+        raise UserError(f"{missing} {by_hand}")
     try:
-        download(address, file, sha256=entry.get("sha256"))
+        download(entry["address"], file, sha256=entry.get("sha256"))
     except UserError as error:
-        raise UserError(f"{name} ({entry['about']}) is not in {folder}. {error} {by_hand}") from error
+        raise UserError(f"{missing} {error} {by_hand}") from error
     print(f"{name}: {file}, licence {entry['licence']}", file=sys.stderr)
     return file
 
