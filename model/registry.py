@@ -62,7 +62,7 @@ ENCODERS: dict[str, Encoder] = {
         frame_seconds=0.3125,
         parameters=31_325_143,
         licence="MIT",
-        keys=(r"layers\.0\.blocks\.", r"audio_branch\."),
+        keys=(r"layers\.0\.blocks\.", r"audio_branch\.", r"(audio_model\.)?audio_encoder\.layers\."),
         published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
     ),
     "ast": Encoder(
