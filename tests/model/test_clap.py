@@ -12,7 +12,12 @@ from model.checkpoint import LoadReport, decided_settings, load_network, read_ch
 from settings import Config, UserError, resolve
 from tests.networks import awake, noise
 
-SIZES: dict[str, Any] = {"patch_embeds_hidden_size": 8, "depths": [1, 2, 1, 1], "num_attention_heads": [1, 2, 4, 8], "hidden_size": 64}
+SIZES: dict[str, Any] = {
+    "patch_embeds_hidden_size": 8,
+    "depths": [1, 2, 1, 1],
+    "num_attention_heads": [1, 2, 4, 8],
+    "hidden_size": 64,
+}
 TEXT = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 CLASSES = ("ClapModel", "ClapAudioModelWithProjection", "ClapAudioModel")
 
