@@ -67,7 +67,7 @@ class Reference:
 def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[str] = None, clips: int = 60) -> int:
     """Write a checkpoint in several formats into a folder, with a report (export.json) and a card (README.md).
 
-    formats: names of FILES; output: the folder, without it `export` beside the checkpoint; clips: at most so many of
+    formats: names of FILES; output: the folder, without it that of export_folder; clips: at most so many of
     the data set's are checked. Returns the exit status: 1 where a file differed too much and was not kept.
     """
     wanted = chosen_formats(formats)
@@ -78,7 +78,7 @@ def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[
         raise UserError("export needs a checkpoint: --resume_checkpoint PATH")
     member = Member.read(path, given)
     network = member.network().eval()
-    folder = Path(output) if output else member.checkpoint.path.parent / "export"
+    folder = Path(output) if output else export_folder(path, member)
     check_writable(f"--output {folder}", *(folder / FILES[name] for name in wanted))
     waveforms, said = clips_to_check(member.settings, clips)
     reference = Reference(waveforms, said, in_batches(network.probabilities, waveforms))
@@ -97,6 +97,12 @@ def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[
     if refused:
         raise UserError(" ".join(refused))
     return 0 if all(export.kept for export in exports) else 1
+
+
+def export_folder(path: str, member: Member) -> Path:
+    """Beside the checkpoint; of a known name, whose file lies among other downloads, in <workspace>/runs/<file>."""
+    file = member.checkpoint.path
+    return (file.parent if Path(path).is_file() else Path(member.settings.workspace, "runs", file.stem)) / "export"
 
 
 def chosen_formats(text: str) -> list[str]:

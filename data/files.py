@@ -15,6 +15,7 @@ import resource
 import secrets
 import shlex
 import shutil
+import socket
 import stat
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -50,8 +51,10 @@ REMEDIES = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no error of reading has these numbers
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # limits of a container
 KEPT_CHARACTERS = 40  # of the name, in the temporary one: the longest name that is allowed stays so
-PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.partial")  # as whole_file names it
+# As whole_file names it, and inside of it torch.hub.
+PARTIAL = re.compile(r"(.+?)\.[0-9a-f]{8}\.partial(\.[0-9a-f]{32}\.partial)?")
 LONGEST_NAME = 255  # bytes, where the file system does not say it
+PATIENCE = 60.0  # seconds in which a server sends nothing, until a download is given up
 
 
 @contextmanager
@@ -211,17 +214,18 @@ def fitting_name(folder: Path, name: str) -> str:
 
 
 @contextmanager
-def sole_writer(path: Path, *others: Path) -> Iterator[None]:
+def sole_writer(path: Path, *others: Path, wait: bool = False) -> Iterator[None]:
     """While the block runs, no other process is in such a block for `path`, a file or folder.
 
     PATH.lock says who writes; the operating system ends its lock with the process, however that ends. What a killed
-    process has left of these files and folders under temporary names is removed. Raises UserError, with what the other
-    process says of itself, where one writes, and where the file cannot be made.
+    process has left of these files and folders under temporary names is removed. wait: for another process that writes,
+    until it ends. Raises UserError, with what the other process says of itself, where one writes, and where the file
+    cannot be made.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(fitting_name(path.parent, f"{path.name}.lock"))
-        file = _locked(lock, path)
+        file = _locked(lock, path, wait)
     with file:
         for each in (path, *others):
             _remove_partials(each)
@@ -232,12 +236,12 @@ def sole_writer(path: Path, *others: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-def _locked(lock: Path, path: Path) -> TextIO:
+def _locked(lock: Path, path: Path, wait: bool) -> TextIO:
     """The open lock file. Record locks, not flock's: processes that are forked do not inherit them."""
     while True:
         file = lock.open("a+", encoding="utf-8")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
             file.seek(0)
             writer = file.read().strip() or "another process"
@@ -262,6 +266,48 @@ def _remove_partials(path: Path) -> None:
         match = PARTIAL.fullmatch(left.name)
         if match and (inside or match[1] == path.name) and len(match[1]) < KEPT_CHARACTERS:
             left.unlink(missing_ok=True)
+
+
+def download(address: str, path: Path, *, sha256: Optional[str] = None) -> None:
+    """Fetch a file, whole or not at all, where no other process has done so meanwhile; a process that does is awaited.
+
+    address: of http. sha256: hexadecimal, where it is known. Raises UserError where the address does not answer, or
+    with a page in place of a file, where the connection ends early, and as `whole_file`.
+    """
+    from http.client import HTTPException  # these here: most of what writes files downloads none
+
+    from torch.hub import download_url_to_file
+
+    before = socket.getdefaulttimeout()
+    with sole_writer(path, wait=True):
+        if path.is_file():
+            return
+        try:
+            socket.setdefaulttimeout(PATIENCE)
+            with whole_file(path) as partial:
+                size = _announced_size(address)
+                if size and shutil.disk_usage(partial.parent).free < size:
+                    raise OSError(errno.ENOSPC, f"{size / 2**20:.0f} MiB are needed")
+                print(f"Downloading {address} to {path}", file=sys.stderr)
+                download_url_to_file(address, str(partial), hash_prefix=sha256, progress=sys.stderr.isatty())
+                found = partial.stat().st_size
+                if found != (size or found):
+                    raise OSError(f"{found} of {size} bytes came, then the connection ended")
+        except (OSError, HTTPException, RuntimeError) as error:  # of the network, or of torch.hub for another SHA-256
+            raise UserError(f"{address} did not give the file: {str(error).strip('<>')}.") from error
+        finally:
+            socket.setdefaulttimeout(before)
+
+
+def _announced_size(address: str) -> Optional[int]:
+    """Bytes of a file, as its server declares them; torch.hub does not compare them. Raises UserError for a page."""
+    from urllib.request import Request, urlopen
+
+    with urlopen(Request(address, headers={"User-Agent": "torch.hub"})) as answer:
+        if answer.headers.get_content_type() == "text/html":
+            raise UserError(f"{address} answers with a page, not with a file.")
+        size = answer.headers["Content-Length"]
+    return None if size is None else int(size)
 
 
 @contextmanager

@@ -563,6 +563,8 @@ def _share(network: Network, own: Mapping[str, Tensor], matched: Sequence[str]) 
 
 def _advice(report: LoadReport, network: Network, given: Mapping[str, Tensor]) -> str:
     """What is wrong with a file, and what to do."""
+    if report.share >= LEAST_MATCHED and not any(key.startswith(network.classifier) for key in given):
+        return "It has no classifier, and thus no scores: fine-tune from it with train."
     if report.reshaped and all(key.startswith(network.classifier) for key in report.reshaped):
         return "Its classifier has another number of classes: set classes_num, or fine-tune from it with train."
     if report.reshaped and all(key.startswith(network.frontend) for key in report.reshaped):

@@ -3,13 +3,15 @@
 import importlib
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
 
-from settings import UserError
+from data.files import download
+from settings import UserError, close_names
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ ENCODERS: dict[str, Encoder] = {
         frame_seconds=0.3125,
         parameters=31_325_143,
         licence="MIT",
-        keys=(r"layers\.0\.blocks\.", r"audio_branch\."),
+        keys=(r"layers\.0\.blocks\.", r"audio_branch\.", r"(audio_model\.)?audio_encoder\.layers\."),
         published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
     ),
     "atst-f": Encoder(
@@ -236,22 +238,41 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file of a path or of a known name (htsat-audioset, ...), and the settings that the name brings.
 
     Known names, those of assets/checkpoints.json, are looked up in the folder that the environment variable
-    HTSAT_CHECKPOINTS names, or in ~/.cache/hts-at. Raises UserError, with what to download and where to put it, where
-    the file of a known name is not there.
+    HTSAT_CHECKPOINTS names, or in ~/.cache/hts-at; where the file is not there, it is downloaded into it. Raises
+    UserError, with what to download and where to put it, where that cannot be done, and for a misspelt name.
     """
-    known = json.loads(KNOWN.read_text())
-    if Path(path).is_file() or str(path) not in known["names"]:
+    known = json.loads(KNOWN.read_text())["names"]
+    if Path(path).is_file() or str(path) not in known:
+        _check_spelling(path, known)
         return Path(path), {}
-    entry = known["names"][str(path)]
+    entry = known[str(path)]
     folder = Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER).expanduser()
-    for file in (folder / name for name in entry["files"]):
-        if file.is_file():
-            return file, dict(entry["settings"])
-    raise UserError(
-        f"{path} ({entry['about']}) is not in {folder}. Download {' or '.join(entry['files'])} from the published "
-        f"checkpoints ({entry['source']}, licence {entry['licence']}) and put it there, or set the environment "
-        f"variable {FOLDER_VARIABLE} to the folder that has it."
+    found = next((folder / name for name in entry["files"] if (folder / name).is_file()), None)
+    return found or _download(str(path), entry, folder), dict(entry["settings"])
+
+
+def _download(name: str, entry: Mapping[str, Any], folder: Path) -> Path:
+    """The file of a known name, fetched into the folder. Raises UserError with what to do by hand."""
+    file, missing = folder / entry["files"][0], f"{name} ({entry['about']}) is not in {folder}."
+    by_hand = (
+        f"Put {' or '.join(entry['files'])} there by hand ({entry['source']}; licence {entry['licence']}), or set the "
+        f"environment variable {FOLDER_VARIABLE} to the folder that has it."
     )
+    if "address" not in entry:
+        raise UserError(f"{missing} {by_hand}")
+    try:
+        download(entry["address"], file, sha256=entry.get("sha256"))
+    except UserError as error:
+        raise UserError(f"{missing} {error} {by_hand}") from error
+    print(f"{name}: {file}, licence {entry['licence']}", file=sys.stderr)
+    return file
+
+
+def _check_spelling(path: str | Path, known: Iterable[str]) -> None:
+    """Raise UserError for what is neither there nor looks like a path, where a known name is close to it."""
+    close = [] if Path(path).exists() or len(Path(path).parts) > 1 else close_names(str(path), known)
+    if close:
+        raise UserError(f"There is no file {path}, and no known name {path}: did you mean {' or '.join(close)}?")
 
 
 def known_names() -> list[str]:

@@ -5,6 +5,7 @@ Classification and Detection, ICASSP 2022, arXiv 2202.00874. Shapes: B clips, T 
 K classes.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -356,6 +357,7 @@ def _check_maps(
 # --- files of others --------------------------------------------------------------------------------------------------
 
 AUDIO_BRANCH = "audio_branch."  # of the audio network's keys in a CLAP checkpoint
+AUDIO_ENCODER = re.compile(r"^(audio_model\.)?audio_encoder\.")  # of transformers' ClapModel, and its ClapAudioModel
 FUSION = (
     "mel_conv1d",
     "mel_conv2d",
@@ -368,15 +370,30 @@ CLAP_SETTINGS = {
     "sample_rate": 48000, "window_size": 1024, "hop_size": 480, "mel_bins": 64, "fmin": 50.0, "fmax": 14000.0,
     "clip_samples": 480000, "short_clips": "repeat", "loss_type": "clip_bce", "task": "multilabel",
 }  # fmt: skip
+CLAP_IMAGE = {"htsat_spec_size": 256, "htsat_stride": 4}  # sizes that no weight has
+QUERY, PARTS = ".attention.self.query.", ("query", "key", "value")  # one matrix each in transformers
+TRANSFORMERS_NAMES = (  # parts of its keys, and the parts of ours
+    ("batch_norm.", "bn0."),
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    (".attention.self.", ".attn."),
+    (".attention.output.dense.", ".attn.proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+)
 
 
 def rename(weights: Mapping[str, Tensor]) -> Weights:
     """The weights of the paper's, LAION-CLAP's and ImageNet's Swin files under this network's names.
 
-    Raises UserError for a CLAP whose audio network is another one.
+    Of LAION-CLAP the audio branch alone, in its own layout or in that of transformers. Raises UserError for a CLAP
+    whose audio network is another one.
     """
     if any(key.startswith(AUDIO_BRANCH) for key in weights):
-        return _clap(weights)
+        return _clap({key.removeprefix(AUDIO_BRANCH): weights[key] for key in weights if key.startswith(AUDIO_BRANCH)})
+    if any(AUDIO_ENCODER.match(key) for key in weights):
+        encoder = {AUDIO_ENCODER.sub("", key): weights[key] for key in weights if AUDIO_ENCODER.match(key)}
+        return _clap(_from_transformers(encoder))
     if _is_swin(weights):
         return Weights("ImageNet Swin", _swin(weights), images=True)
     return Weights(STATE_DICT, dict(weights))
@@ -399,27 +416,46 @@ def _swin(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**kept, PATCHES: weights[PATCHES].mean(dim=1, keepdim=True)}
 
 
-def _clap(weights: Mapping[str, Tensor]) -> Weights:
-    """The audio branch alone. Its front-end is another one than the paper's."""
-    branch = {k.removeprefix(AUDIO_BRANCH): value for k, value in weights.items() if k.startswith(AUDIO_BRANCH)}
+def _from_transformers(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Transformers' names of a ClapAudioEncoder -> this network's, with queries, keys and values in one matrix."""
+    joined = {}
+    for key, value in encoder.items():
+        if QUERY in key:
+            joined[key.replace(".query.", ".qkv.")] = torch.cat([encoder[key.replace("query", part)] for part in PARTS])
+        elif not any(f".attention.self.{part}." in key for part in PARTS):
+            joined[key] = value
+    renamed = {}
+    for key, value in joined.items():
+        for theirs, ours in TRANSFORMERS_NAMES:
+            key = key.replace(theirs, ours)
+        renamed[key] = value
+    return renamed
+
+
+def _clap(branch: dict[str, Tensor]) -> Weights:
+    """The audio branch, whose front-end is another one than the paper's. Transformers keeps no classifier of it."""
     fused = [key for key in branch if any(part in key for part in FUSION)]
     if fused:
         raise UserError(
             f"it is a LAION-CLAP with feature fusion ({fused[0]}), whose audio network looks at a whole recording and "
             f"three stretches of it at once; this network takes one stretch. Use a CLAP checkpoint without fusion"
         )
-    classes = branch.get("tscam_conv.weight")
-    if PATCHES not in branch or classes is None or not attention_heads(branch):
-        raise UserError("it is a LAION-CLAP whose audio branch is no HTS-AT. Use a CLAP checkpoint with HTSAT-tiny")
     found = attention_heads(branch)
+    if PATCHES not in branch or not found:
+        raise UserError("it is a LAION-CLAP whose audio branch is no HTS-AT. Use a CLAP checkpoint with HTSAT-tiny")
+    classes = branch.get("tscam_conv.weight")
+    rows = len(branch["layers.0.blocks.0.attn.relative_position_bias_table"])
     sizes = {
-        "classes_num": len(classes),
+        **({} if classes is None else {"classes_num": len(classes)}),
         "enable_tscam": True,
+        "mel_bins": len(branch["bn0.weight"]),
+        "htsat_window_size": (math.isqrt(rows) + 1) // 2,
+        "htsat_patch_size": branch[PATCHES].shape[-1],
         "htsat_dim": len(branch[PATCHES]),
         "htsat_depth": [len(stage) for stage in found],
         "htsat_num_head": [stage[0] for stage in found],
     }
-    return Weights("LAION-CLAP", branch, {**CLAP_SETTINGS, **sizes})
+    return Weights("LAION-CLAP", branch, {**CLAP_SETTINGS, **CLAP_IMAGE, **sizes})
 
 
 def attention_heads(state_dict: Mapping[str, Tensor]) -> list[list[int]]:

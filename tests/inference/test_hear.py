@@ -1,6 +1,7 @@
 """The functions of HEAR 2021, with its shapes and units."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -80,6 +81,7 @@ def test_mistakes(model: hear.HearModel, tmp_path: Path, monkeypatch: pytest.Mon
     assert hear.get_scene_embeddings(torch.zeros(0, 8000), model).shape == (0, 128)
     assert hear.get_timestamp_embeddings(torch.zeros(0, 8000), model)[0].shape == (0, 0, 128)
     monkeypatch.setenv("HTSAT_CHECKPOINTS", str(tmp_path))
+    monkeypatch.setattr("model.registry.download", Mock(side_effect=UserError("offline")))
     with pytest.raises(UserError, match="htsat-audioset"):
         hear.load_model()
 
