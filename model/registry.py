@@ -98,6 +98,7 @@ ENCODERS: dict[str, Encoder] = {
                 str, "clip", "80 dB below the loudest cell of the clip, or of the batch", ("clip", "batch")
             ),
         },
+        published=("atst-f-strong", "atst-f-weak", "atst-f-ssl"),
     ),
     "beats": Encoder(
         module="beats",
@@ -110,6 +111,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="MIT",
         keys=(r"beats\.", r"patch_embedding\.", r"post_extract_proj\."),
         options=TRANSFORMER_OPTIONS,
+        published=("beats-strong", "beats-weak", "beats-ssl"),
     ),
     "fpasst": Encoder(
         module="fpasst",
@@ -122,6 +124,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="Apache 2.0",
         keys=(r"fpasst\.", r"(time|freq)_new_pos_embed"),
         options=TRANSFORMER_OPTIONS,
+        published=("fpasst-strong", "fpasst-weak", "fpasst-ssl"),
     ),
     "m2d": Encoder(
         module="m2d",
@@ -134,6 +137,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="NTT's own, for evaluation",
         keys=(r"m2d\.", r"backbone\.(norm_stats|pos_embed|blocks\.)"),
         options=TRANSFORMER_OPTIONS,
+        published=("m2d-strong", "m2d-weak", "m2d-ssl"),
     ),
     "ast": Encoder(
         module="ast",
@@ -174,6 +178,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="not stated",
         keys=(r"asit\.", r"pos_embed"),
         options=TRANSFORMER_OPTIONS,
+        published=("asit-strong", "asit-weak", "asit-ssl"),
     ),
     "frame_mn06": Encoder(
         module="frame_mn",
@@ -186,6 +191,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="MIT",
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
         options={**HEAD_OPTIONS, "width": Option(float, 0.6, "factor of the channels")},
+        published=("frame_mn06-strong",),
     ),
     "frame_mn10": Encoder(
         module="frame_mn",
@@ -198,6 +204,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="MIT",
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
         options={**HEAD_OPTIONS, "width": Option(float, 1.0, "factor of the channels")},
+        published=("frame_mn10-strong",),
     ),
 }
 
