@@ -48,6 +48,7 @@ MACRO, MICRO = "macro", "micro"
 SEGMENT_SECONDS, HIGHEST_FALSE_RATE = 1.0, 0.1  # of pAUROC: length of a segment, and the right end of its curves
 MOST_ADDED = 4e8  # values to add for an interval of a PSDS, some seconds; more get fewer resamples
 FEWEST_RESAMPLES = 200
+MOST_CROSSED = 1e7  # clips x classes x classes, for PSDS2's cross triggers: a minute and 3 GiB
 
 
 @dataclass(frozen=True)
@@ -282,11 +283,14 @@ def _partial_auroc(truth: GroundTruth, tables: dict[str, pd.DataFrame]) -> Detec
 
 
 def _psds(truth: GroundTruth, system: System, scenario: Scenario) -> Measured:
+    nothing = PsdsResult(float("nan"), {}, PsdRoc([], []), {})
     if len(truth.present) < 2 and (system.tables is None or scenario.cttc is not None):
-        nothing = PsdsResult(float("nan"), {}, PsdRoc([], []), {})
         note = "No value: it compares classes, and only one has true events."
         tool = "psds_eval" if system.tables is None else "sed_scores_eval"
         return Measured(_psds_metric(truth, scenario, scenario.criterion, tool, nothing, note))
+    if scenario.cttc is not None and len(truth.names) * len(truth.present) ** 2 > MOST_CROSSED:
+        note = f"No value: cross triggers between {len(truth.present)} classes take too long: see fl_class_num."
+        return Measured(_psds_metric(truth, scenario, scenario.criterion, "sed_scores_eval", nothing, note))
     if system.tables is None:
         points = [system.events, *system.operating_points]
         plural = "" if len(points) == 1 else "s"

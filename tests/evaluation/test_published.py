@@ -108,6 +108,17 @@ def test_published_read_out_is_scipys_filter_and_runs(threshold: float) -> None:
             assert row[1:] == (pytest.approx(wanted[0]), pytest.approx(wanted[1]), wanted[2])
 
 
+def test_cross_triggers_of_many_classes_are_refused_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = toy()
+    post = named("published_sed", scores.labels)
+    assert np.isfinite(measured(scores, post)["PSDS2"].macro)
+    monkeypatch.setattr("evaluation.detection.MOST_CROSSED", 299)  # 12 clips, 5 classes
+    found = measured(scores, post)
+    assert np.isnan(found["PSDS2"].macro)
+    assert "5 classes" in found["PSDS2"].note
+    assert np.isfinite(found["PSDS1"].macro)
+
+
 def test_filters_longer_than_a_clip_mirror_it_again() -> None:
     scores = np.random.default_rng(1).random((1, 8, 1))
     post = PostProcessing(("a",), median_filter=(9,), convention="reflect")
