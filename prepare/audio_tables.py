@@ -44,7 +44,7 @@ def open_source(source: str) -> Path | BinaryIO:
         found = (_open_dataset(str(table))[row]["audio"] or {}).get("bytes")
         if not found:  # a path, which content of a file may not choose
             raise UserError(
-                f"{source}: the row holds no sound, but at most the path of one: save the data set with it."
+                f"{source}: the row holds no sound, or its path alone: save the data set with it."
             )
         return io.BytesIO(found)
     with reading(table):
