@@ -1,7 +1,7 @@
 """The systems that are evaluated, with their ground truth: from score files, or from tables in DCASE's format."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -37,8 +37,10 @@ def truth_of_scores(scores: Scores) -> GroundTruth:
 def system_of_scores(scores: Scores, post: PostProcessing) -> System:
     """Scores with the events that `post` decodes. Raises UserError where the store has no frame scores."""
     smoothed, step = scores.smooth(post)
+    ready = scores if post.interpolation > 1 else replace(scores, framewise=smoothed)
+    rest = post if post.interpolation > 1 else replace(post, median_filter=(1,))  # filtered once: it takes longest
     return System(
-        events=scores.decode(post),
+        events=ready.decode(rest),
         tables=score_tables(
             smoothed, names=scores.names, labels=scores.labels, durations=scores.durations, seconds_per_frame=step
         ),

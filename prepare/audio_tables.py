@@ -43,9 +43,7 @@ def open_source(source: str) -> Path | BinaryIO:
     if table.is_dir():
         found = (_open_dataset(str(table))[row]["audio"] or {}).get("bytes")
         if not found:  # a path, which content of a file may not choose
-            raise UserError(
-                f"{source}: the row holds no sound, or its path alone: save the data set with it."
-            )
+            raise UserError(f"{source}: the row holds no sound, or its path alone: save the data set with it.")
         return io.BytesIO(found)
     with reading(table):
         return io.BytesIO(np.asarray(_open_mp3(str(table))["mp3"][row], dtype=np.uint8).tobytes())
