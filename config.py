@@ -29,7 +29,7 @@ Side = Annotated[int, Field(ge=1, le=2048)]
 
 # --- data set --------------------------------------------------------------------------------------------------------
 dataset_type: Literal[  # which data set
-    "demo", "audioset", "audioset-strong", "esc-50", "scv2", "desed", "folder", "soundscapes"
+    "demo", "audioset", "audioset-strong", "esc-50", "scv2", "desed", "dcase2016-task2", "folder", "soundscapes"
 ] = "demo"
 task: Literal["multilabel", "single_label"] = (  # several classes a clip (mAP), or exactly one (accuracy)
     "single_label" if dataset_type in ("esc-50", "scv2") else "multilabel"
@@ -107,7 +107,9 @@ encoder: Literal[  # the network, by its name in model/registry.py
 encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `python main.py encoders` lists them
 
 # --- front-end -------------------------------------------------------------------------------------------------------
-data_rate = 16000 if dataset_type == "scv2" else 32000  # of the prepared data, which say it themselves (data/facts.py)
+data_rate = (  # of the prepared data, which say it themselves (data/facts.py)
+    16000 if dataset_type in ("scv2", "dcase2016-task2") else 32000
+)
 sample_rate: PositiveInt = {"htsat": data_rate}.get(encoder, 16000)  # samples per second that the network is given
 
 # --- front-end, htsat ------------------------------------------------------------------------------------------------
@@ -210,8 +212,14 @@ fl_local: bool = False  # test: also write frame scores, for localization
 fl_dataset: Optional[str] = None  # test with fl_local: the clip store (.h5) to localize in, else that of dataset_path
 fl_audioset_mapping: str = "reviewed"  # AudioSet's classes -> those of the data: published, reviewed, or a JSON file
 fl_class_num: list[str] = []  # fl_evaluate, evaluate: the classes, by name; empty: all
+fl_clips: Optional[Literal["all", "with_events", "recordings"]] = (
+    None  # fl_evaluate, evaluate: all clips, those with events, or whole recordings; None: what suits the data set
+)
 
 # --- event detection -------------------------------------------------------------------------------------------------
+fl_postprocessing: Optional[Literal["published_sed", "dcase2016", "dcase2016_published"]] = (
+    None  # way from scores to events that a publication has, in place of the calibrated one; None: calibrated
+)
 fl_threshold: list[float] = []  # frame score above which a class is on, one or one a class; empty: calibrated, or 0.5
 fl_median_filter: list[int] = []  # median filter, odd numbers of steps, one or one a class; empty: calibrated, or none
 fl_minimum_duration: list[float] = []  # seconds of the shortest event, one or one a class; empty: calibrated, or 0
@@ -219,7 +227,12 @@ fl_maximum_gap: list[float] = []  # seconds between events that are joined, one 
 fl_interpolation: Optional[int] = None  # parts of a step, scores on straight lines; None: calibrated, or 1 for none
 
 # --- predict ---------------------------------------------------------------------------------------------------------
-window_overlap: FractionBelowOne = 0.5  # predict: share of a window (clip_samples) that the next one covers again
+window_overlap: FractionBelowOne = (  # predict: share of a window (clip_samples) that the next one covers again
+    0.0 if fl_postprocessing == "published_sed" else 0.5
+)
+last_window: Literal["aligned", "filled"] = (  # predict: the last window ends with the recording, or is filled up
+    "filled" if fl_postprocessing == "published_sed" else "aligned"
+)
 clip_pooling: Literal["mean", "max"] = (  # predict: how the windows of a long recording make its clip scores
     "mean" if task == "single_label" else "max"
 )

@@ -13,7 +13,7 @@ Name = Annotated[str, Field(pattern='^[^/\\\\\\x00-\\x1f\\x7f]*[^./\\\\\\x00-\\x
 Layers = Annotated[int, Field(ge=1, le=100)]
 Side = Annotated[int, Field(ge=1, le=2048)]
 class ConfigFields(BaseModel):
-    dataset_type: Literal['demo', 'audioset', 'audioset-strong', 'esc-50', 'scv2', 'desed', 'folder', 'soundscapes']
+    dataset_type: Literal['demo', 'audioset', 'audioset-strong', 'esc-50', 'scv2', 'desed', 'dcase2016-task2', 'folder', 'soundscapes']
     task: Literal['multilabel', 'single_label']
     protocol: Literal['held_out', 'paper']
     esc_fold: PositiveInt
@@ -116,12 +116,15 @@ class ConfigFields(BaseModel):
     fl_dataset: Optional[str]
     fl_audioset_mapping: str
     fl_class_num: list[str]
+    fl_clips: Optional[Literal['all', 'with_events', 'recordings']]
+    fl_postprocessing: Optional[Literal['published_sed', 'dcase2016', 'dcase2016_published']]
     fl_threshold: list[float]
     fl_median_filter: list[int]
     fl_minimum_duration: list[float]
     fl_maximum_gap: list[float]
     fl_interpolation: Optional[int]
     window_overlap: FractionBelowOne
+    last_window: Literal['aligned', 'filled']
     clip_pooling: Literal['mean', 'max']
     esm_model_pathes: list[str]
     esm_together: Optional[bool]

@@ -27,7 +27,7 @@ try:
     from evaluation.report import build_report
     from evaluation.score_tables import export_tables, import_tables
     from evaluation.scores import Scores, load_scores
-    from evaluation.systems import system_of_scores, truth_of_scores
+    from evaluation.systems import evaluated_scores, system_of_scores, truth_of_scores
     from evaluation.tables import describe, print_metrics, write_detections
     from runs.ledger import file_sha256
     from settings import Config, UserError, resolve
@@ -63,8 +63,7 @@ def run(settings: Config, options: Options) -> None:
         check_writable(f"--report {options.report}", options.report)
     if options.import_scores is not None:
         scores, name = import_tables(Path(options.import_scores), scores), f"{name}_imported"
-    if settings.fl_class_num:
-        scores = scores.select_classes(settings.fl_class_num)
+    scores = evaluated_scores(scores, settings)
     if options.export_scores is not None:
         export_tables(scores, Path(options.export_scores))
         print(f"Frame scores as tables of sed_scores_eval: {options.export_scores}")

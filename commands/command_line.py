@@ -29,7 +29,9 @@ TRAINING = (
     "augmentation", "frame augmentation", "frame training", "semi-supervised",
 )  # fmt: skip
 TAGGING = ("resume_checkpoint", "accelerator", "precision", "dataset_type", "encoder", "frontend_from")
-EVALUATION = ("workspace", "exp_name", "heatmap_dir", "test_file", "fl_class_num", "event detection", "random_seed")
+EVALUATION = (
+    "workspace", "exp_name", "heatmap_dir", "test_file", "fl_class_num", "fl_clips", "event detection", "random_seed",
+)  # fmt: skip
 
 
 class Command(NamedTuple):
@@ -84,7 +86,7 @@ COMMANDS: dict[str, Command] = {
             ("--resamples", {"help": "how often the bootstrap draws the clips anew", "type": int, "default": 1000}),
             ("--output", {"help": "write PREFIX_metrics.json and PREFIX_metrics.tsv as well", "metavar": "PREFIX"}),
         ],
-        ("fl_class_num", "event detection", "random_seed"),
+        ("fl_class_num", "fl_clips", "event detection", "random_seed"),
     ),
     "esm_test": Command("evaluate several checkpoints as an ensemble", [], (*TESTING, "esm_test")),
     "teach": Command(

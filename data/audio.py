@@ -344,7 +344,7 @@ def cut_pieces(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def stream_int16(
-    path: Path, sample_rate: int, size: Optional[int] = None, remarks: Optional[list[Remark]] = None
+    path: Path | BinaryIO, sample_rate: int, size: Optional[int] = None, remarks: Optional[list[Remark]] = None
 ) -> Iterator[np.ndarray]:
     """(samples,) int16 mono at `sample_rate`, in pieces of `size` samples; None: in one. See stream_audio."""
     blocks = (float32_to_int16(block) for block in stream_audio(path, sample_rate, remarks=remarks))
@@ -354,7 +354,7 @@ def stream_int16(
         yield from cut_pieces(blocks, size)
 
 
-def read_int16(path: Path, sample_rate: int, remarks: Optional[list[Remark]] = None) -> np.ndarray:
+def read_int16(path: Path | BinaryIO, sample_rate: int, remarks: Optional[list[Remark]] = None) -> np.ndarray:
     """(samples,) int16 mono at `sample_rate`; see read_audio."""
     return next(stream_int16(path, sample_rate, remarks=remarks))
 

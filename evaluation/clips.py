@@ -33,9 +33,13 @@ def read_sounds(scores: Scores, clips: Sequence[int]) -> dict[int, ClipSound]:
     with open_store(store, "audio_name") as file:
         rate = int(file.attrs.get("sample_rate", 32000))  # a file of PANNs has no attribute, and 32 kHz
         waveforms = Waveforms(file)
-        rows = {name.decode(): row for row, name in enumerate(file["audio_name"][:])}
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(map(bytes.decode, file["audio_name"][:].tolist())):
+            for known in {name, name.partition("#t=")[0]}:  # a piece by itself, and as one of its recording's
+                rows.setdefault(known, []).append(row)
         for clip in clips:
-            samples = torch.from_numpy(waveforms.read(rows[scores.names[clip]])[: int(scores.durations[clip] * rate)])
+            read = np.concatenate([waveforms.read(row) for row in rows[scores.names[clip]]])
+            samples = torch.from_numpy(read[: int(scores.durations[clip] * rate)])
             sounds[clip] = sound_of(int16_to_float32(samples).numpy(), rate)
     return sounds
 

@@ -42,10 +42,13 @@ from evaluation.psds import (
 )
 
 COLLAR = "onset 200 ms, offset 200 ms or 20 %"
+ONSETS = {"onset_f1_200ms": 0.2, "onset_f1_50ms": 0.05}  # seconds; of HEAR's DCASE 2016 task 2, the first primary
 ERRORS = "segments of 1 s; micro with substitutions"  # there, a class in place of another is one error, not two
 MACRO, MICRO = "macro", "micro"
+SEGMENT_SECONDS, HIGHEST_FALSE_RATE = 1.0, 0.1  # of pAUROC: length of a segment, and the right end of its curves
 MOST_ADDED = 4e8  # values to add for an interval of a PSDS, some seconds; more get fewer resamples
 FEWEST_RESAMPLES = 200
+MOST_CROSSED = 1e7  # clips x classes x classes, for PSDS2's cross triggers: a minute and 3 GiB
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ def measure(truth: GroundTruth, system: System) -> list[Measured]:
             "collar F1, onset only", "onset 200 ms", "sed_scores_eval", truth,
             collar_counts(found, truth, offsets=False),
         ),
+        *(_onsets(truth, system.events, name, collar) for name, collar in ONSETS.items()),
         _counted("segment F1", "segments of 1 s", "sed_scores_eval", truth, segments),
         _counted("segment error rate", ERRORS, "sed_scores_eval", truth, segments, error_rate_of),
         psds1,
@@ -162,6 +166,8 @@ def measure(truth: GroundTruth, system: System) -> list[Measured]:
             "clip F1", "clips have the classes of their events", "scikit-learn", truth, clip_counts(found, truth)
         ),
     ]  # fmt: skip
+    if system.tables is not None:
+        measured.append(Measured(_partial_auroc(truth, system.tables)))
     if system.clipwise is not None and system.targets is not None:
         measured.append(_precision(truth, system.clipwise, system.targets))
     return measured
@@ -254,12 +260,37 @@ def _intersection(truth: GroundTruth, found: EventSet, share: float) -> Measured
     return replace(measured, metric=replace(measured.metric, note=note))
 
 
+def _onsets(truth: GroundTruth, detected: pd.DataFrame, name: str, collar: float) -> Measured:
+    """F1 of onsets alone, as sed_eval defines it: overlapping events of one class count each by itself."""
+    true = truth.annotated_events
+    counts = collar_counts(truth.index(detected), truth, offsets=False, collar=collar, true=true)
+    return _counted(name, f"onset {collar * 1000:g} ms, no event joined", "sed_eval", truth, counts)
+
+
+def _partial_auroc(truth: GroundTruth, tables: dict[str, pd.DataFrame]) -> DetectionMetric:
+    """Area under the ROC curve of segments up to HIGHEST_FALSE_RATE, over all thresholds: mean over the classes."""
+    from sed_scores_eval import segment_based
+
+    chosen = {name: table[["onset", "offset", *truth.present]] for name, table in tables.items()}
+    areas = segment_based.auroc(
+        chosen, truth.by_clip(), truth.seconds, segment_length=SEGMENT_SECONDS, max_fpr=HIGHEST_FALSE_RATE
+    )[0]
+    per_class = {label: float(areas[label]) if label in truth.present else float("nan") for label in truth.labels}
+    known = [area for area in per_class.values() if np.isfinite(area)]
+    criterion = f"segments of {SEGMENT_SECONDS:g} s, false positive rate up to {HIGHEST_FALSE_RATE:g}; all thresholds"
+    value = float(np.mean(known)) if known else float("nan")
+    return DetectionMetric("pAUROC", criterion, "sed_scores_eval", value, per_class, note="No interval.")
+
+
 def _psds(truth: GroundTruth, system: System, scenario: Scenario) -> Measured:
+    nothing = PsdsResult(float("nan"), {}, PsdRoc([], []), {})
     if len(truth.present) < 2 and (system.tables is None or scenario.cttc is not None):
-        nothing = PsdsResult(float("nan"), {}, PsdRoc([], []), {})
         note = "No value: it compares classes, and only one has true events."
         tool = "psds_eval" if system.tables is None else "sed_scores_eval"
         return Measured(_psds_metric(truth, scenario, scenario.criterion, tool, nothing, note))
+    if scenario.cttc is not None and len(truth.names) * len(truth.present) ** 2 > MOST_CROSSED:
+        note = f"No value: cross triggers between {len(truth.present)} classes take too long: see fl_class_num."
+        return Measured(_psds_metric(truth, scenario, scenario.criterion, "sed_scores_eval", nothing, note))
     if system.tables is None:
         points = [system.events, *system.operating_points]
         plural = "" if len(points) == 1 else "s"
@@ -287,7 +318,7 @@ def _macro_mean(psds1: Measured) -> Measured:
     return Measured(
         replace(
             metric,
-            name="PSDS1, macro mean",
+            name="psds1_macro",
             criterion=metric.criterion.replace(f"alpha_ST = {PSDS1.alpha_st:g}", "alpha_ST = 0"),
             macro=float(areas.mean()) if len(areas) else float("nan"),
             per_class={},

@@ -97,20 +97,28 @@ def intersection_counts(detected: EventSet, truth: GroundTruth, share: float) ->
     return ClipCounts("events", _count(true, truth, found), _count(detected, truth, false), _count(true, truth))
 
 
-def collar_counts(detected: EventSet, truth: GroundTruth, *, offsets: bool = True) -> ClipCounts:
+def collar_counts(
+    detected: EventSet,
+    truth: GroundTruth,
+    *,
+    offsets: bool = True,
+    collar: float = COLLAR_SECONDS,
+    true: Optional[EventSet] = None,
+) -> ClipCounts:
     """Collar criterion (Mesaros, Heittola and Virtanen, Metrics for Polyphonic Sound Event Detection, 2016).
 
-    A detection fits a true event of its class in its clip where the onsets lie at most COLLAR_SECONDS apart, and, with
-    `offsets`, the offsets at most COLLAR_SECONDS or OFFSET_SHARE of the true event, whichever is more. Of all ways to
+    A detection fits a true event of its class in its clip where the onsets lie at most `collar` seconds apart, and,
+    with `offsets`, the offsets at most `collar` or OFFSET_SHARE of the true event, whichever is more. true: the true
+    events, None for those of `truth`, of which overlapping ones are joined (sed_eval joins none). Of all ways to
     pair them, each used once, one with the most pairs is taken, as in sed_scores_eval (a maximum bipartite matching,
     not the first that fits).
     """
-    true = truth.events
+    true = truth.events if true is None else true
     pairs = same_class_pairs(detected, true, len(truth.labels))
-    fits = _within(detected.onset[pairs.first] - true.onset[pairs.second], COLLAR_SECONDS)
+    fits = _within(detected.onset[pairs.first] - true.onset[pairs.second], collar)
     if offsets:
-        collar = np.maximum(COLLAR_SECONDS, OFFSET_SHARE * (true.offset - true.onset)[pairs.second])
-        fits &= _within(detected.offset[pairs.first] - true.offset[pairs.second], collar)
+        collars = np.maximum(collar, OFFSET_SHARE * (true.offset - true.onset)[pairs.second])
+        fits &= _within(detected.offset[pairs.first] - true.offset[pairs.second], collars)
     first, second = pairs.first[fits], pairs.second[fits]
     # One graph for all clips and classes: no edge joins two of them, so that each is matched by itself.
     graph = csr_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(len(detected), len(true)))

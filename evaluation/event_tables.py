@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pandas as pd
@@ -37,13 +38,15 @@ class EventSet:
 class GroundTruth:
     """N clips with their names, durations (N,) in seconds, K labels, and the table of their true events.
 
-    No two events of a class overlap in a clip: join_overlapping has joined them.
+    No two events of a class overlap in a clip: join_overlapping has joined them. annotated: the events as they were
+    given; None: the same.
     """
 
     names: list[str]
     durations: np.ndarray
     labels: list[str]
     table: pd.DataFrame
+    annotated: Optional[pd.DataFrame] = None
 
     @classmethod
     def build(cls, table: pd.DataFrame, durations: dict[str, float], labels: Sequence[str]) -> "GroundTruth":
@@ -57,11 +60,16 @@ class GroundTruth:
             )
         check_clips(table, durations, "The ground truth")
         seconds = np.array(list(durations.values()), dtype=np.float64)
-        return cls(list(durations), seconds, list(labels), join_overlapping(table))
+        return cls(list(durations), seconds, list(labels), join_overlapping(table), table[EVENT_COLUMNS])
 
     @cached_property
     def events(self) -> EventSet:
         return self.index(self.table)
+
+    @cached_property
+    def annotated_events(self) -> EventSet:
+        """The events as they were given, overlapping ones of a class each by itself."""
+        return self.index(self.table if self.annotated is None else self.annotated)
 
     @cached_property
     def present(self) -> list[str]:

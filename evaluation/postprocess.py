@@ -1,9 +1,10 @@
 """Frame scores -> events. The one place where frames become seconds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import pandas as pd
@@ -19,13 +20,42 @@ LONGEST_FILTER, MOST_PARTS = 9_999, 1_000  # frames of a median filter; parts of
 
 
 @dataclass(frozen=True)
+class Convention:
+    """extension: of a clip before its filter, by its first and last score, or mirrored ("reflect", as SciPy's default).
+
+    centres: an event lasts from the centre of its first frame to that of its last, not from edge to edge. even: median
+    filters of even lengths are allowed (the upper median, half a frame early, as SciPy's).
+    """
+
+    extension: Literal["nearest", "reflect"] = "nearest"
+    centres: bool = False
+    even: bool = False
+
+
+CONVENTIONS = {
+    "edges": Convention(),
+    "reflect": Convention("reflect"),  # of the published frame-level encoders (PretrainedSED)
+    "centres": Convention("reflect", centres=True, even=True),  # of HEAR
+}
+# By name, what publications do, for fl_postprocessing; the thresholds are of probabilities.
+DCASE2016: dict[str, Any] = {"minimum_duration": (0.125,), "convention": "centres"}
+NAMED: dict[str, dict[str, Any]] = {
+    "published_sed": {"median_filter": (9,), "convention": "reflect"},  # with fl_threshold 0.1, 0.2 or 0.5
+    "dcase2016": {"median_filter": (7,), **DCASE2016},
+    # Published: 0.5 of the logits, and round(250 ms / 40 ms) = 6 frames.
+    "dcase2016_published": {"median_filter": (6,), "thresholds": (1 / (1 + math.exp(-0.5)),), **DCASE2016},
+}
+
+
+@dataclass(frozen=True)
 class PostProcessing:
     """The way from frame scores to events: one value for each class (given as one for all, or as one for each).
 
     thresholds: a frame with a higher score is on; median_filter: length in frames, odd, 1 for none; minimum_duration:
     shorter events are left out, in seconds; maximum_gap: events of one class at most so far apart are joined, in
     seconds; interpolation: parts into which each frame is divided, with linear interpolation between the frames'
-    middles, 1 for none. source: where the values come from. Raises UserError for values that are not allowed.
+    middles, 1 for none. convention: a name of CONVENTIONS. source: where the values come from. Raises
+    UserError for values that are not allowed.
     """
 
     labels: tuple[str, ...]
@@ -35,6 +65,7 @@ class PostProcessing:
     maximum_gap: tuple[float, ...] = (0.0,)
     interpolation: int = 1
     source: str = DEFAULT_SOURCE
+    convention: str = "edges"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
@@ -54,14 +85,16 @@ class PostProcessing:
         """Events in (N, frames, K) scores; see decode_events."""
         where: dict[str, Any] = {"names": names, "durations": durations, "seconds_per_frame": seconds_per_frame}
         chosen: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in PER_CLASS}
-        return decode_events(framewise, labels=self.labels, interpolation=self.interpolation, **chosen, **where)
+        kept: dict[str, Any] = {"interpolation": self.interpolation, "convention": CONVENTIONS[self.convention]}
+        return decode_events(framewise, labels=self.labels, **kept, **chosen, **where)
 
     def smooth(
         self, framewise: np.ndarray, *, durations: np.ndarray, seconds_per_frame: float
     ) -> tuple[np.ndarray, float]:
         """The scores to compare with the thresholds, and their seconds per frame; see smooth_scores."""
         lengths = np.asarray(self.median_filter)
-        smoothed = smooth_scores(framewise, durations, seconds_per_frame, lengths, self.interpolation)
+        extension = CONVENTIONS[self.convention].extension
+        smoothed = smooth_scores(framewise, durations, seconds_per_frame, lengths, self.interpolation, extension)
         return smoothed, seconds_per_frame / self.interpolation
 
     def for_labels(self, labels: Sequence[str]) -> "PostProcessing":
@@ -70,8 +103,8 @@ class PostProcessing:
         if unknown:
             raise UserError(f"The post-processing ({self.source}) has no values for the classes {', '.join(unknown)}.")
         place = [self.labels.index(label) for label in labels]
-        values = {name: tuple(getattr(self, name)[k] for k in place) for name in PER_CLASS}
-        return PostProcessing(tuple(labels), interpolation=self.interpolation, source=self.source, **values)
+        values: dict[str, Any] = {name: tuple(getattr(self, name)[k] for k in place) for name in PER_CLASS}
+        return replace(self, labels=tuple(labels), **values)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and text, for a checkpoint, a score store or JSON."""
@@ -84,19 +117,23 @@ class PostProcessing:
         if not isinstance(content, Mapping) or set(content) - set(known) or "labels" not in content:
             given = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
             raise UserError(f"A post-processing has the fields {', '.join(known)}, not {given:.200}.")
-        labels, source = content["labels"], content.get("source", "")
-        if not isinstance(labels, (list, tuple)) or not all(isinstance(each, str) for each in (*labels, source)):
-            raise UserError("The labels of a post-processing are a list of names, and its source is text.")
+        labels, *texts = content["labels"], content.get("source", ""), content.get("convention", "")
+        if not isinstance(labels, (list, tuple)) or not all(isinstance(each, str) for each in (*labels, *texts)):
+            raise UserError("The labels of a post-processing are a list of names, its source and convention are texts.")
         return cls(**content)
 
 
 def choose_postprocessing(stored: Optional[PostProcessing], labels: Sequence[str], settings: Config) -> PostProcessing:
     """The stored values (calibrated, or of the class mapping), else the defaults; the settings fl_... replace them.
 
-    `source` names the settings that did. Raises UserError for values that do not fit the classes.
+    fl_postprocessing: those of NAMED in place of the stored ones. `source` names the settings that did. Raises
+    UserError for values that do not fit the classes.
     """
     base = stored or PostProcessing(tuple(labels))
-    given = {name: getattr(settings, name) for name in section("event detection")}
+    named = settings.fl_postprocessing
+    if named is not None:
+        base = PostProcessing(tuple(labels), source=named, **NAMED[named])
+    given = {name: getattr(settings, name) for name in section("event detection") if name != "fl_postprocessing"}
     given = {name: value for name, value in given.items() if value is not None and value != []}
     if not given:
         return base
@@ -134,7 +171,10 @@ def _numbers(name: str, given: Any) -> np.ndarray:
 
 
 def _check_ranges(post: PostProcessing) -> None:
-    if any(length < 1 or length % 2 == 0 or length > LONGEST_FILTER for length in post.median_filter):
+    if post.convention not in CONVENTIONS:
+        raise UserError(f"convention = {SHORT.repr(post.convention)} is not allowed: give {', '.join(CONVENTIONS)}.")
+    even = CONVENTIONS[post.convention].even
+    if any(length < 1 or (length % 2 == 0 and not even) or length > LONGEST_FILTER for length in post.median_filter):
         raise UserError(
             f"median_filter {SHORT.repr(post.median_filter)}: lengths are odd numbers of frames, 1 for no filter, at "
             f"most {LONGEST_FILTER}."
@@ -181,19 +221,27 @@ def active_runs(active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 
 
 def smooth_scores(
-    framewise: np.ndarray, durations: np.ndarray, seconds_per_frame: float, lengths: np.ndarray, interpolation: int
+    framewise: np.ndarray,
+    durations: np.ndarray,
+    seconds_per_frame: float,
+    lengths: np.ndarray,
+    interpolation: int,
+    extension: Literal["nearest", "reflect"] = "nearest",
 ) -> np.ndarray:
     """(N, frames, K) scores -> (N, frames * interpolation, K): each class's median filter, then the interpolation.
 
-    lengths: (K,) in frames. A clip is extended by its first and last score; scores of the padding after a short clip
-    are not used.
+    lengths: (K,) in frames. A clip is extended by its first and last score, or mirrored; scores of the padding after a
+    short clip are not used.
     """
     if lengths.max(initial=1) == 1 and interpolation == 1:
         return framewise
-    scores = _hold_last(framewise, durations, seconds_per_frame)
+    last = _last_frame(framewise.shape[1], durations, seconds_per_frame)
+    margin = int(lengths.max(initial=1)) // 2 if extension == "reflect" else 0
+    scores = _extended(framewise, last, margin, extension)
     for length in np.unique(lengths[lengths > 1]).tolist():
         chosen = lengths == length
         scores[:, :, chosen] = median_filter(scores[:, :, chosen], size=(1, length, 1), mode="nearest")
+    scores = scores[:, margin : scores.shape[1] - margin]
     if interpolation == 1:
         return scores
     frames = scores.shape[1]
@@ -204,13 +252,25 @@ def smooth_scores(
     return scores[:, before] * (1 - share) + scores[:, np.minimum(before + 1, frames - 1)] * share
 
 
-def _hold_last(framewise: np.ndarray, durations: np.ndarray, seconds_per_frame: float) -> np.ndarray:
-    """A copy in which the frames after a clip's end repeat its last one."""
+def _last_frame(frames: int, durations: np.ndarray, seconds_per_frame: float) -> np.ndarray:
+    """(N,) number of each clip's last frame; a rest of less than half a frame belongs to it."""
+    return np.clip(np.floor(np.asarray(durations) / seconds_per_frame + 0.5 + 1e-9).astype(int) - 1, 0, frames - 1)
+
+
+def _extended(
+    framewise: np.ndarray, last: np.ndarray, margin: int, extension: Literal["nearest", "reflect"]
+) -> np.ndarray:
+    """A copy with `margin` frames more on either side, in which those beyond a clip's (N,) last one are extended."""
     frames = framewise.shape[1]
-    last = np.clip(np.floor(durations / seconds_per_frame + 0.5 + 1e-9).astype(int) - 1, 0, frames - 1)
-    if (last == frames - 1).all():
+    if margin == 0 and (last == frames - 1).all():
         return framewise.copy()
-    return np.take_along_axis(framewise, np.minimum(np.arange(frames), last[:, None])[:, :, None], axis=1)
+    place = np.arange(-margin, frames + margin)
+    if extension == "nearest":
+        place = np.clip(place, 0, last[:, None])
+    else:  # d c b a | a b c d | d c b a, again and again where a clip is shorter than the filter
+        place = place % (2 * (last[:, None] + 1))
+        place = np.minimum(place, 2 * last[:, None] + 1 - place)
+    return np.take_along_axis(framewise, place[:, :, None], axis=1)
 
 
 def decode_events(
@@ -225,6 +285,7 @@ def decode_events(
     minimum_duration: np.ndarray | float = 0.0,
     maximum_gap: np.ndarray | float = 0.0,
     interpolation: int = 1,
+    convention: Convention = CONVENTIONS["edges"],
 ) -> pd.DataFrame:
     """(N, frames, K) scores -> a table of events: filename, onset, offset (seconds), event_label, score.
 
@@ -235,11 +296,15 @@ def decode_events(
     """
     classes = len(labels)
     lengths = np.broadcast_to(median_filter, classes)
-    scores = smooth_scores(framewise, durations, seconds_per_frame, lengths, interpolation)
+    scores = smooth_scores(framewise, durations, seconds_per_frame, lengths, interpolation, convention.extension)
     step = seconds_per_frame / interpolation
     clip, label, start, stop = active_runs(scores > np.asarray(thresholds))
     ends = np.asarray(durations, dtype=np.float64)[clip]
-    onset, offset = (_begin_times(k, scores.shape[1], step, ends, seconds_per_frame / 2) for k in (start, stop))
+    if convention.centres:
+        inside = _last_frame(scores.shape[1], ends, step) + 1
+        onset, offset = (start + 0.5) * step, (np.minimum(stop, inside) - 0.5) * step
+    else:
+        onset, offset = (_begin_times(k, scores.shape[1], step, ends, seconds_per_frame / 2) for k in (start, stop))
     columns = [clip, label, onset, offset, _highest(scores, clip, label, start, stop)]
     inside = offset > onset
     columns = _join_close(*(column[inside] for column in columns), gaps=np.broadcast_to(maximum_gap, classes))

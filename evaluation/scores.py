@@ -34,6 +34,8 @@ COLUMNS: Columns = {  # kinds of NumPy's dtypes, dimensions
 }  # fmt: skip
 OF_CLIPS = ("audio_name", "clipwise", "target", "duration", "framewise", "clip_index")
 LONGEST_SECONDS = 86_400.0  # of a clip
+PIECE = re.compile(r"(?P<recording>.+)#t=(?P<start>[\d.]+),[\d.]+")  # as prepare names what it cuts
+SEAM = 1e-3  # seconds by which times in names are rounded
 
 EventList = list[tuple[int, float, float]]  # class index, onset and offset in seconds
 
@@ -131,6 +133,53 @@ class Scores:
             clip_index=index[places],
         )
 
+    def join_recordings(self) -> "Scores":
+        """Recordings in place of the pieces that prepare cut them into (forest.wav#t=10,20), in the order of the first.
+
+        A recording has the frames of its pieces one after another (zeros behind shorter ones), and an event that a
+        seam divides is one again. Raises UserError where a piece lacks, or does not hold whole frames.
+        """
+        pieces: dict[str, list[tuple[float, int]]] = {}
+        for k, name in enumerate(self.names):
+            found = PIECE.fullmatch(name)
+            start = float(found["start"]) if found else 0.0
+            pieces.setdefault(found["recording"] if found else name, []).append((start, k))
+        frames, events = [], []
+        for name, parts in pieces.items():
+            parts.sort()
+            frames.append(self._whole_frames(name, parts))
+            known = parts if self.events else []
+            events.append(_without_seams([(start, self.durations[k], self.true_events()[k]) for start, k in known]))
+        framewise = np.zeros((len(pieces), max(map(len, frames)), len(self.labels)), np.float32)
+        for row, found_frames in zip(framewise, frames, strict=True):
+            row[: len(found_frames)] = found_frames
+        places = [[k for _, k in parts] for parts in pieces.values()]
+        return replace(
+            self,
+            names=list(pieces),
+            clipwise=np.stack([self.clipwise[k].max(axis=0) for k in places]),
+            targets=np.stack([self.targets[k].any(axis=0) for k in places]),
+            durations=np.array([self.durations[k].sum() for k in places]),
+            framewise=framewise,
+            events=events if self.events is not None else None,
+            clip_index=None,
+        )
+
+    def _whole_frames(self, name: str, parts: Sequence[tuple[float, int]]) -> np.ndarray:
+        """(T, K) scores of a recording, from its pieces: (start in seconds, number)."""
+        framewise, step, end = self.frame_scores(), self.seconds_per_frame, 0.0
+        counts = [float(self.durations[k]) / step for _, k in parts]
+        for (start, k), count in zip(parts, [0.0, *counts[:-1]], strict=True):
+            if abs(start - end) > SEAM or abs(count - round(count)) > SEAM:
+                raise UserError(
+                    f"{self.source}: the pieces of {name} do not join at {start:g} s: score all of them, of a length "
+                    f"in whole frames of {step:g} s."
+                )
+            end += float(self.durations[k])
+        return np.concatenate(
+            [framewise[k, : int(np.ceil(count - SEAM))] for (_, k), count in zip(parts, counts, strict=True)]
+        )
+
     def in_order(self, names: Sequence[str]) -> "Scores":
         """The clips in the order of `names`. Raises UserError, with some names, where these are other clips."""
         if sorted(self.names) != sorted(names):
@@ -156,6 +205,25 @@ class Scores:
                 file["event_clip"], file["event_class"] = table[:, 0].astype(np.int32), table[:, 1].astype(np.int16)
                 file["event_onset"], file["event_offset"] = table[:, 2], table[:, 3]
             file.attrs.update({"labels": self.labels, "seconds_per_frame": self.seconds_per_frame, **self.attributes})
+
+
+def _without_seams(parts: Sequence[tuple[float, float, EventList]]) -> EventList:
+    """The events of pieces (start and length in seconds, events), those parts joined that meet at a seam."""
+    joined: EventList = []
+    before: dict[int, list[int]] = {}  # class: places in `joined` of the events that reach the last seam
+    for start, seconds, events in parts:
+        reaching: dict[int, list[int]] = {}
+        for label, onset, offset in sorted(events, key=lambda event: event[1]):
+            if onset < SEAM and before.get(label):
+                place = before[label].pop(0)
+                joined[place] = (label, joined[place][1], start + offset)
+            else:
+                place = len(joined)
+                joined.append((label, start + onset, start + offset))
+            if offset > seconds - SEAM:
+                reaching.setdefault(label, []).append(place)
+        before = reaching
+    return joined
 
 
 def load_scores(path: Path) -> Scores:

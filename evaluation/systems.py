@@ -1,7 +1,7 @@
 """The systems that are evaluated, with their ground truth: from score files, or from tables in DCASE's format."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,6 +13,8 @@ from evaluation.postprocess import PostProcessing, choose_postprocessing, truth_
 from evaluation.score_tables import score_tables
 from evaluation.scores import Scores, load_scores
 from settings import WITH_COMMAS, Config, UserError, split_list
+
+CLIPS = {"audioset-strong": "with_events", "dcase2016-task2": "recordings"}  # fl_clips of a score file's dataset_type
 
 
 @dataclass
@@ -35,14 +37,35 @@ def truth_of_scores(scores: Scores) -> GroundTruth:
 def system_of_scores(scores: Scores, post: PostProcessing) -> System:
     """Scores with the events that `post` decodes. Raises UserError where the store has no frame scores."""
     smoothed, step = scores.smooth(post)
+    ready = scores if post.interpolation > 1 else replace(scores, framewise=smoothed)
+    rest = post if post.interpolation > 1 else replace(post, median_filter=(1,))  # filtered once: it takes longest
     return System(
-        events=scores.decode(post),
+        events=ready.decode(rest),
         tables=score_tables(
             smoothed, names=scores.names, labels=scores.labels, durations=scores.durations, seconds_per_frame=step
         ),
         clipwise=scores.clipwise,
         targets=scores.targets,
     )
+
+
+def evaluated_scores(scores: Scores, settings: Config) -> Scores:
+    """What is evaluated of a score file, as fl_class_num and fl_clips say; what is left out is printed."""
+    if settings.fl_class_num:
+        scores = scores.select_classes(settings.fl_class_num)
+    how = settings.fl_clips or CLIPS.get(str(scores.attributes.get("dataset_type")), "all")
+    if how == "recordings":
+        scores = scores.join_recordings()
+    if how == "with_events":
+        kept = [k for k, events in enumerate(scores.true_events()) if events]
+        if len(kept) < len(scores.names):
+            print(f"{len(scores.names) - len(kept)} of {len(scores.names)} clips have no events: they are left out.")
+            scores = scores.select_clips(kept)
+    scores.frame_scores()  # an error in the order of the steps: without frames there is nothing to evaluate
+    present = {label for events in scores.true_events() for label, _, _ in events}
+    if len(present) < len(scores.labels):
+        print(f"{len(present)} of {len(scores.labels)} classes have events; the others are left out of the means.")
+    return scores
 
 
 def task_of_tables(
@@ -80,9 +103,7 @@ def task_of_tables(
 
 def task_of_scores(path: Path, compare_with: Optional[str], settings: Config) -> Task:
     """A task of a score file, with the post-processing stored or set. Raises UserError where parts are missing."""
-    scores = load_scores(path)
-    if settings.fl_class_num:
-        scores = scores.select_classes(settings.fl_class_num)
+    scores = evaluated_scores(load_scores(path), settings)
     post = choose_postprocessing(scores.postprocessing, scores.labels, settings)
     system, truth = system_of_scores(scores, post), truth_of_scores(scores)
     about: dict[str, Any] = {"scores": str(path), "postprocessing": post.as_dict()}
@@ -91,7 +112,8 @@ def task_of_scores(path: Path, compare_with: Optional[str], settings: Config) ->
         return task
     task.names.append(compare_with)
     if compare_with.endswith(".h5"):
-        other = load_scores(Path(compare_with)).select_classes(truth.labels).in_order(truth.names)
+        other = evaluated_scores(load_scores(Path(compare_with)), settings).select_classes(truth.labels)
+        other = other.in_order(truth.names)
         other_post = choose_postprocessing(other.postprocessing, other.labels, settings)
         task.systems.append(system_of_scores(other, other_post))
         task.notes.append(f"Post-processing of {compare_with}: {other_post.source}.")

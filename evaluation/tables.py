@@ -167,4 +167,5 @@ def describe(post: PostProcessing) -> str:
         span = text(min(values)) if min(values) == max(values) else f"{text(min(values))} to {text(max(values))}"
         shown.append(f"{name.replace('_', ' ')} {span}{unit}")
     parts = "no interpolation" if post.interpolation == 1 else f"{post.interpolation} parts a frame"
-    return f"{', '.join(shown)}, {parts}"
+    way = "" if post.convention == "edges" else f", convention {post.convention}"
+    return f"{', '.join(shown)}, {parts}{way}"

@@ -83,6 +83,11 @@ class Listener:
         self.step_seconds = silence.seconds_per_frame or hop_seconds
         self.hop_seconds = self.step_seconds * max(1, round(hop_seconds / self.step_seconds))
         chosen = postprocessing or tagger.postprocessing
+        if chosen.convention == "centres":
+            raise UserError(
+                f"The post-processing {chosen.source} times events by the centres of frames, which is for recordings "
+                f"alone: give another fl_postprocessing."
+            )
         self.resampler = (
             None if sample_rate in (None, self.rate) else soxr.ResampleStream(sample_rate, self.rate, 1, "float32")
         )

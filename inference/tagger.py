@@ -129,7 +129,7 @@ class Recording:
         if self.error is not None:
             return
         if window.recording is not None and self.settings.short_clips == "pad":
-            share = window.recording / self.settings.clip_samples
+            share = (window.recording - window.start) / self.settings.clip_samples
             clipwise = pool_sound(clipwise, frames, share, softmax=self.settings.loss_type == "clip_ce")
         if len(frames):
             self.steps = len(frames)
@@ -359,8 +359,9 @@ class Tagger:
         settings = self.settings
         try:
             yield from cut_windows(
-                blocks, window=settings.clip_samples, overlap=settings.window_overlap, short_clips=settings.short_clips
-            )
+                blocks, window=settings.clip_samples, overlap=settings.window_overlap,
+                short_clips=settings.short_clips, last_window=settings.last_window,
+            )  # fmt: skip
         except UserError as error:
             recording.error = error
 

@@ -22,12 +22,18 @@ class Window:
 
 
 def cut_windows(
-    blocks: Iterable[np.ndarray], *, window: int, overlap: float, short_clips: Literal["pad", "repeat"]
+    blocks: Iterable[np.ndarray],
+    *,
+    window: int,
+    overlap: float,
+    short_clips: Literal["pad", "repeat"],
+    last_window: Literal["aligned", "filled"] = "aligned",
 ) -> Iterator[Window]:
     """Windows over (samples,) blocks of a recording, each as soon as it is complete; they cover every sample.
 
     window: in samples; overlap: share of a window that the next one covers again. The last window ends with the
-    recording. One that is shorter than a window is padded with zeros or repeated. Holds a window and a block at most.
+    recording, or (filled) begins where it is its turn. What is shorter than a window is padded with zeros or repeated.
+    Holds a window and a block at most.
     """
     hop = max(1, round(window * (1 - overlap)))
     held, first, at = np.zeros(0, np.float32), 0, 0  # `held` begins at sample `first`, the next window at `at`
@@ -43,11 +49,9 @@ def cut_windows(
     total = first + len(held)
     if total == 0:
         raise UserError("The recording holds no samples.")
-    if total < window:
-        filled = np.resize(held, window) if short_clips == "repeat" else np.pad(held, (0, window - total))
-        yield Window(filled, 0, total)
-    else:
-        yield Window(held[len(held) - window :], total - window, total)
+    rest = held[at - first :] if last_window == "filled" else held[-window:]
+    filled = np.resize(rest, window) if short_clips == "repeat" else np.pad(rest, (0, window - len(rest)))
+    yield Window(filled, total - len(rest), total)
 
 
 def taper(steps: int) -> np.ndarray:

@@ -26,6 +26,7 @@ ADAPTERS = {
     "esc-50": "esc50",
     "scv2": "scv2",
     "desed": "desed",
+    "dcase2016-task2": "dcase2016",
     "folder": "folder",
     "soundscapes": "soundscapes",
 }

@@ -1,21 +1,22 @@
 """AudioSet Strong: the 10 s clips of AudioSet whose events have times, in the classes of the training table."""
 
 import hashlib
+import math
 import re
+import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
-from rich.console import Console
-from rich.progress import Progress
-
-from data.clip_store import STRONG, Clip, ClipStoreWriter, Event, Task, store_path
+from data.clip_store import STRONG, Clip, ClipStoreWriter, Event, Task, Waveforms, open_store, store_path
 from data.tables import Row, clean, iterate_table, read_text, require_columns
 from prepare import segments as audioset
 from prepare.adapters import Flags
+from prepare.audio_tables import read_events, source_file
+from prepare.packing import pack_parts
 from prepare.tables import lasts
 from settings import Config, UserError
 
@@ -27,14 +28,21 @@ SOURCE = (
 LICENCE = audioset.AUDIOSET_LICENCE
 TASK: Task = "multilabel"
 FLAGS: Flags = {
-    "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the audio files"},
-    "strong": {"type": str, "metavar": "FILE", "help": "TSV of the training segments, audioset_train_strong.tsv"},
+    "raw": {"type": Path, "metavar": "FOLDER", "help": "folder of the audio, or of HDF5 files or data sets of it"},
+    "strong": {
+        "type": str,
+        "metavar": "FILE",
+        "help": "audioset_train_strong.tsv: training segments; or a data set of them",
+    },
     "table": {"type": Path, "metavar": "FILE", "help": "TSV of the segments to test on, audioset_eval_strong.tsv"},
+    "processes": {"type": int, "metavar": "N", "help": "how many parts to pack at once [1]"},
     "class_names": {"type": Path, "metavar": "FILE", "help": "mid_to_display_name.tsv: names and order of the classes"},
 }
 
 COLUMNS = ("segment_id", "start_time_seconds", "end_time_seconds", "label")
 SEGMENT_ID = re.compile(r"(?P<ytid>.+)_(?P<start>\d+)")  # an id may hold _ and -; the start is in milliseconds
+CLIP_NAME = re.compile(r"Y?(?P<ytid>.{11})(?:_(?P<start>\d+))?")  # of a sound: 11 characters of YouTube
+CLIPS_PER_PART = 1000  # what an interruption costs at most, for each process
 VALIDATION_SHARE = 0.05  # of the training segments
 
 
@@ -81,17 +89,26 @@ class StrongReport(audioset.AudiosetReport):
 
 
 def prepare(
-    settings: Config, raw: Path, strong: str, table: Optional[Path] = None, class_names: Optional[Path] = None
+    settings: Config,
+    raw: Path,
+    strong: str,
+    table: Optional[Path] = None,
+    processes: int = 1,
+    class_names: Optional[Path] = None,
 ) -> StrongReport:
     """Write the store of the segments of the official tables whose audio is below `raw`, clip after clip.
 
+    The sounds are packed in parts beside the store, `processes` at once, which a run that was interrupted leaves to the
+    next one; the store does not depend on them.
+
     strong: audioset_train_strong.tsv, for training; 5 % of its segments with audio, chosen by random_seed, are the
     validation set. table: audioset_eval_strong.tsv, for testing. class_names: mid_to_display_name.tsv (mid, tab, name),
-    which also gives the order of the classes; without it they are sorted by mid, and named as in AudioSet's 527 classes
-    where they are among them, else by mid. The classes are those of `strong`; events of others in `table` are left out
-    and counted. prepare.segments finds the audio and cuts it from longer files. Events end with their clip, at 10 s at
-    the latest. A table of the clips that are missing, corrupt, short or cut lies beside the store. Raises UserError
-    where a table or folder is missing or wrong, and where no audio is found.
+    with which the classes are sorted by name, as those of the published networks; without it they are sorted by mid,
+    and named as in AudioSet's 527 classes where they are among them, else by mid. The classes are those of `strong`;
+    events of others in `table` are left out and counted. prepare.segments finds the audio and cuts it from longer
+    files. Events end with their clip, at 10 s at the latest. A table of the clips that are missing, corrupt, short or
+    cut lies beside the store. Raises UserError where a table or folder is missing or wrong, and where no audio is
+    found.
     """
     store, rate = store_path(settings.dataset_path, NAME), settings.sample_rate
     segments = {"train": read_strong(Path(strong)), "test": read_strong(table) if table else []}
@@ -121,20 +138,29 @@ def prepare(
         store, clip_samples=audioset.CLIP_SECONDS * rate, sample_rate=rate, labels=labels,
         dataset_type=NAME, task=TASK, source=SOURCE, licence=LICENCE,
     ) as writer:  # fmt: skip
-        _write(writer, splits, numbers, report)
+        _write(writer, splits, numbers, report, processes)
         if report.clips == 0:
             raise UserError(f"None of the clips could be read.\n{report}")
+    shutil.rmtree(parts_folder(store))
     audioset.write_details(report, store.with_name(f"{store.stem}_report.csv"))
     return report
+
+
+def parts_folder(store: Path) -> Path:
+    """Where the parts lie until the store is complete."""
+    return store.with_name(f"{store.stem}_parts")
 
 
 def read_strong(path: Path) -> list[StrongSegment]:
     """The segments of a strong table and their events, in its order.
 
+    It may be the folder of a data set of Hugging Face with the columns audio and events (prepare.audio_tables).
     A line is segment_id (the video's id, `_`, the start in ms), start_time_seconds and end_time_seconds (from the
     segment's start) and label (a mid), with tabs between. Raises UserError, with the line, where one is not, and where
     a video has two segments.
     """
+    if path.is_dir():
+        return _read_dataset(path)
     columns, rows = iterate_table(path)
     require_columns(path, columns, COLUMNS)
     events: dict[str, list[TimedMid]] = {}
@@ -149,6 +175,19 @@ def read_strong(path: Path) -> list[StrongSegment]:
         if segment.ytid in segments:
             raise UserError(f"{path}: {name} is the second segment of its video; there must be one at most.")
         segments[segment.ytid] = StrongSegment(segment, mine)
+    return list(segments.values())
+
+
+def _read_dataset(folder: Path) -> list[StrongSegment]:
+    segments: dict[str, StrongSegment] = {}
+    for stem, events in read_events(folder):
+        match = CLIP_NAME.fullmatch(stem)
+        ytid, start = (match["ytid"], int(match["start"] or 0) / 1000) if match else (stem, 0.0)
+        if ytid in segments or not all(0 <= onset <= offset < math.inf for _, onset, offset in events):
+            raise UserError(f"{folder}: {stem} is there twice, or has other than rising seconds.")
+        if events:
+            segment = audioset.Segment(ytid, start, start + audioset.CLIP_SECONDS, ())
+            segments[ytid] = StrongSegment(segment, [TimedMid(sys.intern(label), a, b) for label, a, b in events])
     return list(segments.values())
 
 
@@ -183,7 +222,7 @@ def name_classes(mids: set[str], class_names: Optional[Path]) -> tuple[list[str]
         lacking = sorted(mids - set(given))
         if lacking:
             raise UserError(f"{class_names} lacks {len(lacking)} of {len(mids)} classes: {', '.join(lacking[:5])}.")
-        order, names = [mid for mid in given if mid in mids], given
+        order, names = sorted(mids, key=lambda mid: (given[mid], mid)), given
     shown = [names.get(mid, mid) for mid in order]
     count = Counter(shown)
     return order, [f"{name} ({mid})" if count[name] > 1 else name for mid, name in zip(order, shown, strict=True)]
@@ -223,22 +262,44 @@ def _write(
     splits: dict[str, list[tuple[StrongSegment, str]]],
     numbers: dict[str, int],
     report: StrongReport,
+    processes: int,
 ) -> None:
-    """Read the clips one by one and write them with the events of the known classes."""
-    console, rate = Console(stderr=True), writer.attributes["sample_rate"]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("clips", total=sum(map(len, splits.values())))
-        for split, rows in splits.items():
-            part = audioset.Part(report.path, rate, [one.segment for one, _ in rows], [path for _, path in rows])
-            by_name = {one.segment.name: one for one, _ in rows}
-            for clip in audioset.read_clips(part, report, lambda clips: bar.advance(task, clips)):
-                events = _events(by_name[clip.name].events, len(clip.waveform) / rate, numbers, report)
+    """Pack the sounds in parts, and write them, one after another, with the events of the known classes."""
+    rate = writer.attributes["sample_rate"]
+    rows = [(split, one, source) for split, mine in splits.items() for one, source in mine]
+    known = {one.segment.name: (split, one) for split, one, _ in rows}
+    parts = _parts(report.path, rate, [one.segment for _, one, _ in rows], [source for *_, source in rows])
+    for done in pack_parts(parts, processes):
+        report.add(done)
+    for part in parts:
+        if not part.path.is_file():  # none of its clips could be read
+            continue
+        with open_store(part.path, "audio_name") as file:
+            waveforms = Waveforms(file)
+            for row, name in enumerate(map(bytes.decode, file["audio_name"][:].tolist())):
+                split, one = known[name]
+                waveform = waveforms.read(row)
+                events = _events(one.events, len(waveform) / rate, numbers, report)
                 labels = sorted({event.label for event in events})
-                writer.add(Clip(clip.name, clip.waveform, labels, split=split, events=events, labelling=STRONG))
-                audioset.note_length(report, clip.name, len(clip.waveform), rate)
-                report.clips += 1
+                writer.add(Clip(name, waveform, labels, split=split, events=events, labelling=STRONG))
                 report.per_split[split] += 1
                 report.events += len(events)
+
+
+def _parts(store: Path, rate: int, segments: Sequence[audioset.Segment], sources: Sequence[str]) -> list[audioset.Part]:
+    """The parts of a store. Their names change with clips, rate and sounds; files of other parts are removed."""
+    files = {path: path.stat() for path in set(map(source_file, sources))}
+    folder, parts = parts_folder(store), []
+    for start in range(0, len(segments), CLIPS_PER_PART):
+        mine = slice(start, start + CLIPS_PER_PART)
+        part = audioset.Part(folder, rate, segments[mine], sources[mine])
+        there = [files[source_file(source)] for source in sources[mine]]
+        said = [f"{source} {at.st_size} {at.st_mtime_ns}" for source, at in zip(sources[mine], there, strict=True)]
+        key = hashlib.sha256("\n".join([part.fingerprint(), str(rate), *said]).encode(errors="surrogateescape"))
+        parts.append(replace(part, path=folder / f"{start:07d}_{key.hexdigest()[:16]}.h5"))
+    for left in set(folder.glob("*.h5")) - {part.path for part in parts}:
+        left.unlink()
+    return parts
 
 
 def _events(events: list[TimedMid], seconds: float, numbers: dict[str, int], report: StrongReport) -> list[Event]:

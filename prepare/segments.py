@@ -14,6 +14,7 @@ from data.files import AUDIO_SUFFIXES, whole_file
 from data.finding import find_audio as find_files
 from data.labels import audioset_classes
 from data.levels import Remark
+from prepare.audio_tables import index_rows, open_source, source_stem
 from prepare.report import PrepareReport
 from settings import UserError
 
@@ -99,11 +100,19 @@ class AudiosetReport(PrepareReport):
 def index_audio(raw: Path, report: Optional[PrepareReport] = None) -> dict[str, str]:
     """Stem -> path of every audio file below `raw`; of several with one stem, the first by name of its path.
 
-    report: takes what lies there beside audio.
+    `raw` may be a table of sounds instead, or hold such (prepare.audio_tables). report: takes what lies there beside
+    audio. Raises UserError where nothing lies there.
     """
-    if not raw.is_dir():
-        raise UserError(f"There is no folder {raw}: --raw must be the folder of AudioSet's audio files.")
     found: dict[str, str] = {}
+    for stem, source in index_rows(raw) if raw.exists() else ():
+        found.setdefault(stem, source)
+    if found:
+        return found
+    if not raw.is_dir():
+        raise UserError(
+            f"There is no folder {raw}: --raw must be the folder of AudioSet's audio files, an HDF5 file with "
+            f"audio_name and mp3, or the folder of a data set of Hugging Face."
+        )
     below = find_files(raw)
     for path in map(str, below.audio):
         stem = os.path.splitext(os.path.basename(path))[0]
@@ -162,14 +171,14 @@ def read_clips(part: Part, report: AudiosetReport, advance: Callable[[int], None
             continue
         remarks: list[Remark] = []
         try:
-            waveform = read_int16(Path(file), part.sample_rate, remarks)
+            waveform = read_int16(open_source(file), part.sample_rate, remarks)
             if len(waveform) == 0:  # resampling left nothing of one or two samples
                 raise UserError(f"{file} holds no samples at {part.sample_rate} Hz.")
         except UserError as error:
             report.skipped.append((file, str(error)))
             continue
         seconds, wanted = len(waveform) / part.sample_rate, min(segment.end - segment.start, CLIP_SECONDS)
-        start = find_start(segment, Path(file).stem, seconds)
+        start = find_start(segment, source_stem(file), seconds)
         if seconds > wanted + SLACK_SECONDS:
             report.cut.append((segment.name, f"{start:g} to {min(start + wanted, seconds):g} s of {seconds:.2f} s"))
         report.remarks += [(segment.name, remark) for remark in remarks]

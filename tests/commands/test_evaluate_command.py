@@ -52,8 +52,8 @@ def test_tables_to_metrics(tables: Path, capsys: pytest.CaptureFixture[str]) -> 
     content = written("out/good")
     named = {(m["name"], m["criterion"]): m for m in content["metrics"]}
     assert [name for name, _ in named] == [
-        "intersection F1", "intersection F1", "collar F1", "collar F1, onset only", "segment F1", "segment error rate",
-        "PSDS1", "PSDS1, macro mean", "PSDS2", "clip F1",
+        "intersection F1", "intersection F1", "collar F1", "collar F1, onset only", "onset_f1_200ms",
+        "onset_f1_50ms", "segment F1", "segment error rate", "PSDS1", "psds1_macro", "PSDS2", "clip F1",
     ]  # fmt: skip
     assert all(m["name"] in shown and m["tool"] in shown for m in content["metrics"])
     assert content["clips"] == 21
@@ -102,7 +102,7 @@ def test_more_operating_points_raise_psds(tables: Path) -> None:
     one, two = written("one"), written("two")
     values = [{m["name"] + m["criterion"].partition(";")[0]: m["macro"] for m in c["metrics"]} for c in (one, two)]
     changed = {name.partition("DTC")[0] for name in values[0] if values[0][name] != values[1][name]}
-    assert changed == {"PSDS1", "PSDS1, macro mean", "PSDS2"}
+    assert changed == {"PSDS1", "psds1_macro", "PSDS2"}
     assert any("2 operating points" in m["criterion"] for m in two["metrics"])
     assert any("PSDS" in note and "bad.tsv" in note for note in two["notes"])
 

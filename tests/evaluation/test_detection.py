@@ -54,7 +54,7 @@ def test_scores_by_hand() -> None:
 def test_every_metric_has_name_criterion_and_tool(truth: GroundTruth) -> None:
     found = measure(truth, system(20, 10, owls=5))
     about = [(each.metric.name, each.metric.criterion, each.metric.tool) for each in found]
-    assert len(set(about)) == len(about) == 10
+    assert len(set(about)) == len(about) == 12
     assert all(name and criterion and tool for name, criterion, tool in about)
     collar = by_name(found, "collar F1").metric
     assert collar.per_class == pytest.approx(
@@ -74,8 +74,8 @@ def test_every_metric_has_name_criterion_and_tool(truth: GroundTruth) -> None:
     content = json.loads(json.dumps([metric.as_dict() for metric in metrics], allow_nan=False))
     assert content[0]["per_class"]["owl"] is None
     assert set(content[0]["intervals"]) == {"macro", "micro", "cat", "dog"}
-    assert content[6]["curve"]["rates"] == [pytest.approx(0.5 - 1 / 6)]  # mean less deviation of 2/3 and 1/3
-    assert set(content[6]["class_curves"]) == {"cat", "dog"}
+    assert content[8]["curve"]["rates"] == [pytest.approx(0.5 - 1 / 6)]  # mean less deviation of 2/3 and 1/3
+    assert set(content[8]["class_curves"]) == {"cat", "dog"}
     assert not any(metric.intervals for metric in with_intervals(found, CLIPS, resamples=0, seed=1))
 
 

@@ -284,7 +284,7 @@ def test_macro_mean_is_psds1_without_its_deviation() -> None:
     truth, tables = random_scores(1)
     measured = {each.metric.name: each.metric for each in measure(truth, System(truth.table, tables=tables))}
     wanted, _ = sed_scores_evals(truth, tables, dtc_threshold=0.7, gtc_threshold=0.7, alpha_st=0.0)
-    mean = measured["PSDS1, macro mean"]
+    mean = measured["psds1_macro"]
     assert mean.macro == pytest.approx(wanted, abs=1e-9)
     assert mean.macro > measured["PSDS1"].macro
     assert "alpha_ST = 0" in mean.criterion

@@ -36,6 +36,22 @@ def test_windows_cover_every_sample_whatever_the_blocks(samples: int, overlap: f
         assert [start for start, *_ in cut(samples, size, overlap)] == starts
 
 
+@pytest.mark.parametrize("samples", [1, 99, 100, 101, 230, 300])
+def test_windows_side_by_side_with_the_last_one_filled(samples: int) -> None:
+    recording = np.arange(1, samples + 1, dtype=np.float32)
+    blocks = [recording[k : k + 37] for k in range(0, samples, 37)]
+    windows = list(cut_windows(blocks, window=100, overlap=0.0, short_clips="pad", last_window="filled"))
+    count = -(-samples // 100)
+    assert [window.start for window in windows] == [100 * k for k in range(count)]
+    joined = np.concatenate([window.samples for window in windows])
+    np.testing.assert_array_equal(joined, np.pad(recording, (0, 100 * count - samples)))
+    average = OverlapAverage(100)
+    for window in windows:
+        average.add(window.samples[2::5, None], window.start, window.recording)
+    inside = step_count(samples, 5.0)
+    np.testing.assert_allclose(average.result()[:, 0], joined[2::5][:inside])
+
+
 def test_a_short_recording_is_padded_or_repeated_and_none_is_refused() -> None:
     short = [np.array([1, 2, 3], np.float32)]
     (padded,) = cut_windows(short, window=7, overlap=0.5, short_clips="pad")

@@ -61,7 +61,8 @@ def test_golden_numbers(case: str, tmp_path: Path) -> None:
     assert isinstance(network, Network)
     assert tagger.settings.encoder == encoder
     assert report is not None
-    assert (report.share, report.missing, report.reshaped) == (1, [], [])
+    assert (report.share, report.reshaped) == (1, [])
+    assert all(key.endswith("num_batches_tracked") for key in report.missing)  # not drawn
     assert set(report.unexpected) <= {"atst.mask_embed"}
     assert tagger.labels == read_labels("audioset_strong_labels.json")
     found = {name.partition("/")[2]: GOLDEN[name] for name in GOLDEN.files if name.startswith(f"{case}/")}

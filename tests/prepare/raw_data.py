@@ -1,6 +1,7 @@
 """Tiny raw data of every data set, as downloads lie on the disk, and the call that prepares them."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,24 @@ def make_desed(folder: Path) -> dict[str, Any]:
     }
 
 
+def make_dcase2016(folder: Path) -> dict[str, Any]:
+    """HEAR's layout: a recording of 2.5 s in each split, and one that is broken."""
+    task: dict[str, Any] = {
+        "train": {"a.wav": [("cough", 900, 2200), ("knock", 300, 400)]},
+        "valid": {"b.wav": [("knock", 0, 1000), ("knock", 500, 1500)], "broken.wav": []},
+        "test": {"c.wav": []},
+    }
+    for split, files in task.items():
+        listed = {n: [{"label": x, "start": a, "end": b} for x, a, b in events] for n, events in files.items()}
+        write_text(folder / "raw" / f"{split}.json", json.dumps(listed))
+        for name in files:
+            write_sound(folder / "raw" / "16000" / split / name, 2.5, rate=16000)
+    write_text(folder / "raw" / "16000" / "valid" / "broken.wav", "no sound")
+    write_text(folder / "raw" / "task_metadata.json", '{"embedding_type": "event"}')
+    write_text(folder / "raw" / "labelvocabulary.csv", "idx,label\n0,knock\n1,cough\n")
+    return {"raw": folder / "raw", "segment_seconds": 1.0}
+
+
 def make_folder(folder: Path) -> dict[str, Any]:
     for label, number in itertools.product(("owl", "bee"), range(3)):
         write_sound(folder / "raw" / label / f"{number}.wav", 0.1 + 0.1 * number, rate=(8000, 22050, 48000)[number])
@@ -170,6 +189,7 @@ RAW_DATA = {
     "esc-50": make_esc50,
     "scv2": make_scv2,
     "desed": make_desed,
+    "dcase2016-task2": make_dcase2016,
     "folder": make_folder,
     "soundscapes": make_soundscapes,
 }
