@@ -84,7 +84,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         positions = self.pos_conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
         x = self.dropout(self.layer_norm(x + F.gelu(positions)))
-        bias = self.layers[0].self_attn.position_bias(x.shape[1])
+        first: Any = self.layers[0]
+        bias = first.self_attn.position_bias(x.shape[1])
         for layer in self.layers:
             x = layer(x, bias)
         return x

@@ -50,8 +50,8 @@ class FPaSST(FrameNetwork):
     def encoder_layers(self) -> list[Layer]:
         own = self.fpasst
         blocks: list[Layer] = [[block] for block in own.blocks]
-        tables = [own.cls_token, own.dist_token, own.new_pos_embed, own.freq_new_pos_embed, own.time_new_pos_embed]
-        below = [own.conv_in_1, own.conv_in_2, own.conv_in_3, own.patch_embed, *tables]
+        below: list[nn.Module | nn.Parameter] = [own.conv_in_1, own.conv_in_2, own.conv_in_3, own.patch_embed]
+        below += [own.cls_token, own.dist_token, own.new_pos_embed, own.freq_new_pos_embed, own.time_new_pos_embed]
         return [below, *blocks[:-1], [*blocks[-1], own.norm]]
 
 

@@ -76,7 +76,7 @@ class HTSAT_Swin_Transformer(Network):
         enable_tscam: bool = True,
         attn_heatmap: bool = False,
         readout_stage: Optional[int] = None,
-        sequence_head: Literal["none", "gru", "attention", "transformer"] = "none",
+        sequence_head: Literal["none", "gru", "lstm", "attention", "transformer"] = "none",
         sequence_layers: int = 2,
         sequence_dim: int = 256,
         repeat_mode: bool = False,

@@ -1,6 +1,7 @@
 """Blocks of vision transformers: timm's, as the published encoders of sound have them."""
 
 from functools import partial
+from typing import Any
 
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -10,7 +11,7 @@ EPS = 1e-6  # of each LayerNorm
 
 def vit_blocks(dim: int, depth: int, heads: int, *, qkv_bias: bool = True) -> nn.ModuleList:
     """`depth` pre-norm blocks (B, L, dim) -> (B, L, dim): attention, and an MLP of 4 dim with exact GELU."""
-    norm = partial(nn.LayerNorm, eps=EPS)
+    norm: Any = partial(nn.LayerNorm, eps=EPS)
     return nn.ModuleList(Block(dim, heads, 4.0, qkv_bias=qkv_bias, norm_layer=norm) for _ in range(depth))
 
 

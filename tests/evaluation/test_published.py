@@ -42,7 +42,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def toy() -> Scores:
-    logits, true = load_golden(FOLDER / "draw_scores.py").draw_scores(12, 5, 250, 34)
+    logits, true = load_golden(FOLDER / "draw_frame.py").draw_scores(12, 5, 250, 34)
     seconds = np.full(12, 10.0)
     seconds[0] = 9.7
     known = [[(k, a, min(b, end)) for a, b, k in clip if a < end] for clip, end in zip(true, seconds, strict=True)]
