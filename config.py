@@ -175,9 +175,18 @@ crop_size: Optional[PositiveInt] = None  # training: a random stretch of so many
 # --- frame augmentation ----------------------------------------------------------------------------------------------
 mixup_waveforms: bool = False  # mix the sounds themselves, in place of their features
 gain_range: NonNegativeFloat = 0.0  # louder or softer by up to so many dB
+mixup_probability: Fraction = 1.0  # share of the batches that mixup is applied to
+wavmix: Fraction = 0.0  # probability of mixing a clip's sound and targets with those of another, beside mixup
+wavmix_alpha: PositiveFloat = 2.0  # wavmix: weights from Beta(a, a), of which the clip itself has the larger part
+frame_shift: FractionBelowOne = 0.0  # roll the features in time: standard deviation, as a share of the clip
 frequency_warp: FractionBelowOne = 0.0  # stretch the mel axis by up to this share
+warp_probability: Fraction = 1.0  # share of the batches that frequency_warp is applied to
 filter_augment: NonNegativeFloat = 0.0  # filter by random curves of up to so many dB
+filter_probability: Fraction = 1.0  # share of the batches that filter_augment is applied to
 mix_style: Fraction = 0.0  # probability of mixing the frequency statistics of two clips (MixStyle)
+mix_style_alpha: PositiveFloat = 0.1  # mix_style: weights from Beta(a, a)
+time_mask: Fraction = 0.0  # silence one stretch in all clips of a batch, of up to this share of the clip
+augment_by: Literal["clips", "batches"] = "clips"  # mixup, warp, filter, styles: own form, or that of PretrainedSED
 
 # --- frame training --------------------------------------------------------------------------------------------------
 weak_weight: NonNegativeFloat = 0.5  # weak_strong_bce: weight of the clips' loss, beside 1 for the frames'

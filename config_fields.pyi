@@ -95,9 +95,18 @@ class ConfigFields(BaseModel):
     crop_size: Optional[PositiveInt]
     mixup_waveforms: bool
     gain_range: NonNegativeFloat
+    mixup_probability: Fraction
+    wavmix: Fraction
+    wavmix_alpha: PositiveFloat
+    frame_shift: FractionBelowOne
     frequency_warp: FractionBelowOne
+    warp_probability: Fraction
     filter_augment: NonNegativeFloat
+    filter_probability: Fraction
     mix_style: Fraction
+    mix_style_alpha: PositiveFloat
+    time_mask: Fraction
+    augment_by: Literal['clips', 'batches']
     weak_weight: NonNegativeFloat
     fractional_targets: bool
     balanced_by: Literal['clips', 'frames']

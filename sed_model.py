@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from data.clip_store import STRONG, UNLABELLED, UNREADABLE
-from data.frame_targets import Events, Targets, rasterize, resample_steps
+from data.frame_targets import Events, Targets, rasterize, resample_steps, roll
 from data.labels import read_ontology
 from data_generator import SEDDataModule
 from evaluation.metrics import FRAME_METRIC, MAIN_METRIC, Metric, clip_metrics, frame_metric
@@ -254,13 +254,11 @@ class SEDWrapper(Evaluation):
         """The loss of a batch of the training data, on the device, with the augmentations of the settings."""
         network = self.sed_model
         waveform, targets = self.augment_waveform(self.sound(batch), batch)
-        weight = self.mixup_weight(targets)
+        waveform, targets = self.wavmix(waveform, targets)
         # A mask covers both sounds of clips that are mixed before it, and one of those that are mixed after it.
-        if weight is not None and self.settings.mixup_waveforms:
-            waveform, targets = do_mixup(waveform, weight), self.mixed(targets, weight)
+        if self.settings.mixup_waveforms:
+            waveform, targets = self.mixup(waveform, targets)
         features, targets = self.augment_features(network.features(waveform), targets)
-        if weight is not None and not self.settings.mixup_waveforms:
-            features, targets = do_mixup(features, weight), self.mixed(targets, weight)
         outputs = network.forward_head(network.forward_features(features))
         return self.loss(outputs, targets, features)
 
@@ -290,30 +288,91 @@ class SEDWrapper(Evaluation):
             clips = augment.enhance_labels(clips, ancestors, self.ontology.children)
         return Targets(clips)
 
-    def mixup_weight(self, targets: Targets) -> Optional[Tensor]:
-        """(B,) share of each clip's own sound, 1 where its partner has labels of another kind; None: no mixup."""
-        if not self.settings.mixup_alpha:
-            return None
-        device, alike = targets.clips.device, targets.mixable()
-        weight = get_mix_lambda(self.settings.mixup_alpha, len(targets.clips), device)
-        return weight if alike is None else torch.where(alike, weight, 1.0)
+    def wavmix(self, waveform: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """(B, samples): some clips mixed with others of the batch, and their targets whatever mixup_targets says.
 
-    def mixed(self, targets: Targets, weight: Tensor) -> Targets:
-        return targets.mixed(weight) if self.settings.mixup_targets else targets
+        PretrainedSED takes the partners from the whole data set.
+        """
+        settings = self.settings
+        if not settings.wavmix:
+            return waveform, targets
+        partner, weight = augment.draw_mixing(len(waveform), settings.wavmix_alpha, larger=True)
+        weight = torch.where(augment.happens(settings.wavmix, len(waveform)), weight, 1.0)
+        mixing = self._where_alike(targets, partner, weight)
+        return augment.mix_waveforms(waveform, mixing), targets.mixed(mixing.weight, mixing.partner)
+
+    def mixup(self, inputs: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """Waveforms or features (B, ...) mixed with those of other clips, and the targets where mixup_targets says so."""
+        settings, clips = self.settings, len(inputs)
+        if not settings.mixup_alpha or not augment.happens(settings.mixup_probability):
+            return inputs, targets
+        if settings.augment_by == "batches":
+            partner, weight = augment.draw_mixing(clips, settings.mixup_alpha, larger=True)
+        else:
+            partner, weight = torch.arange(clips - 1, -1, -1), get_mix_lambda(settings.mixup_alpha, clips)
+        partner, weight = self._where_alike(targets, partner, weight)
+        targets = targets.mixed(weight, partner) if settings.mixup_targets else targets
+        return do_mixup(inputs, weight, partner), targets
+
+    def _where_alike(self, targets: Targets, partner: Tensor, weight: Tensor) -> augment.Mixing:
+        """On the device; the weight is 1 where a clip's partner has labels of another kind."""
+        device = targets.clips.device
+        partner, weight = partner.to(device), weight.to(device)
+        alike = targets.mixable(partner)
+        return augment.Mixing(partner, weight if alike is None else torch.where(alike, weight, 1.0))
 
     def augment_features(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
-        """(B, F, T) -> the augmented features and their targets."""
+        """(B, F, T) -> the augmented features and their targets.
+
+        Sounds are mixed after filter and warp, each with its own, and before them as PretrainedSED has it.
+        """
+        early, late = [self._filter, self._warp], [] if self.settings.mixup_waveforms else [self.mixup]
+        if self.settings.augment_by == "batches":
+            early, late = late, early
+        for step in (self._shift, *early, self._mix_style, self._mask, *late):
+            features, targets = step(features, targets)
+        return features, targets
+
+    def _shift(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        if not self.settings.frame_shift:
+            return features, targets
+        clips, _, frames = features.shape
+        shifts = augment.draw_shifts(clips, frames, self.settings.frame_shift)
+        targets = targets.rolled(augment.shift_on(shifts, frames, self.sed_model.frames))
+        return roll(features, shifts.tolist(), dim=1), targets
+
+    def _filter(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
         settings = self.settings
-        if settings.filter_augment:
-            decibel = self.sed_model.decibel()
-            features = augment.filter_augment(features, settings.filter_augment, decibel)
-        features = augment.warp_frequency(features, settings.frequency_warp)
-        features = augment.mix_style(features, settings.mix_style)
+        if settings.filter_augment and augment.happens(settings.filter_probability):
+            decibel, of_batch = self.sed_model.decibel(), settings.augment_by == "batches"
+            features = augment.filter_augment(features, settings.filter_augment, decibel, of_batch=of_batch)
+        return features, targets
+
+    def _warp(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        settings = self.settings
+        if settings.frequency_warp and augment.happens(settings.warp_probability):
+            of_batch = settings.augment_by == "batches"
+            features = augment.warp_frequency(features, settings.frequency_warp, of_batch=of_batch)
+        return features, targets
+
+    def _mix_style(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        settings, of_batch = self.settings, self.settings.augment_by == "batches"
+        return augment.mix_style(features, settings.mix_style, settings.mix_style_alpha, of_batch=of_batch), targets
+
+    def _mask(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """SpecAugment's masks, and time_mask; the targets follow where masks_silence."""
+        settings, steps = self.settings, self.sed_model.frames
+        shares = []
         if settings.spec_augment:
             features, left = augment.mask_time(features)
             features = augment.mask_bands(features)
-            if self.masks_silence:
-                targets = targets.masked(augment.left_of_steps(left, self.sed_model.frames))
+            shares = [augment.left_of_steps(left, steps)] if self.masks_silence else []
+        if settings.time_mask:
+            steps = steps or features.shape[2]
+            features, left = augment.mask_stretch(features, *augment.draw_stretch(steps, settings.time_mask), steps)
+            shares += [left] if self.masks_silence else []
+        for share in shares:
+            targets = targets.masked(share)
         return features, targets
 
     def loss(self, outputs: Outputs, targets: Targets, features: Tensor) -> Tensor:

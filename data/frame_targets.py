@@ -1,5 +1,6 @@
 """Events with times -> what a network learns in each of its steps, and the steps of one grid on another."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -126,21 +127,34 @@ class Targets:
     teacher: Optional[Tensor] = None
     has_teacher: Optional[Tensor] = None
 
-    def mixed(self, weight: Tensor) -> "Targets":
-        """Those of clips that are mixed with the reversed batch. weight: (B,) of each clip itself."""
-        frames, teacher = (None if part is None else do_mixup(part, weight) for part in (self.frames, self.teacher))
-        return replace(self, clips=do_mixup(self.clips, weight), frames=frames, teacher=teacher)
+    def mixed(self, weight: Tensor, partner: Optional[Tensor] = None) -> "Targets":
+        """Those of clips that are mixed, as do_mixup: weight (B,) of each clip itself, its partner (B,)."""
+        mixed = self._with_frames(lambda part: do_mixup(part, weight, partner))
+        return replace(mixed, clips=do_mixup(self.clips, weight, partner))
 
     def masked(self, left: Tensor) -> "Targets":
-        """Those of clips of whose frames (B, T) shares are left: the rest is silent."""
-        frames, teacher = (None if part is None else part * left[:, :, None] for part in (self.frames, self.teacher))
+        """Those of clips of whose frames shares are left, (B, T) or (1, T): the rest is silent."""
+        return self._with_frames(lambda part: part * left[:, :, None])
+
+    def rolled(self, shifts: Sequence[int]) -> "Targets":
+        """Those of clips that are rolled by so many frames: what goes beyond the end comes in at the beginning."""
+        return self._with_frames(lambda part: roll(part, shifts, dim=0))
+
+    def _with_frames(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        """The targets of frames and the teacher's, where there are any, changed alike."""
+        frames, teacher = (None if part is None else change(part) for part in (self.frames, self.teacher))
         return replace(self, frames=frames, teacher=teacher)
 
-    def mixable(self) -> Optional[Tensor]:
-        """(B,) bool: whether a clip and its partner in the reversed batch have the same kind of labels; None: all."""
+    def mixable(self, partner: Optional[Tensor] = None) -> Optional[Tensor]:
+        """(B,) bool: whether a clip and its partner, as in do_mixup, have the same kind of labels; None: all."""
         alike = None
         for kind in (self.labelling, self.has_teacher):
             if kind is not None:
-                same = kind == kind.flip(0)
+                same = kind == (kind.flip(0) if partner is None else kind[partner])
                 alike = same if alike is None else alike & same
         return alike
+
+
+def roll(values: Tensor, shifts: Sequence[int], dim: int) -> Tensor:
+    """(B, ...) with each item rolled by its own shift along a dimension of the item; without gather's gradient."""
+    return torch.stack([item.roll(shift, dim) for item, shift in zip(values, shifts, strict=True)])
