@@ -29,6 +29,7 @@ from training.mean_teacher import MeanTeacher, ramp_up
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
+FeatureStep = Callable[[Tensor, Targets], tuple[Tensor, Targets]]
 ScoreMapping = Callable[[np.ndarray], np.ndarray]  # scores (..., K) of a network's classes -> of the data's
 CHECK_LOSS_EVERY = 50  # steps: it makes the CPU wait for a GPU, and a loss that is not finite stays so
 WARM_UP_EPOCHS = 3
@@ -302,7 +303,7 @@ class SEDWrapper(Evaluation):
         return augment.mix_waveforms(waveform, mixing), targets.mixed(mixing.weight, mixing.partner)
 
     def mixup(self, inputs: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
-        """Waveforms or features (B, ...) mixed with those of other clips, and the targets where mixup_targets says so."""
+        """Waveforms or features (B, ...) mixed with those of other clips; mixup_targets: the targets as well."""
         settings, clips = self.settings, len(inputs)
         if not settings.mixup_alpha or not augment.happens(settings.mixup_probability):
             return inputs, targets
@@ -326,7 +327,8 @@ class SEDWrapper(Evaluation):
 
         Sounds are mixed after filter and warp, each with its own, and before them as PretrainedSED has it.
         """
-        early, late = [self._filter, self._warp], [] if self.settings.mixup_waveforms else [self.mixup]
+        early: list[FeatureStep] = [self._filter, self._warp]
+        late: list[FeatureStep] = [] if self.settings.mixup_waveforms else [self.mixup]
         if self.settings.augment_by == "batches":
             early, late = late, early
         for step in (self._shift, *early, self._mix_style, self._mask, *late):

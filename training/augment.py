@@ -241,7 +241,7 @@ def joined_bands(inner: Tensor, gain: Tensor, width: int) -> Tensor:
 
 
 def _through(edge: Tensor, gain: Tensor, width: int) -> Tensor:
-    """(B, width) straight lines through the gains (B, n + 1) at the edges (B, n + 1), which rise from 0 to width - 1."""
+    """(B, width) straight lines through the gains (B, n + 1) at the edges (B, n + 1), from 0 to width - 1."""
     place = torch.arange(width, dtype=torch.float32).expand(len(edge), -1).contiguous()
     after = torch.searchsorted(edge, place).clamp(min=1)  # the first edge at or above a band
     low, high = edge.gather(1, after - 1), edge.gather(1, after)
@@ -294,7 +294,7 @@ def draw_stretch(steps: int, largest: float) -> tuple[int, int]:
 
 
 def mask_stretch(logmel: Tensor, first: int, width: int, steps: int) -> tuple[Tensor, Tensor]:
-    """One mask over time for all clips: `width` of `steps` steps from `first` on. Features, and (1, steps) bool left."""
+    """A mask for all clips, over `width` of `steps` steps from `first` on: features, and (1, steps) bool that are left."""
     scale = logmel.shape[2] / steps
     features, left = logmel.clone(), torch.ones(1, steps, dtype=torch.bool)
     features[:, :, round(first * scale) : round((first + width) * scale)] = 0

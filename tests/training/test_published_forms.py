@@ -1,5 +1,6 @@
 """Augmentations in PretrainedSED's forms against its numbers (tests/golden/augment.npz), and what a training draws."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -120,10 +121,17 @@ def test_targets_follow_every_augmentation_in_its_order(by: str, monkeypatch: py
     settings = resolve({**LEAN, **changes})
     network = build_model(settings)
     called: list[str] = []
+
+    def listed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*words: Any, **more: Any) -> Any:
+            called.append(name)
+            return function(*words, **more)
+
+        return call
+
     for name in ("warp_frequency", "with_style", "mask_stretch"):
-        original = getattr(augment, name)
-        monkeypatch.setattr(augment, name, lambda *w, _n=name, _f=original, **m: (called.append(_n), _f(*w, **m))[1])
-    monkeypatch.setattr("sed_model.do_mixup", lambda *words: (called.append("mixup"), do_mixup(*words))[1])
+        monkeypatch.setattr(augment, name, listed(name, getattr(augment, name)))
+    monkeypatch.setattr("sed_model.do_mixup", listed("mixup", do_mixup))
     for kind in (SEDWrapper, FrameSEDWrapper):
         wrapper = kind(network, settings, [])
         frames = torch.rand(6, network.frames, 10)
