@@ -71,13 +71,15 @@ gradient_checkpointing: bool = False  # recompute each Swin block in the backwar
 
 # --- training --------------------------------------------------------------------------------------------------------
 batch_size: PositiveInt = 128 if dataset_type == "audioset" else 32  # clips in one step, all devices together
-learning_rate: PositiveFloat = (  # multiplied by the scale of the epoch (lr_rate)
+learning_rate: PositiveFloat = (  # multiplied by the scale of the epoch (lr_rate), or of the step (cosine)
     1e-2 if dataset_type == "demo" else 1e-3
 )
 max_epoch: PositiveInt = 100 if dataset_type in ("audioset", "esc-50", "scv2") else 30  # epochs to train
 lr_scheduler_epoch: ThreeInts = [10, 20, 30]  # last epochs at the scales lr_rate[2], lr_rate[1], lr_rate[0]
 lr_rate: ThreeFloats = [0.02, 0.05, 0.1]  # scales of the three warm-up epochs, then downwards again
-weight_decay: NonNegativeFloat = 0.05  # AdamW's, on every parameter
+lr_schedule: Literal["epochs", "cosine"] = "epochs"  # by lr_rate, or linear warm-up and then a cosine to 0, by steps
+warm_up: NonNegativeFloat = 0.1  # lr_schedule = cosine: steps of warm-up, or below 1 their share of all steps
+weight_decay: NonNegativeFloat = 0.05  # AdamW's, on every parameter; with 0 it is Adam
 gradient_clip: NonNegativeFloat = 1.0  # largest norm of the gradient, 0 for no limit
 precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = (  # arithmetic of the network; the front-end stays float32
     "auto" if performance == "auto" else "32"
@@ -88,6 +90,7 @@ accumulate_batches: PositiveInt = 1  # parts that batch_size is cut into, one af
 random_seed: NonNegativeInt = 970131  # seed of everything that is random
 index_type: Name = "full_train"  # AudioSet: index to train on, hdf5s/indexes/<index_type>.h5
 class_filter: list[str] = []  # training: only clips with one of these classes (numbers or names); empty: all
+epoch_clips: NonNegativeInt = 0  # clips drawn in an epoch, 0: as many as there are
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
 
 # --- starting weights ------------------------------------------------------------------------------------------------
@@ -99,6 +102,7 @@ frontend_from: Literal["auto", "settings", "checkpoint"] = "auto"  # whose front
 linear_probe: bool = False  # fine-tuning: only a linear layer on the averaged tokens, of clips as they are
 freeze_backbone: bool = linear_probe  # fine-tuning: train only the classifier
 layer_decay: Decay = 1.0  # fine-tuning: each layer learns slower than the one above it, by this factor
+decay_matrices_only: bool = False  # no weight_decay for biases, norms and all else of one dimension
 
 # --- encoder ---------------------------------------------------------------------------------------------------------
 encoder: Literal["htsat", "ast"] = "htsat"  # the network, by its name in model/registry.py
@@ -191,7 +195,11 @@ augment_by: Literal["clips", "batches"] = "clips"  # mixup, warp, filter, styles
 # --- frame training --------------------------------------------------------------------------------------------------
 weak_weight: NonNegativeFloat = 0.5  # weak_strong_bce: weight of the clips' loss, beside 1 for the frames'
 fractional_targets: bool = True  # frame targets: the share of a step that events cover; no: 1 from a half on
-balanced_by: Literal["clips", "frames"] = "clips"  # balanced_data: classes equally often, or by seconds of their events
+touched_targets: bool = False  # frame targets: 1 for each step that an event touches, whatever fractional_targets
+balanced_by: Literal["clips", "frames", "active_frames"] = (  # balanced_data by class, seconds, or as PretrainedSED
+    "clips"
+)
+balanced_replacement: bool = True  # balanced_by frames, active_frames: an epoch may draw a clip several times
 distillation_weight: Fraction = 0.9  # share of the teacher's loss, the labels have the rest
 mean_teacher_decay: FractionBelowOne = 0.999  # mean_teacher: share of the old average that a step keeps
 mean_teacher_rampup: PositiveInt = 10  # mean_teacher: epochs in which its weight rises

@@ -38,6 +38,8 @@ class ConfigFields(BaseModel):
     max_epoch: PositiveInt
     lr_scheduler_epoch: ThreeInts
     lr_rate: ThreeFloats
+    lr_schedule: Literal['epochs', 'cosine']
+    warm_up: NonNegativeFloat
     weight_decay: NonNegativeFloat
     gradient_clip: NonNegativeFloat
     precision: Literal['auto', '32', 'bf16-mixed', '16-mixed']
@@ -45,6 +47,7 @@ class ConfigFields(BaseModel):
     random_seed: NonNegativeInt
     index_type: Name
     class_filter: list[str]
+    epoch_clips: NonNegativeInt
     balanced_data: bool
     resume_checkpoint: Optional[str]
     swin_pretrain_path: Optional[str]
@@ -52,6 +55,7 @@ class ConfigFields(BaseModel):
     linear_probe: bool
     freeze_backbone: bool
     layer_decay: Decay
+    decay_matrices_only: bool
     encoder: Literal['htsat', 'ast']
     encoder_options: dict[str, str]
     sample_rate: PositiveInt
@@ -109,7 +113,9 @@ class ConfigFields(BaseModel):
     augment_by: Literal['clips', 'batches']
     weak_weight: NonNegativeFloat
     fractional_targets: bool
-    balanced_by: Literal['clips', 'frames']
+    touched_targets: bool
+    balanced_by: Literal['clips', 'frames', 'active_frames']
+    balanced_replacement: bool
     distillation_weight: Fraction
     mean_teacher_decay: FractionBelowOne
     mean_teacher_rampup: PositiveInt

@@ -3,9 +3,11 @@
 Shapes: B clips, F bands, T frames, K classes.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -49,8 +51,39 @@ def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: 
     return max(lr_rate[0] * 0.98**epoch, 0.03)
 
 
-def schedule_warnings(settings: Config) -> list[str]:
-    """Where the run ends before its warm-up or a plateau, or a plateau ends before the warm-up."""
+def cosine_scale(step: int, warm_up: int, steps: int) -> float:
+    """Factor of learning_rate in a step, counted from 0, of `steps`: linear warm-up from 0, then half a cosine to 0."""
+    if step < warm_up:
+        return step / warm_up
+    return (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, steps - warm_up)))) / 2
+
+
+def warm_up_steps(settings: Config, steps: int) -> int:
+    """With lr_schedule = cosine, of a training of so many steps."""
+    return round(settings.warm_up if settings.warm_up >= 1 else settings.warm_up * steps)
+
+
+def rate_scale(settings: Config, steps: int) -> Callable[[int], float]:
+    """Factor of learning_rate by epoch, or with lr_schedule = cosine by step, in a training of so many steps."""
+    if settings.lr_schedule == "cosine":
+        return partial(cosine_scale, warm_up=warm_up_steps(settings, steps), steps=steps)
+    return partial(learning_rate_scale, lr_scheduler_epoch=settings.lr_scheduler_epoch, lr_rate=settings.lr_rate)
+
+
+def schedule_warnings(settings: Config, steps: int = 0) -> list[str]:
+    """Where the run ends before its warm-up or a plateau, or a plateau ends before the warm-up.
+
+    steps: of the whole training, which the warm-up of lr_schedule = cosine is compared with; 0: not known.
+    """
+    if settings.lr_schedule == "cosine":
+        warm_up = warm_up_steps(settings, steps)
+        if steps == 0 or warm_up < steps:
+            return []
+        return [
+            f"warm_up = {settings.warm_up:g}: the run ends after {steps:,} steps, within the warm-up. The rate reaches "
+            f"{settings.learning_rate * steps / warm_up:.2g} of learning_rate = {settings.learning_rate:g} and never "
+            f"falls. Give a share of all steps, as 0.1, or train longer."
+        ]
     ends, epochs = settings.lr_scheduler_epoch, settings.max_epoch
     if epochs <= WARM_UP_EPOCHS:
         return [
@@ -72,18 +105,25 @@ def schedule_warnings(settings: Config) -> list[str]:
     return found
 
 
-def parameter_groups(network: Network, rate: float, layer_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters for an optimizer, with the learning rate of each layer.
+def parameter_groups(
+    network: Network, rate: float, layer_decay: float, weight_decay: float, *, matrices_only: bool = False
+) -> list[dict[str, Any]]:
+    """The trained parameters for an optimizer, with learning rate and weight decay of each layer.
 
     The classifier learns at `rate`, each layer below at layer_decay times the rate of the one above it (Clark et al.
-    2020, ELECTRA, section 3.1; Bao et al. 2022, BEiT, for vision transformers). One group where layer_decay is 1.
+    2020, ELECTRA, section 3.1; Bao et al. 2022, BEiT, for vision transformers). matrices_only: no decay of parameters
+    of less than two dimensions, which have groups of their own. Else one group where layer_decay is 1.
     """
-    layers: dict[int, list[nn.Parameter]] = {}
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for number, parameter in network.parameters_by_layer():
         if parameter.requires_grad:
-            layers.setdefault(number if layer_decay < 1 else 0, []).append(parameter)
-    top = max(layers, default=0)
-    return [{"params": layers[k], "lr": rate * layer_decay ** (top - k)} for k in sorted(layers, reverse=True)]
+            decay = 0.0 if matrices_only and parameter.ndim < 2 else weight_decay
+            groups.setdefault((number if layer_decay < 1 else 0, decay), []).append(parameter)
+    top = max((number for number, _ in groups), default=0)
+    return [
+        {"params": groups[number, decay], "lr": rate * layer_decay ** (top - number), "weight_decay": decay}
+        for number, decay in sorted(groups, reverse=True)
+    ]
 
 
 class Evaluation(pl.LightningModule):
@@ -423,19 +463,24 @@ class SEDWrapper(Evaluation):
         return self.sed_model.probabilities(at_rate_of(self.sed_model, waveform, sample_rate))[:2]
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and a factor of its learning rate that changes from epoch to epoch."""
-        settings = self.settings
+        """AdamW, and a factor of its learning rate that changes from epoch to epoch or from step to step."""
+        settings, network = self.settings, self.sed_model
+        rate, decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.sed_model, settings.learning_rate, settings.layer_decay),
+            parameter_groups(network, rate, settings.layer_decay, decay, matrices_only=settings.decay_matrices_only),
             betas=(0.9, 0.999),
             eps=1e-8,
-            weight_decay=settings.weight_decay,
             fused=settings.precision != "16-mixed",  # whose gradients are scaled: they must be unscaled to be clipped
         )
-        scale: Callable[[int], float] = lambda epoch: learning_rate_scale(  # noqa: E731
-            epoch, settings.lr_scheduler_epoch, settings.lr_rate
-        )
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale)}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_scale(settings, self._planned_steps()))
+        interval = "step" if settings.lr_schedule == "cosine" else "epoch"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+    def _planned_steps(self) -> int:
+        """Of the whole training; 1 where the data do not say it, as in a benchmark."""
+        data = getattr(self._trainer, "datamodule", None)
+        known = isinstance(data, SEDDataModule)
+        return data.steps_per_epoch(self._world_size()) * self.settings.max_epoch if known else 1
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: Any, **__: Any) -> None:
         """By norm. Lightning's own refuses a fused optimizer in bfloat16, whose gradients are not scaled."""
@@ -450,9 +495,12 @@ class SEDWrapper(Evaluation):
         computed = {k: v for k, v in self.state_dict().items() if k.endswith(self.sed_model.computed)}
         checkpoint["state_dict"].update({k: v for k, v in computed.items() if k in checkpoint["state_dict"]})
         fresh = self.configure_optimizers()
-        groups, schedule = fresh["optimizer"].state_dict()["param_groups"], fresh["lr_scheduler"]
+        groups, schedule = fresh["optimizer"].state_dict()["param_groups"], fresh["lr_scheduler"]["scheduler"]
         states = zip(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []), strict=True)
+        before, now = checkpoint.get("settings", {}).get("lr_schedule", "epochs"), self.settings.lr_schedule
         for optimizer, scheduler in states:
+            if before != now:  # one counts epochs, the other one steps
+                scheduler["last_epoch"] = checkpoint["global_step" if now == "cosine" else "complete_epochs"]
             scales = [scale(scheduler["last_epoch"]) for scale in schedule.lr_lambdas]
             rates = [base * scale for base, scale in zip(schedule.base_lrs, scales, strict=True)]
             scheduler.update(base_lrs=schedule.base_lrs, _last_lr=rates)
@@ -516,6 +564,7 @@ class FrameSEDWrapper(SEDWrapper):
             steps=self.sed_model.frames,
             seconds=seconds,
             fractional=self.settings.fractional_targets,
+            touched=self.settings.touched_targets,
         )
 
     def loss(self, outputs: Outputs, targets: Targets, features: Tensor) -> Tensor:

@@ -372,11 +372,16 @@ def _check_frame_training(config: Config) -> None:
     """Raise UserError for settings of a training on event times that have no effect, or do not fit together."""
     frames = config.loss_type in FRAME_LOSSES
     asked = [name for name in section("semi-supervised") if getattr(config, name)]
-    asked += ["balanced_by = frames"] if config.balanced_by == "frames" else []
+    asked += [f"balanced_by = {config.balanced_by}"] if config.balanced_by != "clips" else []
     if asked and not frames:
         raise UserError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")
-    if config.balanced_by == "frames" and not config.balanced_data:
-        raise UserError("balanced_by = frames says how balanced_data draws the classes: set --balanced_data True, too.")
+    if config.balanced_by != "clips" and not config.balanced_data:
+        raise UserError(
+            f"balanced_by = {config.balanced_by} says how balanced_data draws the classes: set --balanced_data True, "
+            f"too."
+        )
+    if config.balanced_by == "clips" and not config.balanced_replacement:
+        raise UserError("balanced_replacement = False needs balanced_by = active_frames, or frames.")
     if config.mixup_waveforms and not config.mixup_alpha:
         raise UserError("mixup_waveforms has no effect with mixup_alpha = 0: set mixup_alpha, as 0.5.")
     if frames and config.task == "single_label":

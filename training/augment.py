@@ -294,7 +294,7 @@ def draw_stretch(steps: int, largest: float) -> tuple[int, int]:
 
 
 def mask_stretch(logmel: Tensor, first: int, width: int, steps: int) -> tuple[Tensor, Tensor]:
-    """A mask for all clips, over `width` of `steps` steps from `first` on: features, and (1, steps) bool that are left."""
+    """A mask for all clips, over `width` of `steps` steps from `first` on: features, (1, steps) bool what is left."""
     scale = logmel.shape[2] / steps
     features, left = logmel.clone(), torch.ones(1, steps, dtype=torch.bool)
     features[:, :, round(first * scale) : round((first + width) * scale)] = 0

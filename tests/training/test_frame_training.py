@@ -15,8 +15,8 @@ from data.clip_dataset import FrameClipDataset
 from data.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
 from data.frame_targets import Events, Targets
 from data.pseudo_labels import TeacherLogits, TeacherWriter
-from data.samplers import FrameBalancedSampler, LabellingSampler
-from data_generator import event_seconds, load_training_data
+from data.samplers import EpochSampler, FrameBalancedSampler, LabellingSampler
+from data_generator import active_frames, event_seconds, load_training_data
 from model import build_model
 from model.checkpoint import read_checkpoint
 from sed_model import FrameSEDWrapper, SEDWrapper, build_wrapper
@@ -94,6 +94,46 @@ def test_seconds_of_events_balance_the_classes(store: Path) -> None:
     assert list(sampler) == list(sampler)
     with pytest.raises(UserError, match="events"):
         FrameBalancedSampler((np.zeros(0, int), np.zeros(0, int), np.zeros(0)), 4, seed=1)
+
+
+def test_published_weights_of_active_frames() -> None:
+    """Those of PretrainedSED for a table of frames (clips, classes), times 1000; a clip without events is not drawn."""
+    count = np.array([
+        [0, 0, 0, 0, 0, 0], [250, 0, 0, 0, 0, 0], [170, 45, 0, 33, 77, 0], [172, 0, 0, 0, 139, 150],
+        [80, 0, 106, 0, 0, 16], [84, 0, 232, 0, 23, 0], [99, 83, 7, 138, 0, 0], [210, 0, 131, 0, 0, 0],
+    ])  # fmt: skip
+    weights = [0, 228.310496, 890.485719, 1439.112355, 364.178181, 620.712217, 1316.128569, 450.674102]
+    clip, label = np.nonzero(count)
+    options: dict[str, Any] = {"published": True, "replacement": False, "seed": 1}
+    sampler = FrameBalancedSampler((clip, label, count[clip, label]), 8, draws=7, **options)
+    np.testing.assert_allclose(1000 * sampler.weight, weights, rtol=1e-6)
+    drawn = [list(sampler) for sampler.epoch in range(4000)]
+    assert all(sorted(each) == list(range(1, 8)) for each in drawn)  # each once
+    first = np.bincount([each[0] for each in drawn], minlength=8) / len(drawn)
+    np.testing.assert_allclose(first, np.array(weights) / np.sum(weights), atol=0.03)
+    with pytest.raises(UserError, match="epoch_clips"):
+        FrameBalancedSampler((clip, label, count[clip, label]), 8, **options)
+
+
+def test_active_frames_of_a_table(store: Path) -> None:
+    """0.5 to 1 s touches frames 12 to 24, 1.5 s on all from 37 on of 100."""
+    clip, label, frames = active_frames(read_store_table(store).select(np.array([2, 0])), 4.0)
+    assert sorted(zip(clip.tolist(), label.tolist(), frames.tolist(), strict=True)) == [(1, 0, 63), (1, 1, 13)]
+
+
+def test_an_epoch_has_as_many_draws_as_were_asked_for(demo_workspace: Path) -> None:
+    """Of 14 clips, for every way of drawing; the steps follow."""
+    ways: list[dict[str, Any]] = [{}, {"balanced_data": True}, {"labelling_shares": "1,0,0"}]
+    ways += [{"balanced_data": True, "balanced_by": by} for by in ("frames", "active_frames")]
+    for changes in ways:
+        for draws in (6, 30):
+            data = load_training_data(tiny(demo_workspace, epoch_clips=draws, **changes), ("train",))
+            loader = data.train_dataloader()
+            assert isinstance(loader.sampler, EpochSampler)
+            assert len(list(loader.sampler)) == draws
+            assert len(loader) == data.steps_per_epoch(1)
+    counts = np.bincount(list(EpochSampler(14, seed=1, draws=30)))
+    assert set(counts.tolist()) == {2, 3}  # none twice before all were there
 
 
 def test_batches_have_the_shares_that_were_asked_for() -> None:
