@@ -42,6 +42,7 @@ protocol: Literal["held_out", "paper"] = (  # choose the best checkpoint on vali
 esc_fold: PositiveInt = 1  # ESC-50: the fold held out for testing, numbered as in esc50.csv (1 to 5)
 
 # --- run -------------------------------------------------------------------------------------------------------------
+recipe: Optional[Name] = None  # settings of recipes/<name>.py, where nothing else is given
 exp_name: Name = (  # name of the run: its folder is <workspace>/runs/<exp_name>
     f"htsat_{dataset_type}_fold{esc_fold}" if dataset_type == "esc-50" else f"htsat_{dataset_type}"
 )

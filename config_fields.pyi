@@ -17,6 +17,7 @@ class ConfigFields(BaseModel):
     task: Literal['multilabel', 'single_label']
     protocol: Literal['held_out', 'paper']
     esc_fold: PositiveInt
+    recipe: Optional[Name]
     exp_name: Name
     workspace: str
     dataset_path: str

@@ -479,8 +479,9 @@ class SEDWrapper(Evaluation):
     def _planned_steps(self) -> int:
         """Of the whole training; 1 where the data do not say it, as in a benchmark."""
         data = getattr(self._trainer, "datamodule", None)
-        known = isinstance(data, SEDDataModule)
-        return data.steps_per_epoch(self._world_size()) * self.settings.max_epoch if known else 1
+        if not isinstance(data, SEDDataModule):
+            return 1
+        return data.steps_per_epoch(self._world_size()) * self.settings.max_epoch
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: Any, **__: Any) -> None:
         """By norm. Lightning's own refuses a fused optimizer in bfloat16, whose gradients are not scaled."""

@@ -28,6 +28,7 @@ else:
 
 CONFIG_PATH = Path(__file__).with_name("config.py")
 FIELDS_PATH = CONFIG_PATH.with_name("config_fields.pyi")
+RECIPES = CONFIG_PATH.with_name("recipes")
 SECTION_LINE = re.compile(r"# --- (.+?) -+")
 
 # Sections of config.py. A checkpoint's weights determine the first ones; the others say what they were trained on.
@@ -229,9 +230,34 @@ def unknown_setting(name: str) -> str:
     return f"There is no setting {name!r}. {hint}"
 
 
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of recipes/<name>.py: a docstring, then lines `setting = value`, read as data and never executed.
+
+    Raises UserError where there is no such recipe, and for any other line.
+    """
+    known = sorted(path.stem for path in RECIPES.glob("*.py"))
+    if name not in known:
+        raise UserError(f"There is no recipe {name!r}. The recipes are {', '.join(known)}.")
+    path, found = RECIPES / f"{name}.py", {}
+    try:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                raise ValueError(f"line {node.lineno}")
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is no recipe: it may hold lines as max_epoch = 30 alone. ({error})") from None
+    return found
+
+
 def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with each value as its setting's type. Raises UserError for unknown names and wrong values."""
+    """`given`, and what its recipe adds, each value as its setting's type.
+
+    Raises UserError for unknown names and wrong values.
+    """
     known = all_settings()
+    recipe = known["recipe"].check(given.get("recipe"))
+    given = {**(read_recipe(recipe) if recipe else {}), **given}
     for name in given:
         if name not in known:
             raise UserError(unknown_setting(name))
@@ -274,16 +300,15 @@ def resolve(
 ) -> Config:
     """Settings of a run: config.py, then what the prepared data say, then a checkpoint, then what is given.
 
-    given: {name: value}, as from flags. checkpoint: the settings saved in one; those of TRAINED_SECTIONS count, and
-    exp_name, so that what is made of a checkpoint goes into the folder of its run. facts: what the data say, by all
-    values without them (data/facts.py). fine_tuning: other sizes than the checkpoint's may be given. Raises UserError
-    for unknown names, wrong values, values that do not fit together, and flags that contradict the checkpoint or the
-    data. Of a dictionary (encoder_options) each key counts by itself.
+    given: {name: value}, as from flags, with those of its recipe. checkpoint: the settings saved in one; those of
+    TRAINED_SECTIONS count, and exp_name, so that what is made of a checkpoint goes into the folder of its run. facts:
+    what the data say, by all values without them (data/facts.py). fine_tuning: other sizes than the checkpoint's may be
+    given. Raises UserError for unknown names, wrong values, values that do not fit together, and flags that contradict
+    the checkpoint or the data. Of a dictionary (encoder_options) each key counts by itself.
     """
     known = all_settings()
     given = check_values(given or {})
-    session = _edited_in_session(_execute({}))
-    session = {name: known[name].check(value) for name, value in session.items()}
+    session = check_values(_edited_in_session(_execute({})))
     trained = _trained(checkpoint or {}, given, {**session, **given}, fine_tuning)
     given = {k: {**trained.get(k, {}), **v} if isinstance(v, dict) else v for k, v in given.items()}
     values = _execute({**session, **trained, **given})

@@ -138,10 +138,10 @@ class LabellingSampler(EpochSampler):
         world = self.world
         self.kinds = [np.flatnonzero(labelling == kind) for kind in (STRONG, WEAK, UNLABELLED)]
         counts = np.diff([0, *np.rint(np.cumsum(shares) * (batch // world)).astype(int)])  # of one process
-        for name, clips, share, count in zip(("strong", "weak", "unlabelled"), self.kinds, shares, counts, strict=True):
-            if share and not len(clips):
+        for name, clips, part, count in zip(("strong", "weak", "unlabelled"), self.kinds, shares, counts, strict=True):
+            if part and not len(clips):
                 raise UserError(f"labelling_shares = {list(shares)}, but there are no {name} training clips.")
-            if share and not count:
+            if part and not count:
                 raise UserError(
                     f"labelling_shares = {list(shares)} leaves no {name} clip among the {batch // world} of a batch: "
                     f"raise that share, or batch_size."
