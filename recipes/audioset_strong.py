@@ -1,4 +1,4 @@
-"""PretrainedSED's teachers on AudioSet Strong (Schmid et al., ICASSP 2025, arXiv 2409.09546, table 1).
+"""PretrainedSED's teachers on AudioSet Strong (Schmid et al., ICASSP 2025, arXiv 2409.09546).
 
 Published psds1_macro, of encoders with two BiGRU layers of 2048: ATST-F 43.3, BEATs 45.8, fPaSST 43.3, M2D 44.1, ASiT
 43.3; without the layers 41.8, 44.1, 40.7, 41.1, 40.9. Not trained here. The weak weights bring the encoder:

@@ -1,6 +1,6 @@
 """PretrainedSED's students on AudioSet Strong: distillation from the ensemble of teachers (Schmid et al., ICASSP 2025).
 
-Published psds1_macro (arXiv 2409.09546, table 1): ATST-F 45.8, BEATs 46.5, fPaSST 45.4, M2D 46.3, ASiT 46.2. Not
+Published psds1_macro (arXiv 2409.09546): ATST-F 45.8, BEATs 46.5, fPaSST 45.4, M2D 46.3, ASiT 46.2. Not
 trained here. The weak weights bring the encoder; the ensemble's logits are Zenodo record 14626113, or from `teach`:
 
     python main.py train --recipe audioset_strong_student --resume_checkpoint ATST-F_weak.pt --teacher_path LOGITS.hdf5

@@ -1,4 +1,4 @@
-"""HTS-AT on AudioSet, from ImageNet's Swin (Chen et al., ICASSP 2022, arXiv 2202.00874, section 3.1 and table 1).
+"""HTS-AT on AudioSet, from ImageNet's Swin (Chen et al., ICASSP 2022, arXiv 2202.00874, section 3.1).
 
 Published mAP on the evaluation set: 0.471, of the averaged weights of a run's ten best checkpoints (one alone 0.459 to
 0.467); an ensemble of six 0.487. Not trained here.

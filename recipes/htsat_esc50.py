@@ -1,6 +1,7 @@
-"""HTS-AT on ESC-50, fine-tuned from AudioSet (Chen et al., ICASSP 2022, arXiv 2202.00874, section 3.2 and table 3).
+"""HTS-AT on ESC-50, fine-tuned from AudioSet (Chen et al., ICASSP 2022, arXiv 2202.00874, section 3.2).
 
-Published accuracy in percent, mean of the five folds: 97.0 +- 0.2, of epochs chosen on the test clips. Not trained here.
+Published accuracy in percent, mean of the five folds: 97.0 +- 0.2, of epochs chosen on the test clips. Not trained
+here.
 
     python main.py cross_validate --recipe htsat_esc50 --protocols paper --resume_checkpoint htsat-audioset
 """

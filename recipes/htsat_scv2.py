@@ -1,4 +1,4 @@
-"""HTS-AT on Speech Commands V2, fine-tuned from AudioSet (Chen et al., ICASSP 2022, arXiv 2202.00874, section 3.3).
+"""HTS-AT on Speech Commands V2, fine-tuned from AudioSet (Chen et al., ICASSP 2022, arXiv 2202.00874, section 3.2).
 
 Published accuracy in percent: 98.0 +- 0.03, of an epoch chosen on the test clips. Not trained here.
 

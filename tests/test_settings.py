@@ -353,10 +353,6 @@ def test_a_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_combinations_of_frame_training_that_do_nothing() -> None:
-    frames = {"loss_type": "frame_bce", "balanced_data": True}
-    for given in (
-        {**frames, "balanced_replacement": False},
-        {"loss_type": "frame_bce", "balanced_by": "active_frames"},
-    ):
+    for given in ({"balanced_data": True, "balanced_replacement": False}, {"balanced_by": "active_frames"}):
         with pytest.raises(UserError, match="balanced_"):
-            resolve(given)
+            resolve({"loss_type": "frame_bce", **given})
