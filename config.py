@@ -92,6 +92,7 @@ random_seed: NonNegativeInt = 970131  # seed of everything that is random
 index_type: Name = "full_train"  # AudioSet: index to train on, hdf5s/indexes/<index_type>.h5
 class_filter: list[str] = []  # training: only clips with one of these classes (numbers or names); empty: all
 epoch_clips: NonNegativeInt = 0  # clips drawn in an epoch, 0: as many as there are
+random_crops: bool = False  # training on event times: clips cut from one recording begin anywhere in it
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
 
 # --- starting weights ------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class ConfigFields(BaseModel):
     index_type: Name
     class_filter: list[str]
     epoch_clips: NonNegativeInt
+    random_crops: bool
     balanced_data: bool
     resume_checkpoint: Optional[str]
     swin_pretrain_path: Optional[str]

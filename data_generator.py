@@ -358,7 +358,9 @@ class SEDDataModule(pl.LightningDataModule):
         }
         if not self.frames:
             return ClipDataset(table, **options)
-        return FrameClipDataset(table, teacher=self.teacher if split == "train" else None, **options)
+        if split == "train":
+            options |= {"teacher": self.teacher, "crops": settings.random_crops}
+        return FrameClipDataset(table, **options)
 
     def steps_per_epoch(self, devices: int) -> int:
         """Training steps in an epoch on so many devices, of which each has an equal share of the clips."""
@@ -371,6 +373,7 @@ class SEDDataModule(pl.LightningDataModule):
         table, seed = self.tables["train"], self.settings.random_seed
         rank, world = self._place()
         share: dict[str, int] = {"seed": seed, "draws": self.settings.epoch_clips, "rank": rank, "world": world}
+        share |= {"crops": self.settings.random_crops}
         if self.settings.labelling_shares:
             part = self.settings.batch_size // self.settings.accumulate_batches
             sampler: EpochSampler = LabellingSampler(labelling(table), self.settings.labelling_shares, part, **share)

@@ -397,6 +397,7 @@ def _check_frame_training(config: Config) -> None:
     """Raise UserError for settings of a training on event times that have no effect, or do not fit together."""
     frames = config.loss_type in FRAME_LOSSES
     asked = [name for name in section("semi-supervised") if getattr(config, name)]
+    asked += ["random_crops"] if config.random_crops else []
     asked += [f"balanced_by = {config.balanced_by}"] if config.balanced_by != "clips" else []
     if asked and not frames:
         raise UserError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")
@@ -407,6 +408,8 @@ def _check_frame_training(config: Config) -> None:
         )
     if config.balanced_by == "clips" and not config.balanced_replacement:
         raise UserError("balanced_replacement = False needs balanced_by = active_frames, or frames.")
+    if config.random_crops and config.teacher_path:
+        raise UserError("random_crops changes the clips that teacher_path has logits for: leave one of them out.")
     if config.mixup_waveforms and not config.mixup_alpha:
         raise UserError("mixup_waveforms has no effect with mixup_alpha = 0: set mixup_alpha, as 0.5.")
     if frames and config.task == "single_label":

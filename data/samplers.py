@@ -8,6 +8,7 @@ from torch.utils.data import Sampler
 from data.clip_store import STRONG, UNLABELLED, WEAK, class_index
 from settings import UserError
 
+PARTS = 2**16  # of a clip, in which EpochSampler says where a crop begins
 BLOCK_DRAWS = 2**15  # draws that BalancedSampler makes at once
 SMOOTHING = 30  # active frames, for FrameBalancedSampler
 
@@ -15,12 +16,15 @@ SMOOTHING = 30  # active frames, for FrameBalancedSampler
 class EpochSampler(Sampler[int]):
     """A share of a sequence that is drawn anew each epoch, the same on every process that has the same seed.
 
-    clips: how many there are; draws: how many an epoch takes, 0: all of them. The shares of the `world` processes are
-    disjoint and equally long; up to world - 1 draws of an epoch are left out.
+    clips: how many there are; draws: how many an epoch takes, 0: all of them. crops: with each clip's number comes a
+    random one below PARTS, as number + clips * it. The shares of the `world` processes are disjoint and equally long;
+    up to world - 1 draws of an epoch are left out.
     """
 
-    def __init__(self, clips: int, *, seed: int, draws: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.count, self.length = clips, draws or clips
+    def __init__(
+        self, clips: int, *, seed: int, draws: int = 0, rank: int = 0, world: int = 1, crops: int = False
+    ) -> None:
+        self.count, self.length, self.crops = clips, draws or clips, crops
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
         self.start = 0  # draws of this share that the next iteration skips, to resume in the middle of an epoch
         if self.length < world:
@@ -36,7 +40,9 @@ class EpochSampler(Sampler[int]):
         return np.concatenate([rng.permutation(self.count) for _ in range(rounds)])[: self.length]
 
     def __iter__(self) -> Iterator[int]:
-        drawn = self.draw(np.random.default_rng([self.seed, self.epoch]))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        drawn = self.draw(rng)
+        drawn = drawn + self.count * rng.integers(PARTS, size=len(drawn)) if self.crops else drawn
         return iter(drawn[self.rank :: self.world][self.start : len(self)].tolist())
 
     def __len__(self) -> int:

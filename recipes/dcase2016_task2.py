@@ -5,13 +5,14 @@ Published onset F1 at 200 ms in percent, from the strong weights: ATST-F 92.9, B
 
     python main.py train --recipe dcase2016_task2 --resume_checkpoint ATST-F_strong_1.pt
 
-As published, the warm-up of 4,000 steps outlasts the run (`--warm_up 0.1` ends). Other than published, each recording
-is cut in the same 12 clips in every epoch, and biases and norms have no weight decay.
+As published, the warm-up of 4,000 steps outlasts the run (`--warm_up 0.1` ends), and an epoch takes 12 random stretches
+of each recording, here one from each of its 12 clips on. Other than published, biases and norms have no weight decay.
 """
 
 dataset_type = "dcase2016-task2"
 loss_type = "frame_bce"
 fractional_targets = False
+random_crops = True
 
 max_epoch = 300
 batch_size = 256

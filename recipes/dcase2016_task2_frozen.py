@@ -9,6 +9,7 @@ Published onset F1 at 200 ms in percent (arXiv 2409.09546), from the strong weig
 dataset_type = "dcase2016-task2"
 loss_type = "frame_bce"
 fractional_targets = False
+random_crops = True
 freeze_backbone = True
 
 max_epoch = 500

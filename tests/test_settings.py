@@ -322,7 +322,7 @@ def test_recipes_are_settings(path: Path) -> None:
 def test_flags_override_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebook_config: ModuleType) -> None:
     settings = resolve({"recipe": "htsat_esc50", "max_epoch": "5"})
     assert (settings.dataset_type, settings.protocol, settings.max_epoch) == ("esc-50", "paper", 5)
-    notebook_config.recipe = "htsat_scv2"
+    vars(notebook_config)["recipe"] = "htsat_scv2"
     assert resolve().sample_rate == 16000
     monkeypatch.setattr("settings.RECIPES", tmp_path)
     for line, named in (

@@ -13,9 +13,9 @@ from torch import Tensor
 import main
 from data.clip_dataset import FrameClipDataset
 from data.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
-from data.frame_targets import Events, Targets
+from data.frame_targets import Events, Targets, rasterize
 from data.pseudo_labels import TeacherLogits, TeacherWriter
-from data.samplers import EpochSampler, FrameBalancedSampler, LabellingSampler
+from data.samplers import PARTS, EpochSampler, FrameBalancedSampler, LabellingSampler
 from data_generator import active_frames, event_seconds, load_training_data
 from model import build_model
 from model.checkpoint import read_checkpoint
@@ -61,6 +61,27 @@ def test_events_are_repeated_and_cut_with_the_sound(store: Path) -> None:
     item = pickle.loads(pickle.dumps(dataset(store)))[0]  # as a spawned worker has it
     assert item["labelling"] == STRONG
     assert item["events"].label.tolist() == [1, 0]
+
+
+def test_crops_begin_anywhere_in_a_recording(tmp_path: Path) -> None:
+    """Pieces of 2 s at 100 Hz, whose samples count on: sound and events are the recording's from the start on."""
+    with ClipStoreWriter(tmp_path / "folder.h5", clip_samples=200, sample_rate=100, labels=["a", "b"]) as writer:
+        for k, end in ((0, 200), (1, 400), (2, 500)):
+            events = {0: [Event(0, 1.0, 2.0)], 1: [Event(0, 0.0, 0.5), Event(1, 1.5, 2.0)], 2: []}[k]
+            sound = np.arange(200 * k, end, dtype=np.int16)
+            writer.add(Clip(f"x.wav#t={2 * k},{end // 100}", sound, [], split="train", events=events))
+    clips = FrameClipDataset(read_store_table(tmp_path / "folder.h5"), clip_samples=200, fit="pad", crops=True)
+    batch = clips.__getitems__([0 + 3 * (PARTS // 2), 1 + 3 * (PARTS * 3 // 4), 2 + 3 * (PARTS // 2), 0])
+    starts = [100, 348, 400, 0]
+    for place, start in enumerate(starts):
+        wanted = np.arange(start, start + 200)
+        np.testing.assert_array_equal(batch["waveform"][place].numpy(), np.where(wanted < 500, wanted, 0))
+    frames = rasterize(batch["events"], clips=4, classes=2, steps=50, seconds=2.0)
+    whole = np.zeros((150, 2))  # steps of 40 ms of the recording
+    whole[25:63, 0], whole[62, 0], whole[87, 1], whole[88:100, 1] = 1, 0.5, 0.5, 1
+    for place, start in enumerate(starts):
+        np.testing.assert_allclose(frames[place].numpy(), whole[start // 4 :][:50], atol=1e-4)
+    assert batch["labelling"].tolist() == [STRONG] * 4
 
 
 def test_an_older_store_tells_by_its_events(store: Path) -> None:
@@ -354,7 +375,9 @@ def test_the_command_trains_and_resumes(demo_workspace: Path, monkeypatch: pytes
     words = ["train", *LEAN_FLAGS, "--loss_type", "weak_strong_bce", "--mean_teacher", "1"]
     words += ["--mixup_alpha", "0.5", "--enable_time_shift", "True", "--filter_augment", "3", "--mix_style", "0.5"]
     words += ["--balanced_data", "True", "--balanced_by", "frames", "--sequence_head", "gru", "--sequence_dim", "8"]
-    words += ["--lr_scheduler_epoch", "2,2,2", "--max_epoch", "2"]
+    words += ["--lr_schedule", "cosine", "--max_epoch", "2", "--epoch_clips", "16", "--random_crops", "True"]
+    words += ["--augment_by", "batches", "--wavmix", "0.5", "--frame_shift", "0.1", "--time_mask", "0.2"]
+    words += ["--touched_targets", "True", "--decay_matrices_only", "True", "--layer_decay", "0.9"]
     call(*words, "--exp_name", "frames")
     whole_step = SEDWrapper.training_step
 
