@@ -14,6 +14,7 @@ import reprlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -255,8 +256,7 @@ def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError for unknown names and wrong values.
     """
-    known = all_settings()
-    recipe = known["recipe"].check(given.get("recipe"))
+    known, recipe = all_settings(), all_settings()["recipe"].check(given.get("recipe"))
     given = {**(read_recipe(recipe) if recipe else {}), **given}
     for name in given:
         if name not in known:
@@ -267,8 +267,12 @@ def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
 def fewest(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fewest of these values from which config.py computes the others: the flags that would give them."""
     kept: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     while True:
-        computed = _execute(kept)
+        if kept.get("recipe") and not recipe:
+            with suppress(UserError):  # the run is over, and the recipe may be gone
+                recipe = read_recipe(kept["recipe"])
+        computed = _execute({**recipe, **kept})
         others = (name for name in all_settings() if name in values and name not in kept)
         name = next((name for name in others if computed[name] != values[name]), None)
         if name is None:

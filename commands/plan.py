@@ -216,7 +216,8 @@ def learning_rates(settings: Config, steps: int = 0) -> list[str]:
     """
     if settings.lr_schedule == "cosine":
         scale, highest = rate_scale(settings, steps), min(warm_up_steps(settings, steps), steps - 1)
-        return [f"step {step + 1}: {settings.learning_rate * scale(step):.2g}" for step in (0, highest, steps - 1)]
+        shown = sorted({0, highest, steps - 1})
+        return [f"step {step + 1:,}: {settings.learning_rate * scale(step):.2g}" for step in shown]
     found = []
     last_plateau = settings.lr_scheduler_epoch[2] + 1  # counted from 1
     plateaus = range(min(settings.max_epoch, max(last_plateau, WARM_UP_EPOCHS)))
