@@ -1,7 +1,7 @@
 """PretrainedSED's teachers on AudioSet Strong (Schmid et al., ICASSP 2025, arXiv 2409.09546).
 
-Published psds1_macro of the encoders alone, as here: ATST-F 41.8, BEATs 44.1, fPaSST 40.7, M2D 41.1, ASiT 40.9; with two
-BiGRU layers of 2048 on top: 43.3, 45.8, 43.3, 44.1, 43.3. Not trained here. The weak weights bring the encoder:
+Published psds1_macro of the encoders alone, as here: ATST-F 41.8, BEATs 44.1, fPaSST 40.7, M2D 41.1, ASiT 40.9; with
+two BiGRU layers of 2048: 43.3, 45.8, 43.3, 44.1, 43.3. Not trained here. The weak weights bring the encoder:
 
     python main.py train --recipe audioset_strong --resume_checkpoint ATST-F_weak.pt
 
