@@ -42,6 +42,7 @@ protocol: Literal["held_out", "paper"] = (  # choose the best checkpoint on vali
 esc_fold: PositiveInt = 1  # ESC-50: the fold held out for testing, numbered as in esc50.csv (1 to 5)
 
 # --- run -------------------------------------------------------------------------------------------------------------
+recipe: Optional[Name] = None  # settings of recipes/<name>.py, where nothing else is given
 exp_name: Name = (  # name of the run: its folder is <workspace>/runs/<exp_name>
     f"htsat_{dataset_type}_fold{esc_fold}" if dataset_type == "esc-50" else f"htsat_{dataset_type}"
 )
@@ -71,13 +72,15 @@ gradient_checkpointing: bool = False  # recompute each Swin block in the backwar
 
 # --- training --------------------------------------------------------------------------------------------------------
 batch_size: PositiveInt = 128 if dataset_type == "audioset" else 32  # clips in one step, all devices together
-learning_rate: PositiveFloat = (  # multiplied by the scale of the epoch (lr_rate)
+learning_rate: PositiveFloat = (  # multiplied by the scale of the epoch (lr_rate), or of the step (cosine)
     1e-2 if dataset_type == "demo" else 1e-3
 )
 max_epoch: PositiveInt = 100 if dataset_type in ("audioset", "esc-50", "scv2") else 30  # epochs to train
 lr_scheduler_epoch: ThreeInts = [10, 20, 30]  # last epochs at the scales lr_rate[2], lr_rate[1], lr_rate[0]
 lr_rate: ThreeFloats = [0.02, 0.05, 0.1]  # scales of the three warm-up epochs, then downwards again
-weight_decay: NonNegativeFloat = 0.05  # AdamW's, on every parameter
+lr_schedule: Literal["epochs", "cosine"] = "epochs"  # by lr_rate, or linear warm-up and then a cosine to 0, by steps
+warm_up: NonNegativeFloat = 0.1  # lr_schedule = cosine: steps of warm-up, or below 1 their share of all steps
+weight_decay: NonNegativeFloat = 0.05  # AdamW's, on every parameter; with 0 it is Adam
 gradient_clip: NonNegativeFloat = 1.0  # largest norm of the gradient, 0 for no limit
 precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = (  # arithmetic of the network; the front-end stays float32
     "auto" if performance == "auto" else "32"
@@ -88,6 +91,8 @@ accumulate_batches: PositiveInt = 1  # parts that batch_size is cut into, one af
 random_seed: NonNegativeInt = 970131  # seed of everything that is random
 index_type: Name = "full_train"  # AudioSet: index to train on, hdf5s/indexes/<index_type>.h5
 class_filter: list[str] = []  # training: only clips with one of these classes (numbers or names); empty: all
+epoch_clips: NonNegativeInt = 0  # clips drawn in an epoch, 0: as many as there are
+random_crops: bool = False  # training on event times: clips cut from one recording begin anywhere in it
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
 
 # --- starting weights ------------------------------------------------------------------------------------------------
@@ -99,6 +104,7 @@ frontend_from: Literal["auto", "settings", "checkpoint"] = "auto"  # whose front
 linear_probe: bool = False  # fine-tuning: only a linear layer on the averaged tokens, of clips as they are
 freeze_backbone: bool = linear_probe  # fine-tuning: train only the classifier
 layer_decay: Decay = 1.0  # fine-tuning: each layer learns slower than the one above it, by this factor
+decay_matrices_only: bool = False  # no weight_decay for biases, norms and all else of one dimension
 
 # --- encoder ---------------------------------------------------------------------------------------------------------
 encoder: Literal[  # the network, by its name in model/registry.py
@@ -181,14 +187,27 @@ crop_size: Optional[PositiveInt] = None  # training: a random stretch of so many
 # --- frame augmentation ----------------------------------------------------------------------------------------------
 mixup_waveforms: bool = False  # mix the sounds themselves, in place of their features
 gain_range: NonNegativeFloat = 0.0  # louder or softer by up to so many dB
+mixup_probability: Fraction = 1.0  # share of the batches that mixup is applied to
+wavmix: Fraction = 0.0  # probability of mixing a clip's sound and targets with those of another, beside mixup
+wavmix_alpha: PositiveFloat = 2.0  # wavmix: weights from Beta(a, a), of which the clip itself has the larger part
+frame_shift: FractionBelowOne = 0.0  # roll the features in time: standard deviation, as a share of the clip
 frequency_warp: FractionBelowOne = 0.0  # stretch the mel axis by up to this share
+warp_probability: Fraction = 1.0  # share of the batches that frequency_warp is applied to
 filter_augment: NonNegativeFloat = 0.0  # filter by random curves of up to so many dB
+filter_probability: Fraction = 1.0  # share of the batches that filter_augment is applied to
 mix_style: Fraction = 0.0  # probability of mixing the frequency statistics of two clips (MixStyle)
+mix_style_alpha: PositiveFloat = 0.1  # mix_style: weights from Beta(a, a)
+time_mask: Fraction = 0.0  # silence one stretch in all clips of a batch, of up to this share of the clip
+augment_by: Literal["clips", "batches"] = "clips"  # mixup, warp, filter, styles: own form, or that of PretrainedSED
 
 # --- frame training --------------------------------------------------------------------------------------------------
 weak_weight: NonNegativeFloat = 0.5  # weak_strong_bce: weight of the clips' loss, beside 1 for the frames'
 fractional_targets: bool = True  # frame targets: the share of a step that events cover; no: 1 from a half on
-balanced_by: Literal["clips", "frames"] = "clips"  # balanced_data: classes equally often, or by seconds of their events
+touched_targets: bool = False  # frame targets: 1 for each step that an event touches, whatever fractional_targets
+balanced_by: Literal["clips", "frames", "active_frames"] = (  # balanced_data by class, seconds, or as PretrainedSED
+    "clips"
+)
+balanced_replacement: bool = True  # balanced_by frames, active_frames: an epoch may draw a clip several times
 distillation_weight: Fraction = 0.9  # share of the teacher's loss, the labels have the rest
 mean_teacher_decay: FractionBelowOne = 0.999  # mean_teacher: share of the old average that a step keeps
 mean_teacher_rampup: PositiveInt = 10  # mean_teacher: epochs in which its weight rises

@@ -17,6 +17,7 @@ class ConfigFields(BaseModel):
     task: Literal['multilabel', 'single_label']
     protocol: Literal['held_out', 'paper']
     esc_fold: PositiveInt
+    recipe: Optional[Name]
     exp_name: Name
     workspace: str
     dataset_path: str
@@ -38,6 +39,8 @@ class ConfigFields(BaseModel):
     max_epoch: PositiveInt
     lr_scheduler_epoch: ThreeInts
     lr_rate: ThreeFloats
+    lr_schedule: Literal['epochs', 'cosine']
+    warm_up: NonNegativeFloat
     weight_decay: NonNegativeFloat
     gradient_clip: NonNegativeFloat
     precision: Literal['auto', '32', 'bf16-mixed', '16-mixed']
@@ -45,6 +48,8 @@ class ConfigFields(BaseModel):
     random_seed: NonNegativeInt
     index_type: Name
     class_filter: list[str]
+    epoch_clips: NonNegativeInt
+    random_crops: bool
     balanced_data: bool
     resume_checkpoint: Optional[str]
     swin_pretrain_path: Optional[str]
@@ -52,6 +57,7 @@ class ConfigFields(BaseModel):
     linear_probe: bool
     freeze_backbone: bool
     layer_decay: Decay
+    decay_matrices_only: bool
     encoder: Literal['htsat', 'ast', 'atst-f', 'beats', 'fpasst', 'm2d', 'asit', 'frame_mn06', 'frame_mn10']
     encoder_options: dict[str, str]
     sample_rate: PositiveInt
@@ -95,12 +101,23 @@ class ConfigFields(BaseModel):
     crop_size: Optional[PositiveInt]
     mixup_waveforms: bool
     gain_range: NonNegativeFloat
+    mixup_probability: Fraction
+    wavmix: Fraction
+    wavmix_alpha: PositiveFloat
+    frame_shift: FractionBelowOne
     frequency_warp: FractionBelowOne
+    warp_probability: Fraction
     filter_augment: NonNegativeFloat
+    filter_probability: Fraction
     mix_style: Fraction
+    mix_style_alpha: PositiveFloat
+    time_mask: Fraction
+    augment_by: Literal['clips', 'batches']
     weak_weight: NonNegativeFloat
     fractional_targets: bool
-    balanced_by: Literal['clips', 'frames']
+    touched_targets: bool
+    balanced_by: Literal['clips', 'frames', 'active_frames']
+    balanced_replacement: bool
     distillation_weight: Fraction
     mean_teacher_decay: FractionBelowOne
     mean_teacher_rampup: PositiveInt

@@ -25,11 +25,13 @@ from data.clip_store import (
     same_classes,
     store_path,
 )
+from data.frame_targets import Events, touched_steps
 from data.hdf5 import check_written, reading
 from data.pseudo_labels import TeacherLogits
 from data.samplers import BalancedSampler, EpochSampler, FrameBalancedSampler, LabellingSampler, ShardSampler
 from settings import FRAME_LOSSES, WITH_COMMAS, Config, UserError
 
+PUBLISHED_STEP = 0.04  # seconds of a frame by which balanced_by = active_frames counts
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, Any]
 
@@ -181,7 +183,7 @@ def check_times(settings: Config, tables: Mapping[Split, ClipTable]) -> None:
 def _warn_of_idle_clips(settings: Config, table: ClipTable, least: int) -> None:
     """Warn of training clips that contribute no loss, or that are never drawn."""
     classless = int((~table.targets.any(axis=1)).sum())
-    if classless and settings.balanced_data and settings.balanced_by == "clips":
+    if classless and settings.balanced_data and settings.balanced_by != "frames":
         warnings.warn(
             f"{classless} of {len(table)} training clips have no class: balanced_data never draws them. --balanced_by "
             f"frames, or labelling_shares without balanced_data, would.",
@@ -246,19 +248,32 @@ def event_seconds(table: ClipTable, end: float = np.inf) -> tuple[np.ndarray, np
 
     Events that begin there or later are left out.
     """
-    found = []
+    place, label, onset, offset = _times(table)
+    seconds = np.minimum(offset, end) - onset
+    return place[seconds > 0], label[seconds > 0], seconds[seconds > 0]
+
+
+def active_frames(table: ClipTable, end: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As event_seconds, but how many frames of 40 ms before `end` an event touches that no other of its class does."""
+    steps = max(1, round(end / PUBLISHED_STEP))
+    events = Events(*map(torch.from_numpy, _times(table)))
+    found = touched_steps(events, classes=table.targets.shape[1], steps=steps, seconds=steps * PUBLISHED_STEP)
+    place, label, frames = (column.numpy() for column in found)
+    return place[frames > 0], label[frames > 0], frames[frames > 0]
+
+
+def _times(table: ClipTable) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of a table's events: the clip's place in the table, class, onset and offset in seconds."""
+    found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))]
     for number, events in enumerate(table.events):
         clips = np.flatnonzero(table.path_number == number)
         counts = (events.starts[1:] - events.starts[:-1])[table.row[clips]]
         place = np.repeat(clips, counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         event = np.repeat(events.starts[table.row[clips]], counts) + within
-        seconds = np.minimum(events.offset[event], end) - events.onset[event]
-        found.append((place[seconds > 0], events.label[event][seconds > 0], seconds[seconds > 0]))
-    if not found:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0)
-    place, label, seconds = (np.concatenate(column) for column in zip(*found, strict=True))
-    return place, label, seconds
+        found.append((place, events.label[event], events.onset[event], events.offset[event]))
+    place, label, onset, offset = (np.concatenate(column) for column in zip(*found, strict=True))
+    return place, label, onset, offset
 
 
 class TrainLoader(DataLoader):
@@ -343,29 +358,38 @@ class SEDDataModule(pl.LightningDataModule):
         }
         if not self.frames:
             return ClipDataset(table, **options)
-        return FrameClipDataset(table, teacher=self.teacher if split == "train" else None, **options)
+        if split == "train":
+            options |= {"teacher": self.teacher, "crops": settings.random_crops}
+        return FrameClipDataset(table, **options)
 
     def steps_per_epoch(self, devices: int) -> int:
         """Training steps in an epoch on so many devices, of which each has an equal share of the clips."""
         per_device = self.settings.batch_size // devices // self.settings.accumulate_batches
-        batches = -(-(len(self.tables["train"]) // devices) // per_device)
+        draws = self.settings.epoch_clips or len(self.tables["train"])
+        batches = -(-(draws // devices) // per_device)
         return -(-batches // self.settings.accumulate_batches)
 
     def train_dataloader(self) -> DataLoader:
         table, seed = self.tables["train"], self.settings.random_seed
         rank, world = self._place()
-        share: dict[str, int] = {"seed": seed, "rank": rank, "world": world}
+        share: dict[str, int] = {"seed": seed, "draws": self.settings.epoch_clips, "rank": rank, "world": world}
+        share |= {"crops": self.settings.random_crops}
         if self.settings.labelling_shares:
             part = self.settings.batch_size // self.settings.accumulate_batches
             sampler: EpochSampler = LabellingSampler(labelling(table), self.settings.labelling_shares, part, **share)
-        elif self.settings.balanced_data and self.settings.balanced_by == "frames":
-            end = self.settings.clip_samples / self.settings.sample_rate
-            sampler = FrameBalancedSampler(event_seconds(table, end), len(table), **share)
+        elif self.settings.balanced_data and self.settings.balanced_by != "clips":
+            sampler = self._frame_sampler(table, share)
         elif self.settings.balanced_data:
             sampler = BalancedSampler(table.targets, **share)
         else:
             sampler = EpochSampler(len(table), **share)
         return TrainLoader(sampler=sampler, **self._loader_options("train"))
+
+    def _frame_sampler(self, table: ClipTable, share: Mapping[str, int]) -> FrameBalancedSampler:
+        end = self.settings.clip_samples / self.settings.sample_rate
+        published, again = self.settings.balanced_by == "active_frames", self.settings.balanced_replacement
+        events = active_frames(table, end) if published else event_seconds(table, end)
+        return FrameBalancedSampler(events, len(table), published=published, replacement=again, **share)
 
     def val_dataloader(self) -> list[DataLoader]:
         """The validation set; with watch_test then the test set, by which no checkpoint is chosen."""

@@ -3,9 +3,11 @@
 Shapes: B clips, F bands, T frames, K classes.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from data.clip_store import STRONG, UNLABELLED, UNREADABLE
-from data.frame_targets import Events, Targets, rasterize, resample_steps
+from data.frame_targets import Events, Targets, rasterize, resample_steps, roll
 from data.labels import read_ontology
 from data_generator import SEDDataModule
 from evaluation.metrics import FRAME_METRIC, MAIN_METRIC, Metric, clip_metrics, frame_metric
@@ -29,6 +31,7 @@ from training.mean_teacher import MeanTeacher, ramp_up
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
+FeatureStep = Callable[[Tensor, Targets], tuple[Tensor, Targets]]
 ScoreMapping = Callable[[np.ndarray], np.ndarray]  # scores (..., K) of a network's classes -> of the data's
 CHECK_LOSS_EVERY = 50  # steps: it makes the CPU wait for a GPU, and a loss that is not finite stays so
 WARM_UP_EPOCHS = 3
@@ -48,8 +51,39 @@ def learning_rate_scale(epoch: int, lr_scheduler_epoch: Sequence[int], lr_rate: 
     return max(lr_rate[0] * 0.98**epoch, 0.03)
 
 
-def schedule_warnings(settings: Config) -> list[str]:
-    """Where the run ends before its warm-up or a plateau, or a plateau ends before the warm-up."""
+def cosine_scale(step: int, warm_up: int, steps: int) -> float:
+    """Factor of learning_rate in a step, counted from 0, of `steps`: linear warm-up from 0, then half a cosine to 0."""
+    if step < warm_up:
+        return step / warm_up
+    return (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, steps - warm_up)))) / 2
+
+
+def warm_up_steps(settings: Config, steps: int) -> int:
+    """With lr_schedule = cosine, of a training of so many steps."""
+    return round(settings.warm_up if settings.warm_up >= 1 else settings.warm_up * steps)
+
+
+def rate_scale(settings: Config, steps: int) -> Callable[[int], float]:
+    """Factor of learning_rate by epoch, or with lr_schedule = cosine by step, in a training of so many steps."""
+    if settings.lr_schedule == "cosine":
+        return partial(cosine_scale, warm_up=warm_up_steps(settings, steps), steps=steps)
+    return partial(learning_rate_scale, lr_scheduler_epoch=settings.lr_scheduler_epoch, lr_rate=settings.lr_rate)
+
+
+def schedule_warnings(settings: Config, steps: int = 0) -> list[str]:
+    """Where the run ends before its warm-up or a plateau, or a plateau ends before the warm-up.
+
+    steps: of the whole training, which the warm-up of lr_schedule = cosine is compared with; 0: not known.
+    """
+    if settings.lr_schedule == "cosine":
+        warm_up = warm_up_steps(settings, steps)
+        if steps == 0 or warm_up < steps:
+            return []
+        return [
+            f"warm_up = {settings.warm_up:g}: the run ends after {steps:,} steps, within the warm-up. The rate reaches "
+            f"{settings.learning_rate * steps / warm_up:.2g} of learning_rate = {settings.learning_rate:g} and never "
+            f"falls. Give a share of all steps, as 0.1, or train longer."
+        ]
     ends, epochs = settings.lr_scheduler_epoch, settings.max_epoch
     if epochs <= WARM_UP_EPOCHS:
         return [
@@ -71,18 +105,25 @@ def schedule_warnings(settings: Config) -> list[str]:
     return found
 
 
-def parameter_groups(network: Network, rate: float, layer_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters for an optimizer, with the learning rate of each layer.
+def parameter_groups(
+    network: Network, rate: float, layer_decay: float, weight_decay: float, *, matrices_only: bool = False
+) -> list[dict[str, Any]]:
+    """The trained parameters for an optimizer, with learning rate and weight decay of each layer.
 
     The classifier learns at `rate`, each layer below at layer_decay times the rate of the one above it (Clark et al.
-    2020, ELECTRA, section 3.1; Bao et al. 2022, BEiT, for vision transformers). One group where layer_decay is 1.
+    2020, ELECTRA, section 3.1; Bao et al. 2022, BEiT, for vision transformers). matrices_only: no decay of parameters
+    of less than two dimensions, which have groups of their own. Else one group where layer_decay is 1.
     """
-    layers: dict[int, list[nn.Parameter]] = {}
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for number, parameter in network.parameters_by_layer():
         if parameter.requires_grad:
-            layers.setdefault(number if layer_decay < 1 else 0, []).append(parameter)
-    top = max(layers, default=0)
-    return [{"params": layers[k], "lr": rate * layer_decay ** (top - k)} for k in sorted(layers, reverse=True)]
+            decay = 0.0 if matrices_only and parameter.ndim < 2 else weight_decay
+            groups.setdefault((number if layer_decay < 1 else 0, decay), []).append(parameter)
+    top = max((number for number, _ in groups), default=0)
+    return [
+        {"params": groups[number, decay], "lr": rate * layer_decay ** (top - number), "weight_decay": decay}
+        for number, decay in sorted(groups, reverse=True)
+    ]
 
 
 class Evaluation(pl.LightningModule):
@@ -254,13 +295,11 @@ class SEDWrapper(Evaluation):
         """The loss of a batch of the training data, on the device, with the augmentations of the settings."""
         network = self.sed_model
         waveform, targets = self.augment_waveform(self.sound(batch), batch)
-        weight = self.mixup_weight(targets)
+        waveform, targets = self.wavmix(waveform, targets)
         # A mask covers both sounds of clips that are mixed before it, and one of those that are mixed after it.
-        if weight is not None and self.settings.mixup_waveforms:
-            waveform, targets = do_mixup(waveform, weight), self.mixed(targets, weight)
+        if self.settings.mixup_waveforms:
+            waveform, targets = self.mixup(waveform, targets)
         features, targets = self.augment_features(network.features(waveform), targets)
-        if weight is not None and not self.settings.mixup_waveforms:
-            features, targets = do_mixup(features, weight), self.mixed(targets, weight)
         outputs = network.forward_head(network.forward_features(features))
         return self.loss(outputs, targets, features)
 
@@ -290,30 +329,92 @@ class SEDWrapper(Evaluation):
             clips = augment.enhance_labels(clips, ancestors, self.ontology.children)
         return Targets(clips)
 
-    def mixup_weight(self, targets: Targets) -> Optional[Tensor]:
-        """(B,) share of each clip's own sound, 1 where its partner has labels of another kind; None: no mixup."""
-        if not self.settings.mixup_alpha:
-            return None
-        device, alike = targets.clips.device, targets.mixable()
-        weight = get_mix_lambda(self.settings.mixup_alpha, len(targets.clips), device)
-        return weight if alike is None else torch.where(alike, weight, 1.0)
+    def wavmix(self, waveform: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """(B, samples): some clips mixed with others of the batch, and their targets whatever mixup_targets says.
 
-    def mixed(self, targets: Targets, weight: Tensor) -> Targets:
-        return targets.mixed(weight) if self.settings.mixup_targets else targets
+        PretrainedSED takes the partners from the whole data set.
+        """
+        settings = self.settings
+        if not settings.wavmix:
+            return waveform, targets
+        partner, weight = augment.draw_mixing(len(waveform), settings.wavmix_alpha, larger=True)
+        weight = torch.where(augment.happens(settings.wavmix, len(waveform)), weight, 1.0)
+        mixing = self._where_alike(targets, partner, weight)
+        return augment.mix_waveforms(waveform, mixing), targets.mixed(mixing.weight, mixing.partner)
+
+    def mixup(self, inputs: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """Waveforms or features (B, ...) mixed with those of other clips; mixup_targets: the targets as well."""
+        settings, clips = self.settings, len(inputs)
+        if not settings.mixup_alpha or not augment.happens(settings.mixup_probability):
+            return inputs, targets
+        if settings.augment_by == "batches":
+            partner, weight = augment.draw_mixing(clips, settings.mixup_alpha, larger=True)
+        else:
+            partner, weight = torch.arange(clips - 1, -1, -1), get_mix_lambda(settings.mixup_alpha, clips)
+        partner, weight = self._where_alike(targets, partner, weight)
+        targets = targets.mixed(weight, partner) if settings.mixup_targets else targets
+        return do_mixup(inputs, weight, partner), targets
+
+    def _where_alike(self, targets: Targets, partner: Tensor, weight: Tensor) -> augment.Mixing:
+        """On the device; the weight is 1 where a clip's partner has labels of another kind."""
+        device = targets.clips.device
+        partner, weight = partner.to(device), weight.to(device)
+        alike = targets.mixable(partner)
+        return augment.Mixing(partner, weight if alike is None else torch.where(alike, weight, 1.0))
 
     def augment_features(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
-        """(B, F, T) -> the augmented features and their targets."""
+        """(B, F, T) -> the augmented features and their targets.
+
+        Sounds are mixed after filter and warp, each with its own, and before them as PretrainedSED has it.
+        """
+        early: list[FeatureStep] = [self._filter, self._warp]
+        late: list[FeatureStep] = [] if self.settings.mixup_waveforms else [self.mixup]
+        if self.settings.augment_by == "batches":
+            early, late = late, early
+        for step in (self._shift, *early, self._mix_style, self._mask, *late):
+            features, targets = step(features, targets)
+        return features, targets
+
+    def _shift(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        if not self.settings.frame_shift:
+            return features, targets
+        clips, _, frames = features.shape
+        shifts = augment.draw_shifts(clips, frames, self.settings.frame_shift)
+        targets = targets.rolled(augment.shift_on(shifts, frames, self.sed_model.frames))
+        return roll(features, shifts.tolist(), dim=1), targets
+
+    def _filter(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
         settings = self.settings
-        if settings.filter_augment:
-            decibel = self.sed_model.decibel()
-            features = augment.filter_augment(features, settings.filter_augment, decibel)
-        features = augment.warp_frequency(features, settings.frequency_warp)
-        features = augment.mix_style(features, settings.mix_style)
+        if settings.filter_augment and augment.happens(settings.filter_probability):
+            decibel, of_batch = self.sed_model.decibel(), settings.augment_by == "batches"
+            features = augment.filter_augment(features, settings.filter_augment, decibel, of_batch=of_batch)
+        return features, targets
+
+    def _warp(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        settings = self.settings
+        if settings.frequency_warp and augment.happens(settings.warp_probability):
+            of_batch = settings.augment_by == "batches"
+            features = augment.warp_frequency(features, settings.frequency_warp, of_batch=of_batch)
+        return features, targets
+
+    def _mix_style(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        settings, of_batch = self.settings, self.settings.augment_by == "batches"
+        return augment.mix_style(features, settings.mix_style, settings.mix_style_alpha, of_batch=of_batch), targets
+
+    def _mask(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """SpecAugment's masks, and time_mask; the targets follow where masks_silence."""
+        settings, steps = self.settings, self.sed_model.frames
+        shares = []
         if settings.spec_augment:
             features, left = augment.mask_time(features)
             features = augment.mask_bands(features)
-            if self.masks_silence:
-                targets = targets.masked(augment.left_of_steps(left, self.sed_model.frames))
+            shares = [augment.left_of_steps(left, steps)] if self.masks_silence else []
+        if settings.time_mask:
+            steps = steps or features.shape[2]
+            features, left = augment.mask_stretch(features, *augment.draw_stretch(steps, settings.time_mask), steps)
+            shares += [left] if self.masks_silence else []
+        for share in shares:
+            targets = targets.masked(share)
         return features, targets
 
     def loss(self, outputs: Outputs, targets: Targets, features: Tensor) -> Tensor:
@@ -362,19 +463,25 @@ class SEDWrapper(Evaluation):
         return self.sed_model.probabilities(at_rate_of(self.sed_model, waveform, sample_rate))[:2]
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and a factor of its learning rate that changes from epoch to epoch."""
-        settings = self.settings
+        """AdamW, and a factor of its learning rate that changes from epoch to epoch or from step to step."""
+        settings, network = self.settings, self.sed_model
+        rate, decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.sed_model, settings.learning_rate, settings.layer_decay),
+            parameter_groups(network, rate, settings.layer_decay, decay, matrices_only=settings.decay_matrices_only),
             betas=(0.9, 0.999),
             eps=1e-8,
-            weight_decay=settings.weight_decay,
             fused=settings.precision != "16-mixed",  # whose gradients are scaled: they must be unscaled to be clipped
         )
-        scale: Callable[[int], float] = lambda epoch: learning_rate_scale(  # noqa: E731
-            epoch, settings.lr_scheduler_epoch, settings.lr_rate
-        )
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale)}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_scale(settings, self._planned_steps()))
+        interval = "step" if settings.lr_schedule == "cosine" else "epoch"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+    def _planned_steps(self) -> int:
+        """Of the whole training; 1 where the data do not say it, as in a benchmark."""
+        data = getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, SEDDataModule):
+            return 1
+        return data.steps_per_epoch(self._world_size()) * self.settings.max_epoch
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: Any, **__: Any) -> None:
         """By norm. Lightning's own refuses a fused optimizer in bfloat16, whose gradients are not scaled."""
@@ -389,9 +496,12 @@ class SEDWrapper(Evaluation):
         computed = {k: v for k, v in self.state_dict().items() if k.endswith(self.sed_model.computed)}
         checkpoint["state_dict"].update({k: v for k, v in computed.items() if k in checkpoint["state_dict"]})
         fresh = self.configure_optimizers()
-        groups, schedule = fresh["optimizer"].state_dict()["param_groups"], fresh["lr_scheduler"]
+        groups, schedule = fresh["optimizer"].state_dict()["param_groups"], fresh["lr_scheduler"]["scheduler"]
         states = zip(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []), strict=True)
+        before, now = checkpoint.get("settings", {}).get("lr_schedule", "epochs"), self.settings.lr_schedule
         for optimizer, scheduler in states:
+            if before != now:  # one counts epochs, the other one steps
+                scheduler["last_epoch"] = checkpoint["global_step" if now == "cosine" else "complete_epochs"]
             scales = [scale(scheduler["last_epoch"]) for scale in schedule.lr_lambdas]
             rates = [base * scale for base, scale in zip(schedule.base_lrs, scales, strict=True)]
             scheduler.update(base_lrs=schedule.base_lrs, _last_lr=rates)
@@ -455,6 +565,7 @@ class FrameSEDWrapper(SEDWrapper):
             steps=self.sed_model.frames,
             seconds=seconds,
             fractional=self.settings.fractional_targets,
+            touched=self.settings.touched_targets,
         )
 
     def loss(self, outputs: Outputs, targets: Targets, features: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import reprlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ else:
 
 CONFIG_PATH = Path(__file__).with_name("config.py")
 FIELDS_PATH = CONFIG_PATH.with_name("config_fields.pyi")
+RECIPES = CONFIG_PATH.with_name("recipes")
 SECTION_LINE = re.compile(r"# --- (.+?) -+")
 
 # Sections of config.py. A checkpoint's weights determine the first ones; the others say what they were trained on.
@@ -229,9 +231,33 @@ def unknown_setting(name: str) -> str:
     return f"There is no setting {name!r}. {hint}"
 
 
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of recipes/<name>.py: a docstring, then lines `setting = value`, read as data and never executed.
+
+    Raises UserError where there is no such recipe, and for any other line.
+    """
+    known = sorted(path.stem for path in RECIPES.glob("*.py"))
+    if name not in known:
+        raise UserError(f"There is no recipe {name!r}. The recipes are {', '.join(known)}.")
+    path, found = RECIPES / f"{name}.py", {}
+    try:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                raise ValueError(f"line {node.lineno}")
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is no recipe: it may hold lines as max_epoch = 30 alone. ({error})") from None
+    return found
+
+
 def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with each value as its setting's type. Raises UserError for unknown names and wrong values."""
-    known = all_settings()
+    """`given`, and what its recipe adds, each value as its setting's type.
+
+    Raises UserError for unknown names and wrong values.
+    """
+    known, recipe = all_settings(), all_settings()["recipe"].check(given.get("recipe"))
+    given = {**(read_recipe(recipe) if recipe else {}), **given}
     for name in given:
         if name not in known:
             raise UserError(unknown_setting(name))
@@ -241,8 +267,12 @@ def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
 def fewest(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fewest of these values from which config.py computes the others: the flags that would give them."""
     kept: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     while True:
-        computed = _execute(kept)
+        if kept.get("recipe") and not recipe:
+            with suppress(UserError):  # the run is over, and the recipe may be gone
+                recipe = read_recipe(kept["recipe"])
+        computed = _execute({**recipe, **kept})
         others = (name for name in all_settings() if name in values and name not in kept)
         name = next((name for name in others if computed[name] != values[name]), None)
         if name is None:
@@ -274,16 +304,15 @@ def resolve(
 ) -> Config:
     """Settings of a run: config.py, then what the prepared data say, then a checkpoint, then what is given.
 
-    given: {name: value}, as from flags. checkpoint: the settings saved in one; those of TRAINED_SECTIONS count, and
-    exp_name, so that what is made of a checkpoint goes into the folder of its run. facts: what the data say, by all
-    values without them (data/facts.py). fine_tuning: other sizes than the checkpoint's may be given. Raises UserError
-    for unknown names, wrong values, values that do not fit together, and flags that contradict the checkpoint or the
-    data. Of a dictionary (encoder_options) each key counts by itself.
+    given: {name: value}, as from flags, with those of its recipe. checkpoint: the settings saved in one; those of
+    TRAINED_SECTIONS count, and exp_name, so that what is made of a checkpoint goes into the folder of its run. facts:
+    what the data say, by all values without them (data/facts.py). fine_tuning: other sizes than the checkpoint's may be
+    given. Raises UserError for unknown names, wrong values, values that do not fit together, and flags that contradict
+    the checkpoint or the data. Of a dictionary (encoder_options) each key counts by itself.
     """
     known = all_settings()
     given = check_values(given or {})
-    session = _edited_in_session(_execute({}))
-    session = {name: known[name].check(value) for name, value in session.items()}
+    session = check_values(_edited_in_session(_execute({})))
     trained = _trained(checkpoint or {}, given, {**session, **given}, fine_tuning)
     given = {k: {**trained.get(k, {}), **v} if isinstance(v, dict) else v for k, v in given.items()}
     values = _execute({**session, **trained, **given})
@@ -372,11 +401,19 @@ def _check_frame_training(config: Config) -> None:
     """Raise UserError for settings of a training on event times that have no effect, or do not fit together."""
     frames = config.loss_type in FRAME_LOSSES
     asked = [name for name in section("semi-supervised") if getattr(config, name)]
-    asked += ["balanced_by = frames"] if config.balanced_by == "frames" else []
+    asked += ["random_crops"] if config.random_crops else []
+    asked += [f"balanced_by = {config.balanced_by}"] if config.balanced_by != "clips" else []
     if asked and not frames:
         raise UserError(f"{', '.join(asked)}: only loss_type = {' or '.join(FRAME_LOSSES)} has a use for this.")
-    if config.balanced_by == "frames" and not config.balanced_data:
-        raise UserError("balanced_by = frames says how balanced_data draws the classes: set --balanced_data True, too.")
+    if config.balanced_by != "clips" and not config.balanced_data:
+        raise UserError(
+            f"balanced_by = {config.balanced_by} says how balanced_data draws the classes: set --balanced_data True, "
+            f"too."
+        )
+    if config.balanced_by == "clips" and not config.balanced_replacement:
+        raise UserError("balanced_replacement = False needs balanced_by = active_frames, or frames.")
+    if config.random_crops and config.teacher_path:
+        raise UserError("random_crops changes the clips that teacher_path has logits for: leave one of them out.")
     if config.mixup_waveforms and not config.mixup_alpha:
         raise UserError("mixup_waveforms has no effect with mixup_alpha = 0: set mixup_alpha, as 0.5.")
     if frames and config.task == "single_label":

@@ -25,13 +25,13 @@ def int16_to_float32(waveform: torch.Tensor) -> torch.Tensor:
     return waveform.float() if waveform.is_floating_point() else waveform.float() / INT16_SCALE
 
 
-def do_mixup(x: torch.Tensor, mixup_lambda: torch.Tensor) -> torch.Tensor:
-    """Mix each item of a batch with its partner in the reversed batch (mixup, Zhang et al. 2018).
+def do_mixup(x: torch.Tensor, mixup_lambda: torch.Tensor, partner: torch.Tensor | None = None) -> torch.Tensor:
+    """Mix each item of a batch with its partner (mixup, Zhang et al. 2018), by default in the reversed batch.
 
-    x: (B, ...); mixup_lambda: (B,), the weight of the item itself. Returns (B, ...).
+    x: (B, ...); mixup_lambda: (B,), the weight of the item itself; partner: (B,) places. Returns (B, ...).
     """
     weight = mixup_lambda.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-    return x * weight + x.flip(0) * (1 - weight)
+    return x * weight + (x.flip(0) if partner is None else x[partner]) * (1 - weight)
 
 
 def get_mix_lambda(alpha: float, batch_size: int, device: torch.device | str = "cpu") -> torch.Tensor:

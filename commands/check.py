@@ -11,7 +11,7 @@ from rich.table import Table
 from data.clip_store import SPLITS, ClipTable
 from data.facts import store_facts
 from data.names import markup, shown, terminal_text
-from data_generator import hopeless, load_table
+from data_generator import SEDDataModule, hopeless, load_table
 from prepare.check import CheckReport, SplitReport, check_tables
 from sed_model import schedule_warnings
 from settings import Config, UserError, resolve
@@ -32,7 +32,8 @@ def run(given: dict[str, Any], processes: Optional[int] = None) -> None:
         report = read_tables(tables, settings, os.cpu_count() or 1 if processes is None else processes)
         print_report(report, settings)
         problems += report.problems + hopeless(settings, tables)
-        warnings = report.warnings + schedule_warnings(settings)
+        steps = SEDDataModule(settings, {"train": tables["train"]}).steps_per_epoch(1) if "train" in tables else 0
+        warnings = report.warnings + schedule_warnings(settings, steps * settings.max_epoch)
         print(end="".join(what_it_tells(split, found) for split, found in report.splits.items()))
     for message in warnings:
         print(f"warning: {terminal_text(message)}")

@@ -32,7 +32,15 @@ from runs.measure import (
 )
 from runs.records import BYTES_PER_TRAINED_PARAMETER, device_name
 from runs.resume import find_resumed
-from sed_model import WARM_UP_EPOCHS, SEDWrapper, build_wrapper, learning_rate_scale, schedule_warnings
+from sed_model import (
+    WARM_UP_EPOCHS,
+    SEDWrapper,
+    build_wrapper,
+    learning_rate_scale,
+    rate_scale,
+    schedule_warnings,
+    warm_up_steps,
+)
 from settings import Config, UserError, resolve
 from training.devices import device_count, on_gpu, total_memory
 from training.performance import settle
@@ -174,15 +182,20 @@ def gib(size: float) -> str:
 def plan_schedule(settings: Config, plan: Plan, data: SEDDataModule, devices: int) -> None:
     """Steps, warm-up, learning rates; warnings where they cannot do what they are for."""
     steps, clips = data.steps_per_epoch(devices), len(data.tables["train"])
-    warm_up = min(WARM_UP_EPOCHS, settings.max_epoch)
     total = steps * settings.max_epoch
+    if settings.lr_schedule == "cosine":
+        warm_up = warm_up_steps(settings, total)
+        written = f"{warm_up:,} steps, {warm_up / total:.0%} of the run"
+    else:
+        epochs = min(WARM_UP_EPOCHS, settings.max_epoch)
+        written = f"{steps * epochs:,} steps in {epochs} epochs, {epochs / settings.max_epoch:.0%} of the run"
     plan.rows += [
         ("clips", ", ".join(f"{split} {len(table):,}" for split, table in data.tables.items())),
         ("steps", f"{steps:,} an epoch of {settings.batch_size} clips each, {total:,} in all"),
-        ("warm-up", f"{steps * warm_up:,} steps in {warm_up} epochs, {warm_up / settings.max_epoch:.0%} of the run"),
-        ("learning rate", ", ".join(learning_rates(settings))),
+        ("warm-up", written),
+        ("learning rate", ", ".join(learning_rates(settings, total))),
     ]
-    plan.warnings += schedule_warnings(settings)
+    plan.warnings += schedule_warnings(settings, total)
     if settings.batch_size > clips:
         plan.warnings.append(
             f"batch_size = {settings.batch_size} is more than the {clips} training clips: an epoch is one step "
@@ -196,8 +209,15 @@ def plan_schedule(settings: Config, plan: Plan, data: SEDDataModule, devices: in
         )
 
 
-def learning_rates(settings: Config) -> list[str]:
-    """As in `epochs 4-11: 0.001`: the epochs, counted from 1, that share a rate; the slow decay is one entry."""
+def learning_rates(settings: Config, steps: int = 0) -> list[str]:
+    """As in `epochs 4-11: 0.001`: the epochs, counted from 1, that share a rate; the slow decay is one entry.
+
+    steps: of the whole training, for lr_schedule = cosine.
+    """
+    if settings.lr_schedule == "cosine":
+        scale, highest = rate_scale(settings, steps), min(warm_up_steps(settings, steps), steps - 1)
+        shown = sorted({0, highest, steps - 1})
+        return [f"step {step + 1:,}: {settings.learning_rate * scale(step):.2g}" for step in shown]
     found = []
     last_plateau = settings.lr_scheduler_epoch[2] + 1  # counted from 1
     plateaus = range(min(settings.max_epoch, max(last_plateau, WARM_UP_EPOCHS)))

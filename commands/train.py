@@ -82,12 +82,14 @@ def train(settings: Config, performance: Performance) -> None:
     compile_network(network, performance.compile_mode)
     more["performance"] = str(performance)
     wrapper = build_wrapper(network, settings, labels)
+    steps = data.steps_per_epoch(process_count(settings))
+    warnings = schedule_warnings(settings, steps * settings.max_epoch)
     if is_first_process():
-        print(end="".join(f"warning: {message}\n" for message in schedule_warnings(settings)))
+        print(end="".join(f"warning: {message}\n" for message in warnings))
     title = f"{encoder_titles(settings.encoder)}: training {settings.exp_name}"
     print_first_page(title, settings, data, network, **more)
     save_provenance(settings, data, **more)
-    trainer = build_trainer(settings, steps_per_epoch=data.steps_per_epoch(process_count(settings)))
+    trainer = build_trainer(settings, steps_per_epoch=steps)
     try:
         with explained(settings.run_folder, FULL), interruptible(trainer):
             trainer.fit(wrapper, data, ckpt_path=str(resumed.path) if resumed else None, weights_only=True)

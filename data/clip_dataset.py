@@ -1,7 +1,9 @@
 """Clips of a table as training examples, read in batches; with event times and a teacher's logits where asked for."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal, Optional
 
 import numpy as np
@@ -11,11 +13,14 @@ from torch.utils.data import Dataset, get_worker_info
 from data.clip_store import STRONG, UNREADABLE, ClipTable, Waveforms, labelling, open_store
 from data.frame_targets import Events
 from data.pseudo_labels import TeacherLogits
+from data.samplers import PARTS
 from settings import UserError
 
 Batch = dict[str, Any]
 
 OF_BATCH = ("unreadable", "sample_rate", "events")  # entries of a batch that have no first axis of clips
+PIECE = re.compile(rb"(.+)#t=([\d.]+),([\d.]+)")  # name of a clip that was cut from a recording, as `prepare` gives it
+CROP_STEP = 0.04  # seconds: crops begin at whole ones, as the frames of PretrainedSED
 MOST_TRIES = 10  # other clips of its class, and then any others, that are tried in place of one that cannot be read
 
 
@@ -120,31 +125,31 @@ class FrameClipDataset(ClipDataset):
     """Clips with the annotation of their events, for training on frames.
 
     An item also has events (frame_targets.Events of the batch, in seconds of the clip as it is read),
-    labelling (int8: STRONG, WEAK or UNLABELLED), and with `teacher` its logits (K, T) float16 and has_teacher.
+    labelling (int8: STRONG, WEAK or UNLABELLED), and with `teacher` its logits (K, T) float16 and has_teacher. With
+    `crops`, indexes are those of an EpochSampler with crops: a strong clip that the next clip of its recording follows
+    (forest.wav#t=0,10, forest.wav#t=10,20) begins so far within it, at a whole CROP_STEP, and ends in the next one. The
+    target stays that of the clip by itself.
     """
 
-    def __init__(self, *words: Any, teacher: Optional[TeacherLogits] = None, **more: Any) -> None:
+    def __init__(self, *words: Any, teacher: Optional[TeacherLogits] = None, crops: bool = False, **more: Any) -> None:
         """As ClipDataset. Raises UserError where names of clips and of the teacher's file match ambiguously."""
         super().__init__(*words, **more)
         self.teacher = teacher
+        self.following = _following(self.table.names) if crops else np.full(len(self), -1)
         self.labelling = labelling(self.table)
         if teacher is not None:
             self.teacher_rows = teacher.rows([name.decode() for name in self.table.names])
 
     def __getitems__(self, indexes: Sequence[int]) -> Batch:
-        batch = super().__getitems__(indexes)
+        parts = [index // len(self) for index in indexes]
+        batch = super().__getitems__([index % len(self) for index in indexes])
         # The clips that were handed over, which may stand in for others; an unreadable one of a test is silent.
         readable = batch["index"] != UNREADABLE
         chosen = torch.where(readable, batch["index"], 0).tolist()
         lengths = batch["real_len"].tolist()
         batch["labelling"] = torch.from_numpy(self.labelling[chosen])
-        batch["events"] = self._events(
-            [
-                (place, index, length)
-                for place, (index, length) in enumerate(zip(chosen, lengths, strict=True))
-                if length and self.labelling[index] == STRONG
-            ]
-        )
+        starts = [int(part * self.clip_samples / PARTS) for part in parts]
+        batch["events"] = self._events(self._crop(batch["waveform"], chosen, lengths, starts))
         if self.teacher is not None:
             rows = self.teacher_rows[chosen]
             shape = self.teacher.classes, self.teacher.steps
@@ -154,17 +159,37 @@ class FrameClipDataset(ClipDataset):
             batch["teacher"], batch["has_teacher"] = torch.from_numpy(logits), torch.from_numpy(rows >= 0)
         return batch
 
-    def _events(self, clips: list[tuple[int, int, int]]) -> Events:
-        """The events of clips (place in the batch, number, own length in samples), repeated where the sound is."""
+    def _crop(
+        self, waveform: torch.Tensor, chosen: Sequence[int], lengths: Sequence[int], starts: Sequence[int]
+    ) -> list[tuple[int, int, int, int]]:
+        """Let clips of (B, samples) begin at sample `starts` where they are followed; returns what _events takes."""
+        step, found = max(1, round(CROP_STEP * self.sample_rate)), []
+        after = np.empty(self.clip_samples, dtype=np.int16)
+        for place, (index, length, start) in enumerate(zip(chosen, lengths, starts, strict=True)):
+            if not length or self.labelling[index] != STRONG:
+                continue
+            following, begin, more = int(self.following[index]), start // step * step, 0
+            if begin and following >= 0 and length == self.clip_samples and self.labelling[following] == STRONG:
+                with suppress(OSError, UserError):  # what cannot be read is left out: the clip stays as it is
+                    more = self._read_into(after, following)
+            begin = begin if more else 0
+            found.append((place, index, length, -begin))
+            if begin:
+                found.append((place, following, more, length - begin))
+                waveform[place] = torch.cat([waveform[place, begin:], torch.from_numpy(after[:begin])])
+        return found
+
+    def _events(self, clips: list[tuple[int, int, int, int]]) -> Events:
+        """The events of clips (place in the batch, number, own length and beginning in samples), repeated as sounds."""
         columns: list[list[np.ndarray]] = [[], [], [], []]
         end = self.clip_samples / self.sample_rate
-        for place, index, length in clips:
+        for place, index, length, begin in clips:
             seconds = length / self.sample_rate
             copies = -(-self.clip_samples // length) if self.fit == "repeat" else 1
-            later = np.arange(copies)[:, None] * seconds  # (copies, 1)
+            later = np.arange(copies)[:, None] * seconds + begin / self.sample_rate  # (copies, 1)
             table = self.table.events[self.table.path_number[index]]
             part = table.of(self.table.row[index])
-            onset = (np.minimum(table.onset[part], seconds) + later).ravel()
+            onset = np.maximum(np.minimum(table.onset[part], seconds) + later, 0).ravel()
             offset = np.minimum(np.minimum(table.offset[part], seconds) + later, end).ravel()
             label, inside = np.tile(table.label[part], copies), onset < offset
             found = (np.full(inside.sum(), place), label[inside], onset[inside], offset[inside])
@@ -173,6 +198,13 @@ class FrameClipDataset(ClipDataset):
         types = (np.int64, np.int64, np.float32, np.float32)
         parts = [np.concatenate([np.zeros(0), *column]).astype(t) for column, t in zip(columns, types, strict=True)]
         return Events(*map(torch.from_numpy, parts))
+
+
+def _following(names: np.ndarray) -> np.ndarray:
+    """(N,) the clip that begins where a clip ends in the same recording, by names as `prepare` gives them; -1: none."""
+    matches = [PIECE.fullmatch(name) for name in names.tolist()]
+    places = {(match[1], match[2]): number for number, match in enumerate(matches) if match}
+    return np.array([places.get((match[1], match[3]), -1) if match else -1 for match in matches], dtype=np.int64)
 
 
 class _BatchMemory:

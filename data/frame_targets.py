@@ -1,5 +1,6 @@
 """Events with times -> what a network learns in each of its steps, and the steps of one grid on another."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -15,7 +16,7 @@ TICKS = 1 << 16  # parts of a step: whole numbers add up alike in any order and 
 class Events:
     """The events of a batch, in any order, all tensors on one device.
 
-    clip: (E,) int64 place in the batch; label: (E,) int64 class; onset, offset: (E,) float32 seconds from the clip's
+    clip: (E,) int64 place in the batch; label: (E,) int64 class; onset, offset: (E,) float seconds from the clip's
     beginning. What lies outside the clip counts for nothing, and neither does an event whose offset is its onset.
     """
 
@@ -35,18 +36,22 @@ class Events:
 
 
 def rasterize(
-    events: Events, *, clips: int, classes: int, steps: int, seconds: float, fractional: bool = True
+    events: Events,
+    *,
+    clips: int,
+    classes: int,
+    steps: int,
+    seconds: float,
+    fractional: bool = True,
+    touched: bool = False,
 ) -> Tensor:
     """The share of each step that events of a class cover: (clips, steps, classes) float32 from 0 to 1.
 
     seconds: time that all steps cover together. Events of one class that overlap count once. fractional=False: 1 for
-    steps of which at least half is covered, else 0. Times are taken to 1/65536 of a step. Clips and labels must be
-    below `clips` and `classes`.
+    steps of which at least half is covered, else 0. touched: 1 for all steps that an event touches, whatever
+    `fractional`. Times are taken to 1/65536 of a step. Clips and labels must be below `clips` and `classes`.
     """
-    _check_grid(steps, seconds)
-    line = events.clip * classes + events.label
-    onset, offset = _ticks(events.onset, steps, seconds), _ticks(events.offset, steps, seconds)
-    line, onset, offset = _without_overlap(line, onset, offset, steps * TICKS)
+    line, onset, offset = _covered(events, classes, steps, seconds, touched=touched)
     edge = torch.arange(steps, device=line.device) * TICKS  # where each step begins
     covered = torch.minimum(offset[:, None], edge + TICKS) - torch.maximum(onset[:, None], edge)  # (E, steps)
     clip, label = line // classes, line % classes
@@ -55,6 +60,26 @@ def rasterize(
     flat.index_add_(0, place.flatten(), covered.clamp(min=0).flatten().int())
     shares = flat.view(clips, steps, classes)
     return shares.float() / TICKS if fractional else (2 * shares >= TICKS).float()
+
+
+def touched_steps(events: Events, *, classes: int, steps: int, seconds: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As rasterize with `touched`, in few numbers: (E,) clip, class and how many steps, whose sum counts none twice."""
+    line, onset, offset = _covered(events, classes, steps, seconds, touched=True)
+    return line // classes, line % classes, (offset - onset) // TICKS
+
+
+def _covered(
+    events: Events, classes: int, steps: int, seconds: float, *, touched: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Line (clip * classes + class), onset and offset in ticks of the events of each line, without overlap."""
+    _check_grid(steps, seconds)
+    onset, offset = _ticks(events.onset, steps, seconds), _ticks(events.offset, steps, seconds)
+    if touched:
+        # Times that are meant to lie on an edge are float32: less than its spacing at the clip's end touches nothing.
+        slack = steps * TICKS // 2**23 + 1
+        first, last = (onset + slack) // TICKS, -((slack - offset) // TICKS)
+        onset, offset = first * TICKS, torch.where(offset > onset, last, first) * TICKS
+    return _without_overlap(events.clip * classes + events.label, onset, offset, steps * TICKS)
 
 
 def resample_steps(
@@ -126,21 +151,34 @@ class Targets:
     teacher: Optional[Tensor] = None
     has_teacher: Optional[Tensor] = None
 
-    def mixed(self, weight: Tensor) -> "Targets":
-        """Those of clips that are mixed with the reversed batch. weight: (B,) of each clip itself."""
-        frames, teacher = (None if part is None else do_mixup(part, weight) for part in (self.frames, self.teacher))
-        return replace(self, clips=do_mixup(self.clips, weight), frames=frames, teacher=teacher)
+    def mixed(self, weight: Tensor, partner: Optional[Tensor] = None) -> "Targets":
+        """Those of clips that are mixed, as do_mixup: weight (B,) of each clip itself, its partner (B,)."""
+        mixed = self._with_frames(lambda part: do_mixup(part, weight, partner))
+        return replace(mixed, clips=do_mixup(self.clips, weight, partner))
 
     def masked(self, left: Tensor) -> "Targets":
-        """Those of clips of whose frames (B, T) shares are left: the rest is silent."""
-        frames, teacher = (None if part is None else part * left[:, :, None] for part in (self.frames, self.teacher))
+        """Those of clips of whose frames shares are left, (B, T) or (1, T): the rest is silent."""
+        return self._with_frames(lambda part: part * left[:, :, None])
+
+    def rolled(self, shifts: Sequence[int]) -> "Targets":
+        """Those of clips that are rolled by so many frames: what goes beyond the end comes in at the beginning."""
+        return self._with_frames(lambda part: roll(part, shifts, dim=0))
+
+    def _with_frames(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        """The targets of frames and the teacher's, where there are any, changed alike."""
+        frames, teacher = (None if part is None else change(part) for part in (self.frames, self.teacher))
         return replace(self, frames=frames, teacher=teacher)
 
-    def mixable(self) -> Optional[Tensor]:
-        """(B,) bool: whether a clip and its partner in the reversed batch have the same kind of labels; None: all."""
+    def mixable(self, partner: Optional[Tensor] = None) -> Optional[Tensor]:
+        """(B,) bool: whether a clip and its partner, as in do_mixup, have the same kind of labels; None: all."""
         alike = None
         for kind in (self.labelling, self.has_teacher):
             if kind is not None:
-                same = kind == kind.flip(0)
+                same = kind == (kind.flip(0) if partner is None else kind[partner])
                 alike = same if alike is None else alike & same
         return alike
+
+
+def roll(values: Tensor, shifts: Sequence[int], dim: int) -> Tensor:
+    """(B, ...) with each item rolled by its own shift along a dimension of the item; without gather's gradient."""
+    return torch.stack([item.roll(shift, dim) for item, shift in zip(values, shifts, strict=True)])

@@ -8,31 +8,41 @@ from torch.utils.data import Sampler
 from data.clip_store import STRONG, UNLABELLED, WEAK, class_index
 from settings import UserError
 
+PARTS = 2**16  # of a clip, in which EpochSampler says where a crop begins
 BLOCK_DRAWS = 2**15  # draws that BalancedSampler makes at once
+SMOOTHING = 30  # active frames, for FrameBalancedSampler
 
 
 class EpochSampler(Sampler[int]):
     """A share of a sequence that is drawn anew each epoch, the same on every process that has the same seed.
 
-    The shares of the `world` processes are disjoint and equally long; up to world - 1 draws of an epoch are left out.
+    clips: how many there are; draws: how many an epoch takes, 0: all of them. crops: with each clip's number comes a
+    random one below PARTS, as number + clips * it. The shares of the `world` processes are disjoint and equally long;
+    up to world - 1 draws of an epoch are left out.
     """
 
-    def __init__(self, length: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.length, self.seed, self.rank, self.world, self.epoch = length, seed, rank, world, 0
+    def __init__(
+        self, clips: int, *, seed: int, draws: int = 0, rank: int = 0, world: int = 1, crops: int = False
+    ) -> None:
+        self.count, self.length, self.crops = clips, draws or clips, crops
+        self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
         self.start = 0  # draws of this share that the next iteration skips, to resume in the middle of an epoch
-        if length < world:
-            raise UserError(f"{length} training clips cannot be shared by {world} processes: set devices lower.")
+        if self.length < world:
+            raise UserError(f"{self.length} training clips cannot be shared by {world} processes: set devices lower.")
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
         self.epoch = epoch
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """(length,) clip numbers of one epoch, for all processes together."""
-        return rng.permutation(self.length)
+        """(length,) clip numbers of one epoch, for all processes together; none twice before all were there."""
+        rounds = -(-self.length // self.count)
+        return np.concatenate([rng.permutation(self.count) for _ in range(rounds)])[: self.length]
 
     def __iter__(self) -> Iterator[int]:
-        drawn = self.draw(np.random.default_rng([self.seed, self.epoch]))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        drawn = self.draw(rng)
+        drawn = drawn + self.count * rng.integers(PARTS, size=len(drawn)) if self.crops else drawn
         return iter(drawn[self.rank :: self.world][self.start : len(self)].tolist())
 
     def __len__(self) -> int:
@@ -42,11 +52,12 @@ class EpochSampler(Sampler[int]):
 class BalancedSampler(EpochSampler):
     """Class-balanced draws (paper, section 3.1): a random order of the classes, one random clip of each, and again.
 
-    targets: (N, K) bool. An epoch has N draws. Classes without clips are left out.
+    targets: (N, K) bool. Classes without clips are left out.
     """
 
-    def __init__(self, targets: np.ndarray, *, seed: int, rank: int = 0, world: int = 1) -> None:
-        super().__init__(len(targets), seed=seed, rank=rank, world=world)
+    def __init__(self, targets: np.ndarray, **share: int) -> None:
+        """share: seed, draws, rank and world, as EpochSampler."""
+        super().__init__(len(targets), **share)
         self.clips, starts, counts = class_index(targets)
         self.counts, self.starts = counts[counts > 0], starts[:-1][counts > 0]
         if len(self.counts) == 0:
@@ -69,10 +80,12 @@ class BalancedSampler(EpochSampler):
 
 
 class FrameBalancedSampler(EpochSampler):
-    """Draws in which the classes sound equally long: a clip is drawn, with replacement, in proportion to its weight.
+    """Draws in which the classes sound equally long: a clip is drawn in proportion to its weight.
 
     Its weight is the sum over its events of their share of all the seconds that their class has. The clips without
-    events have together the weight of a class. An epoch has as many draws as there are clips.
+    events have together the weight of a class. published: as PretrainedSED has it (Schmid et al., ICASSP 2025), in
+    active frames in place of seconds: SMOOTHING is added to those that a class has, and clips without events are never
+    drawn. replacement: whether an epoch may take a clip several times; else the heavy ones tend to come first.
     """
 
     def __init__(
@@ -80,55 +93,61 @@ class FrameBalancedSampler(EpochSampler):
         events: tuple[np.ndarray, np.ndarray, np.ndarray],
         length: int,
         *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
+        published: bool = False,
+        replacement: bool = True,
+        **share: int,
     ) -> None:
-        """events: (E,) clip, (E,) class, (E,) seconds; length: how many clips. ValueError where there are no events."""
-        super().__init__(length, seed=seed, rank=rank, world=world)
-        clip, label, seconds = events
+        """events: (E,) clip, (E,) class, (E,) seconds or frames; length: how many clips; share: as EpochSampler.
+
+        Raises UserError where there are no events, and too few clips to draw without replacement.
+        """
+        super().__init__(length, **share)
+        clip, label, amount = events
         if not len(clip):
             raise UserError("No clip has events: balanced_by = frames cannot draw from them; set it to clips.")
-        total = np.bincount(label, weights=seconds)
-        weight = np.bincount(clip, weights=seconds / total[label], minlength=length)
-        silent = weight == 0
-        weight[silent] = 1 / max(silent.sum(), 1)
-        self.upto = np.cumsum(weight)
+        total = np.bincount(label, weights=amount) + (SMOOTHING if published else 0)
+        self.weight = np.bincount(clip, weights=amount / total[label], minlength=length)
+        silent = self.weight == 0
+        if not published:
+            self.weight[silent] = 1 / max(silent.sum(), 1)
+        self.upto, self.replacement = np.cumsum(self.weight), replacement
+        there = np.count_nonzero(self.weight)
+        if not replacement and there < self.length:
+            raise UserError(
+                f"balanced_replacement = False needs {self.length} training clips with events for an epoch, and there "
+                f"are {there}: set epoch_clips to that, or balanced_replacement True."
+            )
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
+        if not self.replacement:  # by exponential times (Efraimidis and Spirakis 2006)
+            there = np.flatnonzero(self.weight)
+            times = rng.exponential(size=len(there)) / self.weight[there]
+            return there[np.argsort(times)[: self.length]]
         place = np.searchsorted(self.upto, rng.random(self.length) * self.upto[-1], side="right")
-        return np.minimum(place, self.length - 1)
+        return np.minimum(place, len(self.upto) - 1)
 
 
 class LabellingSampler(EpochSampler):
     """Batches in which strong, weak and unlabelled clips have given shares, as the DCASE baselines have them.
 
-    Each kind is drawn in a random order, without replacement until all have been drawn. An epoch has as many draws as
-    there are clips. Each process has the same shares. The order of the kinds in a batch is a palindrome, since mixup
-    takes partners from the reversed batch; where two kinds have odd numbers, one pair differs.
+    Each kind is drawn in a random order, without replacement until all have been drawn. Each process has the same
+    shares. The order of the kinds in a batch is a palindrome, since mixup takes partners from the reversed batch; where
+    two kinds have odd numbers, one pair differs.
     """
 
-    def __init__(
-        self,
-        labelling: np.ndarray,
-        shares: Sequence[float],
-        batch: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
+    def __init__(self, labelling: np.ndarray, shares: Sequence[float], batch: int, **share: int) -> None:
         """labelling: (N,) STRONG, WEAK or UNLABELLED; shares: of strong, weak, unlabelled clips, their sum is 1; batch:
-        clips of a batch, all processes together. Raises UserError where a kind is asked for that there is none of, and
-        where a process's part of a batch has no place for one.
+        clips of a batch, all processes together; share: as EpochSampler. Raises UserError where a kind is asked for
+        that there is none of, and where a process's part of a batch has no place for one.
         """
-        super().__init__(len(labelling), seed=seed, rank=rank, world=world)
+        super().__init__(len(labelling), **share)
+        world = self.world
         self.kinds = [np.flatnonzero(labelling == kind) for kind in (STRONG, WEAK, UNLABELLED)]
         counts = np.diff([0, *np.rint(np.cumsum(shares) * (batch // world)).astype(int)])  # of one process
-        for name, clips, share, count in zip(("strong", "weak", "unlabelled"), self.kinds, shares, counts, strict=True):
-            if share and not len(clips):
+        for name, clips, part, count in zip(("strong", "weak", "unlabelled"), self.kinds, shares, counts, strict=True):
+            if part and not len(clips):
                 raise UserError(f"labelling_shares = {list(shares)}, but there are no {name} training clips.")
-            if share and not count:
+            if part and not count:
                 raise UserError(
                     f"labelling_shares = {list(shares)} leaves no {name} clip among the {batch // world} of a batch: "
                     f"raise that share, or batch_size."

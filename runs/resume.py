@@ -16,6 +16,7 @@ from settings import (
     Config,
     UserError,
     all_settings,
+    check_values,
     fewest,
     requested,
     resolve,
@@ -41,7 +42,9 @@ def with_recorded(given: Mapping[str, Any]) -> dict[str, Any]:
     if resume is None:
         return dict(given)
     if resume == "auto":
-        place = resolve({name: given[name] for name in section("data set", "split", "run") if name in given})
+        values = check_values(given)  # with those of a recipe
+        wanted = {*section("data set", "split", "run")} - {"recipe"}
+        place = resolve({name: value for name, value in values.items() if name in wanted})
         folder = place.run_folder
         here = {"exp_name": place.exp_name, "workspace": place.workspace}
     else:

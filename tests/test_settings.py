@@ -1,5 +1,6 @@
 """config.py, flags and derived values; what is refused; what a checkpoint brings, and what a resumed run must keep."""
 
+import ast
 import copy
 import json
 import pickle
@@ -21,12 +22,14 @@ from runs import resume
 from settings import (
     FIELDS_PATH,
     NETWORK_SECTIONS,
+    RECIPES,
     TRAINED_SECTIONS,
     UserError,
     all_settings,
     fewest,
     fields_stub,
     place_flags,
+    read_recipe,
     resolve,
     section,
 )
@@ -302,3 +305,53 @@ def test_a_misspelt_setting_is_a_type_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert '"Config" has no attribute "mixup_alhpa"' in said, failed
     assert 'expression has type "int"' in said
     assert "Found 2 errors" in said
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_are_settings(path: Path) -> None:
+    """Each has values that are allowed; its docstring says the published number and the command."""
+    values = read_recipe(path.stem)
+    settings = resolve({"recipe": path.stem, "resume_checkpoint": "start.ckpt"}).model_dump()
+    assert values.items() <= settings.items()
+    assert settings["recipe"] == path.stem
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert "Published" in text
+    assert f"--recipe {path.stem}" in text
+
+
+def test_flags_override_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebook_config: ModuleType) -> None:
+    settings = resolve({"recipe": "htsat_esc50", "max_epoch": "5"})
+    assert (settings.dataset_type, settings.protocol, settings.max_epoch) == ("esc-50", "paper", 5)
+    vars(notebook_config)["recipe"] = "htsat_scv2"
+    assert resolve().sample_rate == 16000
+    monkeypatch.setattr("settings.RECIPES", tmp_path)
+    for line, named in (
+        ("max_epoch = 0", "max_epoch = 0"),
+        ("max_epochs = 5", "max_epoch"),
+        ("max_epoch = print(5)", "mine.py"),
+        ("import os", "line 2"),
+        ("max_epoch", "line 2"),
+        ("max_epoch =", "mine.py"),
+    ):
+        (tmp_path / "mine.py").write_text(f'"""A recipe."""\n{line}\n')
+        with pytest.raises(UserError, match=named):
+            resolve({"recipe": "mine"})
+    with pytest.raises(UserError, match="mine"):
+        resolve({"recipe": "htsat_esc50"})
+
+
+def test_a_run_of_a_recipe_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder follows from the recipe too; where it was given others than the recipe's, as defaults, they stay."""
+    monkeypatch.chdir(tmp_path)
+    given = {"recipe": "dcase2016_task2_frozen", "dataset_type": "demo", "resume_checkpoint": "x", "resume": "auto"}
+    settings = resolve({**given, "max_epoch": 7, "mixup_alpha": 0.5})
+    settings.run_folder.mkdir(parents=True)
+    (settings.run_folder / "config.json").write_text(json.dumps(settings.model_dump()))
+    for words in (given, {"exp_name": settings.exp_name, "resume": "auto"}):
+        assert resolve(resume.with_recorded(words)) == settings
+
+
+def test_combinations_of_frame_training_that_do_nothing() -> None:
+    for given in ({"balanced_data": True, "balanced_replacement": False}, {"balanced_by": "active_frames"}):
+        with pytest.raises(UserError, match="balanced_"):
+            resolve({"loss_type": "frame_bce", **given})

@@ -253,6 +253,8 @@ class EpochLine(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epoch_started = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         self.rate = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the epoch it is the next one's
 
     @rank_zero_only

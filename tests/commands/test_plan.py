@@ -108,6 +108,7 @@ def test_too_little_disk_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_epoch": 3}, "max_epoch = 3"),
         ({"max_epoch": 15}, "max_epoch = 15"),
         ({"lr_scheduler_epoch": "2,20,30"}, "scale 0.1"),
+        ({"lr_schedule": "cosine", "warm_up": 20000, "max_epoch": 2, "epoch_clips": 20}, "after 10 steps"),
     ],
 )
 def test_warnings(changes: dict[str, Any], named: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.frame_targets import Events, rasterize, resample_steps, step_shares
+from data.frame_targets import Events, rasterize, resample_steps, step_shares, touched_steps
 from data.tables import EVENT_COLUMNS
 from evaluation.postprocess import decode_events
 
@@ -49,6 +49,45 @@ def test_coverage_is_that_of_a_grid_of_milliseconds(seed: int) -> None:
     np.testing.assert_array_equal(covered.numpy(), shares.astype(np.float32))
     whole = rasterize(events, **grid, fractional=False)
     np.testing.assert_array_equal(whole.numpy(), (shares >= 0.5).astype(np.float32))
+
+
+def test_steps_that_events_touch_are_those_of_the_published_encoder() -> None:
+    """Numbers of PretrainedSED's label encoder: events of a class, and its active steps of 40 ms."""
+    published = [
+        ([(0.0, 10.0)], [(0, 250)]),
+        ([(0.04, 0.08), (0.28, 0.32)], [(1, 2), (7, 8)]),
+        ([(0.0, 0.001)], [(0, 1)]),
+        ([(9.99, 10.0), (3.0, 12.5)], [(75, 250)]),
+        ([(5.0, 5.0)], []),
+        ([(0.56, 0.6), (1.12, 1.16), (2.28, 2.3)], [(14, 15), (28, 29), (57, 58)]),
+        ([(1.0, 2.0), (1.5, 3.0), (3.0, 3.5), (3.6, 4.0), (0.2, 6.0)], [(5, 150)]),
+        ([(1.2, 1.3), (1.31, 1.4000000000000001)], [(30, 35)]),
+        ([(0.597, 4.21)], [(14, 106)]),
+        ([(7.367, 9.557)], [(184, 239)]),
+    ]
+    for events, runs in published:
+        wanted = np.zeros(250)
+        for first, last in runs:
+            wanted[first:last] = 1
+        rows = np.array([(0, 0, onset, offset) for onset, offset in events])
+        onset, offset = (torch.tensor(rows[:, column], dtype=torch.float32) for column in (2, 3))
+        zeros = torch.zeros(len(rows), dtype=torch.int64)
+        found = Events(zeros, zeros, onset, offset)
+        targets = rasterize(found, clips=1, classes=1, steps=250, seconds=10.0, touched=True)
+        np.testing.assert_array_equal(targets[0, :, 0].numpy(), wanted, err_msg=str(events))
+        assert touched_steps(found, classes=1, steps=250, seconds=10.0)[2].sum() == wanted.sum()
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(250, 10), (750, 30), (3000, 120), (32, 10)])
+def test_steps_that_begin_at_any_millisecond_are_touched(steps: int, seconds: int) -> None:
+    """Every onset and offset, in whole numbers of microseconds; in float32, where an edge is hardly ever exact."""
+    onset = np.arange(0, seconds * 1000)
+    offset = np.minimum(onset + 1 + onset % 97, seconds * 1000)
+    clip = torch.arange(len(onset))
+    times = (torch.from_numpy(time / 1000).float() for time in (onset, offset))
+    counts = touched_steps(Events(clip, torch.zeros_like(clip), *times), classes=1, steps=steps, seconds=seconds)[2]
+    first, last = onset * 1000 * steps // (seconds * 10**6), -(-offset * 1000 * steps // (seconds * 10**6))
+    np.testing.assert_array_equal(counts.numpy(), last - first)
 
 
 def test_the_order_of_events_does_not_count() -> None:

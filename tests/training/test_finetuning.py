@@ -28,12 +28,16 @@ def test_layers_are_numbered_from_below() -> None:
 
 def test_layers_learn_slower_from_above() -> None:
     network = build_model(resolve(TINY))
-    (group,) = parameter_groups(network, 1e-3, 1.0)
+    (group,) = parameter_groups(network, 1e-3, 1.0, 0.05)
     assert group["lr"] == 1e-3
-    groups = parameter_groups(network, 1e-3, 0.5)
+    groups = parameter_groups(network, 1e-3, 0.5, 0.05)
     assert [g["lr"] for g in groups] == [1e-3 * 0.5**k for k in range(6)]
     assert any(p is network.get_parameter("tscam_conv.weight") for p in groups[0]["params"])
     assert any(p is network.get_parameter("bn0.weight") for p in groups[-1]["params"])
+    groups = parameter_groups(network, 1e-3, 0.5, 0.05, matrices_only=True)
+    assert [len(groups), {(p.ndim < 2, g["weight_decay"]) for g in groups for p in g["params"]}] == [
+        12, {(True, 0.0), (False, 0.05)},
+    ]  # fmt: skip
     together = [id(p) for g in groups for p in g["params"]]
     assert sorted(together) == sorted(id(p) for p in network.parameters() if p.requires_grad)
 

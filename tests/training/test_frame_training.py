@@ -13,10 +13,10 @@ from torch import Tensor
 import main
 from data.clip_dataset import FrameClipDataset
 from data.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
-from data.frame_targets import Events, Targets
+from data.frame_targets import Events, Targets, rasterize
 from data.pseudo_labels import TeacherLogits, TeacherWriter
-from data.samplers import FrameBalancedSampler, LabellingSampler
-from data_generator import event_seconds, load_training_data
+from data.samplers import PARTS, EpochSampler, FrameBalancedSampler, LabellingSampler
+from data_generator import active_frames, event_seconds, load_training_data
 from model import build_model
 from model.checkpoint import read_checkpoint
 from sed_model import FrameSEDWrapper, SEDWrapper, build_wrapper
@@ -63,6 +63,27 @@ def test_events_are_repeated_and_cut_with_the_sound(store: Path) -> None:
     assert item["events"].label.tolist() == [1, 0]
 
 
+def test_crops_begin_anywhere_in_a_recording(tmp_path: Path) -> None:
+    """Pieces of 2 s at 100 Hz, whose samples count on: sound and events are the recording's from the start on."""
+    with ClipStoreWriter(tmp_path / "folder.h5", clip_samples=200, sample_rate=100, labels=["a", "b"]) as writer:
+        for k, end in ((0, 200), (1, 400), (2, 500)):
+            events = {0: [Event(0, 1.0, 2.0)], 1: [Event(0, 0.0, 0.5), Event(1, 1.5, 2.0)], 2: []}[k]
+            sound = np.arange(200 * k, end, dtype=np.int16)
+            writer.add(Clip(f"x.wav#t={2 * k},{end // 100}", sound, [], split="train", events=events))
+    clips = FrameClipDataset(read_store_table(tmp_path / "folder.h5"), clip_samples=200, fit="pad", crops=True)
+    batch = clips.__getitems__([0 + 3 * (PARTS // 2), 1 + 3 * (PARTS * 3 // 4), 2 + 3 * (PARTS // 2), 0])
+    starts = [100, 348, 400, 0]
+    for place, start in enumerate(starts):
+        wanted = np.arange(start, start + 200)
+        np.testing.assert_array_equal(batch["waveform"][place].numpy(), np.where(wanted < 500, wanted, 0))
+    frames = rasterize(batch["events"], clips=4, classes=2, steps=50, seconds=2.0)
+    whole = np.zeros((150, 2))  # steps of 40 ms of the recording
+    whole[25:63, 0], whole[62, 0], whole[87, 1], whole[88:100, 1] = 1, 0.5, 0.5, 1
+    for place, start in enumerate(starts):
+        np.testing.assert_allclose(frames[place].numpy(), whole[start // 4 :][:50], atol=1e-4)
+    assert batch["labelling"].tolist() == [STRONG] * 4
+
+
 def test_an_older_store_tells_by_its_events(store: Path) -> None:
     with h5py.File(store, "a") as file:
         del file["labelling"]
@@ -94,6 +115,46 @@ def test_seconds_of_events_balance_the_classes(store: Path) -> None:
     assert list(sampler) == list(sampler)
     with pytest.raises(UserError, match="events"):
         FrameBalancedSampler((np.zeros(0, int), np.zeros(0, int), np.zeros(0)), 4, seed=1)
+
+
+def test_published_weights_of_active_frames() -> None:
+    """Those of PretrainedSED for a table of frames (clips, classes), times 1000; a clip without events is not drawn."""
+    count = np.array([
+        [0, 0, 0, 0, 0, 0], [250, 0, 0, 0, 0, 0], [170, 45, 0, 33, 77, 0], [172, 0, 0, 0, 139, 150],
+        [80, 0, 106, 0, 0, 16], [84, 0, 232, 0, 23, 0], [99, 83, 7, 138, 0, 0], [210, 0, 131, 0, 0, 0],
+    ])  # fmt: skip
+    weights = [0, 228.310496, 890.485719, 1439.112355, 364.178181, 620.712217, 1316.128569, 450.674102]
+    clip, label = np.nonzero(count)
+    options: dict[str, Any] = {"published": True, "replacement": False, "seed": 1}
+    sampler = FrameBalancedSampler((clip, label, count[clip, label]), 8, draws=7, **options)
+    np.testing.assert_allclose(1000 * sampler.weight, weights, rtol=1e-6)
+    drawn = [list(sampler) for sampler.epoch in range(4000)]
+    assert all(sorted(each) == list(range(1, 8)) for each in drawn)  # each once
+    first = np.bincount([each[0] for each in drawn], minlength=8) / len(drawn)
+    np.testing.assert_allclose(first, np.array(weights) / np.sum(weights), atol=0.03)
+    with pytest.raises(UserError, match="epoch_clips"):
+        FrameBalancedSampler((clip, label, count[clip, label]), 8, **options)
+
+
+def test_active_frames_of_a_table(store: Path) -> None:
+    """0.5 to 1 s touches frames 12 to 24, 1.5 s on all from 37 on of 100."""
+    clip, label, frames = active_frames(read_store_table(store).select(np.array([2, 0])), 4.0)
+    assert sorted(zip(clip.tolist(), label.tolist(), frames.tolist(), strict=True)) == [(1, 0, 63), (1, 1, 13)]
+
+
+def test_an_epoch_has_as_many_draws_as_were_asked_for(demo_workspace: Path) -> None:
+    """Of 14 clips, for every way of drawing; the steps follow."""
+    ways: list[dict[str, Any]] = [{}, {"balanced_data": True}, {"labelling_shares": "1,0,0"}]
+    ways += [{"balanced_data": True, "balanced_by": by} for by in ("frames", "active_frames")]
+    for changes in ways:
+        for draws in (6, 30):
+            data = load_training_data(tiny(demo_workspace, epoch_clips=draws, **changes), ("train",))
+            loader = data.train_dataloader()
+            assert isinstance(loader.sampler, EpochSampler)
+            assert len(list(loader.sampler)) == draws
+            assert len(loader) == data.steps_per_epoch(1)
+    counts = np.bincount(list(EpochSampler(14, seed=1, draws=30)))
+    assert set(counts.tolist()) == {2, 3}  # none twice before all were there
 
 
 def test_batches_have_the_shares_that_were_asked_for() -> None:
@@ -314,7 +375,9 @@ def test_the_command_trains_and_resumes(demo_workspace: Path, monkeypatch: pytes
     words = ["train", *LEAN_FLAGS, "--loss_type", "weak_strong_bce", "--mean_teacher", "1"]
     words += ["--mixup_alpha", "0.5", "--enable_time_shift", "True", "--filter_augment", "3", "--mix_style", "0.5"]
     words += ["--balanced_data", "True", "--balanced_by", "frames", "--sequence_head", "gru", "--sequence_dim", "8"]
-    words += ["--lr_scheduler_epoch", "2,2,2", "--max_epoch", "2"]
+    words += ["--lr_schedule", "cosine", "--max_epoch", "2", "--epoch_clips", "16", "--random_crops", "True"]
+    words += ["--augment_by", "batches", "--wavmix", "0.5", "--frame_shift", "0.1", "--time_mask", "0.2"]
+    words += ["--touched_targets", "True", "--decay_matrices_only", "True", "--layer_decay", "0.9"]
     call(*words, "--exp_name", "frames")
     whole_step = SEDWrapper.training_step
 

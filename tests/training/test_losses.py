@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data.clip_store import STRONG, UNLABELLED, WEAK
-from sed_model import learning_rate_scale
+from sed_model import cosine_scale, learning_rate_scale, schedule_warnings
+from settings import resolve
 from training import losses
 from training.losses import (
     LOSSES,
@@ -40,6 +41,19 @@ def test_schedule_is_the_published_one() -> None:
     assert scales[20:22] == [0.05, 0.02]
     assert scales[30:32] == [0.02, 0.03]  # it rises, as measured
     assert set(scales[31:]) == {0.03}
+
+
+def test_cosine_schedule() -> None:
+    """Linear warm-up, then a cosine to 0; a warm-up of more steps than there are never ends, and is warned of."""
+    scales = [cosine_scale(step, 10, 110) for step in range(111)]
+    assert scales[:11] == pytest.approx([k / 10 for k in range(11)])
+    assert [scales[35], scales[60], scales[85], scales[110]] == pytest.approx([0.853553, 0.5, 0.146447, 0], abs=1e-6)
+    published = resolve({"lr_schedule": "cosine", "warm_up": 20000, "learning_rate": 7e-5})
+    assert schedule_warnings(published, 46920) == []
+    (warning,) = schedule_warnings(published, 11730)
+    assert "11,730" in warning
+    assert "4.1e-05" in warning
+    assert schedule_warnings(resolve({"lr_schedule": "cosine"}), 10) == []
 
 
 def test_mixup() -> None:

@@ -149,6 +149,18 @@ def test_what_may_change_is_used_and_said(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.usefixtures("trained")
+def test_a_schedule_by_steps_is_resumed() -> None:
+    """Two epochs of 4 steps with a rate for each epoch, then a third one by steps, which ends at 0."""
+    call("train", "--resume", "auto", "--max_epoch", "3", "--lr_schedule", "cosine", "--warm_up", "0")
+    content = last_checkpoint("htsat_demo")
+    assert content["lr_schedulers"][0]["last_epoch"] == content["global_step"] == 12
+    assert content["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+    call("train", "--resume", "auto", "--max_epoch", "4")
+    content = last_checkpoint("htsat_demo")
+    assert content["lr_schedulers"][0]["last_epoch"] == content["global_step"] == 16
+
+
+@pytest.mark.usefixtures("trained")
 def test_other_data_are_another_run(capsys: pytest.CaptureFixture[str]) -> None:
     store = Path("workspace/data/demo/demo.h5")
     shutil.copyfile(store.resolve(), "other.h5")
