@@ -681,6 +681,14 @@ def build_wrapper(network: Network, settings: Config, labels: Sequence[str]) -> 
     return (FrameSEDWrapper if on_frames else SEDWrapper)(network, settings, labels)
 
 
+def mean_on_finest(frames: Sequence[Tensor]) -> Tensor:
+    """Frame scores (B, T, K) of the same clips on time axes of their own -> their mean on that of the most frames."""
+    steps = max(each.shape[1] for each in frames)
+    still = torch.zeros(len(frames[0]), device=frames[0].device)
+    fine = [each if each.shape[1] == steps else resample_steps(each, steps, 1.0, shift=still) for each in frames]
+    return torch.stack(fine).mean(dim=0)
+
+
 class Ensemble_SEDWrapper(Evaluation):
     """Several networks tested as one: the mean of their probabilities, of clips and of frames (paper, section 3.1).
 
@@ -708,7 +716,7 @@ class Ensemble_SEDWrapper(Evaluation):
         scores = [self.member_scores(network, waveform, sample_rate) for network in self.networks]
         clips, frames = zip(*scores, strict=True)
         timed = [each for each in frames if each.shape[1]] or list(frames)
-        return torch.stack(clips).mean(dim=0), torch.stack(timed).mean(dim=0)
+        return torch.stack(clips).mean(dim=0), mean_on_finest(timed)
 
     def member_scores(self, network: Network, waveform: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
         waveform = at_rate_of(network, waveform, sample_rate)

@@ -94,10 +94,11 @@ class LoadReport:
         return f"{text}; classifier {self.classifier}; front-end {self.frontend}"
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, encoder: Optional[str] = None) -> Checkpoint:
     """Read a file of weights and tell its kind from what it holds, whatever its name (see model/foreign.py).
 
-    path: a file, or a name of assets/checkpoints.json. The tensors of a file of today's torch.save, or of safetensors,
+    path: a file, or a name of assets/checkpoints.json. encoder: what it is wanted for, where several can begin from the
+    same file (ImageNet's). The tensors of a file of today's torch.save, or of safetensors,
     are mapped into memory, not read. Raises UserError where there is no such file, where it is none of the known kinds
     or damaged, with the name of the entry, and where reading it could run code.
     """
@@ -105,7 +106,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     content = _read_content(path)
     _check_tensors(path, content)
     try:
-        weights = identify(content)
+        weights = identify(content, encoder)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}.") from None
     about: dict[str, Any] = {name: check_entry(path, content.get(name), name, kind) for name, kind in ENTRIES.items()}
