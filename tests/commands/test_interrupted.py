@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import types
 from collections.abc import Iterator
@@ -84,6 +85,34 @@ def test_a_training_that_is_told_to_end(
     assert last_checkpoint("htsat_demo")["complete_epochs"] == 3
     folder = Path("workspace/runs")
     assert not [*folder.rglob("*.partial"), *folder.rglob("*.lock")]
+    assert main.main(words) == 0
+    assert last_checkpoint("htsat_demo")["complete_epochs"] == 4
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_training_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files may not grow beyond 5,000 bytes after the third epoch, which is an error like that of a full disk.
+
+    The message says what was saved; with room the same command resumes.
+    """
+    words = ["train", *LEAN_FLAGS, "--max_epoch", "4", "--resume", "auto"]
+    whole, allowed = sed_model.SEDWrapper.training_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(self: sed_model.SEDWrapper, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, allowed[1]))
+        return whole(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sed_model.SEDWrapper.training_step", fill)
+        try:
+            assert main.main(words) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert all(part in said for part in ("last.ckpt", "after epoch 3", "--resume auto"))
+    assert last_checkpoint("htsat_demo")["complete_epochs"] == 3
+    assert not list(Path("workspace").rglob("*.partial"))
     assert main.main(words) == 0
     assert last_checkpoint("htsat_demo")["complete_epochs"] == 4
 
