@@ -71,8 +71,10 @@ def test_a_training_that_is_told_to_end(
 
     def end(self: sed_model.SEDWrapper, batch: Any, batch_idx: int) -> Any:
         if self.current_epoch == 3:
-            for number in [child.pid for child in multiprocessing.active_children()] + [os.getpid()] * 2:
-                os.kill(number, signal.SIGTERM)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("SIGTERM did nothing")
         return whole(self, batch, batch_idx)
 
