@@ -42,6 +42,7 @@ RUN_ENTRIES = {  # what Lightning resumes from, by place
 }  # fmt: skip
 DESCRIPTION = ("settings", "labels", "frontend", "postprocessing")  # JSON in the metadata of safetensors files
 DIGESTS = "digests"  # entry: {place of a tensor, as state_dict/sed_model.norm.bias, or name of a text: SHA-256}
+EPOCH_SO_FAR = "epoch_so_far"  # entry: number of the epoch at work, its mean loss, clips, and unreadable ones
 
 FrontendFrom = Literal["auto", "settings", "checkpoint"]
 
@@ -149,6 +150,9 @@ def check_resumable(checkpoint: Checkpoint) -> None:
                 f"{path} cannot be resumed from: its entry {place} is a {type(value).__name__}, not a {kind.__name__}. "
                 f"Use another checkpoint of the run."
             )
+    so_far = check_entry(path, content.get(EPOCH_SO_FAR), EPOCH_SO_FAR, list)
+    if so_far is not None and (len(so_far) != 4 or not all(type(value) in (int, float) for value in so_far)):
+        raise UserError(f"{path} is damaged: its entry {EPOCH_SO_FAR} must be four numbers.")
     if content.get(DIGESTS) is not None:
         _check_digests(path, content[DIGESTS], _digests({"optimizer_states": content.get("optimizer_states")}))
 

@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
+from data.workers import terminate
 from settings import Config
 from training.callbacks import AtomicCheckpointIO, Progress, build_callbacks
 from training.devices import EndTogether, device_count, lost_processes, node_count, on_gpu
@@ -72,13 +73,21 @@ def _environment() -> list[SLURMEnvironment]:
 
 @contextmanager
 def interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Ctrl-C in a fit or test ends as KeyboardInterrupt, which Lightning turns into SystemExit; see lost_processes."""
+    """Ctrl-C and SIGTERM in a fit or test end as KeyboardInterrupt, though Lightning makes SystemExit of it.
+
+    Of SIGTERM to a whole group of processes, a DataLoader may find first that its worker has ended. See lost_processes.
+    """
     try:
         with lost_processes(trainer):
             yield
     except SystemExit as error:
-        if trainer.interrupted and error.code in (None, 1):  # of SIGTERM, and of Ctrl-C
-            raise KeyboardInterrupt from None
+        if trainer.interrupted and error.code in (None, 1):
+            cause = error.__context__
+            raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt) from None
+        raise
+    except RuntimeError as error:
+        if "is killed by signal: Terminated" in str(error):
+            terminate()
         raise
 
 
