@@ -99,7 +99,7 @@ class Bench:
                 if not bank.is_file():
                     self.run("main.py", "prepare", "--dataset_type", "esc-50", "--raw", str(self.esc10))
                 self.run("main.py", "prepare", "--dataset_type", "soundscapes", "--raw", str(bank),
-                         "--bank_folds", "1,2,3//4", "--clips", "400")  # fmt: skip
+                         "--bank_folds", "1,2,3//4", "--clips", "200")  # fmt: skip
             return ["--dataset_type", "soundscapes"]
         demo = folder / "demo" / "demo.h5"
         if not demo.is_file():
