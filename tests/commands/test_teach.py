@@ -136,7 +136,7 @@ def test_members_of_other_steps_meet_on_the_finest() -> None:
 
 def test_encoders_with_other_frames_teach_together() -> None:
     """32 steps of HTS-AT and 250 frames of a MobileNet at another rate: each frame has the mean over its time."""
-    sizes = {"encoder": "frame_mn06", "clip_samples": 160000, "loss_type": "frame_bce"}
+    sizes: dict[str, Any] = {"encoder": "frame_mn06", "clip_samples": 160000, "loss_type": "frame_bce"}
     save_network(Path("mn.ckpt"), seed=3, **sizes)
     teach("--esm_model_pathes", "a.ckpt,mn.ckpt", "--output", "both.h5", "--teach_split", "test")
     coarse, fine = (sigmoid(answers(path, b"test")[1]) for path in ("a.ckpt", "mn.ckpt"))
