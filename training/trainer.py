@@ -11,7 +11,6 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
-from data.workers import terminate
 from settings import Config
 from training.callbacks import AtomicCheckpointIO, Progress, build_callbacks
 from training.devices import EndTogether, device_count, lost_processes, node_count, on_gpu
@@ -87,6 +86,8 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
         raise
     except RuntimeError as error:
         if "is killed by signal: Terminated" in str(error):
+            from data.workers import terminate  # here: few trainings end so
+
             terminate()
         raise
 
