@@ -1,6 +1,7 @@
 """The one place where Lightning's Trainer is built, with its logs."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,10 +86,8 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
             raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt) from None
         raise
     except RuntimeError as error:
-        if "is killed by signal: Terminated" in str(error):
-            from data.workers import terminate  # here: few trainings end so
-
-            terminate()
+        if "is killed by signal: Terminated" in str(error) and callable(signal.getsignal(signal.SIGTERM)):
+            signal.raise_signal(signal.SIGTERM)  # which is on its way to this process
         raise
 
 
