@@ -108,7 +108,7 @@ decay_matrices_only: bool = False  # no weight_decay for biases, norms and all e
 
 # --- encoder ---------------------------------------------------------------------------------------------------------
 encoder: Literal[  # the network, by its name in model/registry.py
-    "htsat", "ast", "atst-f", "beats", "fpasst", "m2d", "asit", "frame_mn06", "frame_mn10"
+    "htsat", "ast", "atst-f", "beats", "fpasst", "m2d", "asit", "cnn14", "mn10", "frame_mn06", "frame_mn10"
 ] = "htsat"
 encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `python main.py encoders` lists them
 
@@ -116,7 +116,9 @@ encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `py
 data_rate = (  # of the prepared data, which say it themselves (data/facts.py)
     16000 if dataset_type in ("scv2", "dcase2016-task2") else 32000
 )
-sample_rate: PositiveInt = {"htsat": data_rate}.get(encoder, 16000)  # samples per second that the network is given
+sample_rate: PositiveInt = (  # samples per second that the network is given
+    {"htsat": data_rate, "cnn14": 32000, "mn10": 32000}.get(encoder, 16000)
+)
 
 # --- front-end, htsat ------------------------------------------------------------------------------------------------
 window_size: PositiveInt = 1024  # STFT window in samples

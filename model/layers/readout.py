@@ -5,6 +5,7 @@ Top-down, as feature pyramids (Lin et al. 2017, arXiv 1612.03144) read a picture
 
 from collections.abc import Sequence
 
+import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
@@ -58,3 +59,9 @@ class Readout(nn.Module):
 def repeat_in_time(values: Tensor, steps: int) -> Tensor:
     """(..., T) -> (..., steps), a multiple of T: each step several times, so that all last as long as before."""
     return values if values.shape[-1] == steps else repeat(values, "... t -> ... (t n)", n=steps // values.shape[-1])
+
+
+def hold_in_time(values: Tensor, times: int, steps: int) -> Tensor:
+    """(B, T, ...) -> (B, steps, ...): each step `times` times, the last one up to the end."""
+    index = torch.arange(steps, device=values.device) // times
+    return values.index_select(1, index.clamp(max=values.shape[1] - 1))
