@@ -20,7 +20,8 @@ import main
 from inference import Tagger
 from model import build_model
 from model.checkpoint import decided_settings, load_network, read_checkpoint
-from model.encoders.ast import AST, ESC50, Spectrum, patch_grid, published_layout, rename, resize_positions, source_grid
+from model.clip_network import Spectrum
+from model.encoders.ast import AST, ESC50, patch_grid, published_layout, rename, resize_positions, source_grid
 from model.frontend import KaldiFbank, SlaneyDecibels
 from model.opening import open_network
 from settings import UserError, resolve
