@@ -27,7 +27,7 @@ def encoder_table() -> str:
                 f"{encoder.sample_rate / 1000:g} kHz",
                 "none" if encoder.frame_seconds is None else f"{encoder.frame_seconds * 1000:g} ms",
                 encoder.licence,
-                f"[{', '.join(f'`{known}`' for known in encoder.published)}]({encoder.address})",
+                f"[{', '.join(f'`{known}`' for known in encoder.published) or 'none'}]({encoder.address})",
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

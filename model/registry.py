@@ -69,6 +69,17 @@ TRANSFORMER_OPTIONS = {
     "drop_layers": Option(int, 0, "blocks left out at the top"),
 }
 
+FRONTEND_OPTIONS = {
+    "frontend": Option(
+        str, "fbank128", "128 Kaldi bands every 10 ms, or 64 Slaney bands every 25 ms", ("fbank128", "logmel64")
+    ),
+    "mean": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+    "deviation": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+}
+WIDTH = {"width": Option(float, 1.0, "factor of the channels")}
+TAGGING = "https://github.com/lijuncheng16/AudioTaggingDoneRight"
+TAGGING_PAPER = "Li et al., Interspeech 2022, arXiv 2203.13448"
+
 ENCODERS: dict[str, Encoder] = {
     "htsat": Encoder(
         module="htsat",
@@ -180,6 +191,47 @@ ENCODERS: dict[str, Encoder] = {
         options=TRANSFORMER_OPTIONS,
         published=("asit-strong", "asit-weak", "asit-ssl"),
     ),
+    "psla": Encoder(
+        module="psla",
+        title="PSLA",
+        paper="Gong, Chung, Glass, TASLP 2021, arXiv 2102.01243",
+        address="https://github.com/YuanGongND/psla",
+        sample_rate=16000,
+        frame_seconds=0.08,
+        parameters=13_640_766,
+        licence="not stated",
+        keys=(r"effnet\.", r"_blocks\.0\._depthwise_conv\.", r"blocks\.0\.0\.se\.conv_reduce\."),
+        options={
+            **FRONTEND_OPTIONS,
+            "variant": Option(str, "b2", "of EfficientNet", tuple(f"b{number}" for number in range(8))),
+            "heads": Option(int, 4, "of the attention pooling; 0: mean over time"),
+            **WIDTH,
+        },
+    ),
+    "resnet50": Encoder(
+        module="resnet50",
+        title="ResNet50",
+        paper=TAGGING_PAPER,
+        address=TAGGING,
+        sample_rate=16000,
+        frame_seconds=0.08,
+        parameters=25_661_406,
+        licence="BSD 3-Clause",
+        keys=(r"layer4\.\d+\.conv3\.",),
+        options={**FRONTEND_OPTIONS, **WIDTH},
+    ),
+    "mobilenetv2": Encoder(
+        module="mobilenetv2",
+        title="MobileNetV2",
+        paper=TAGGING_PAPER,
+        address=TAGGING,
+        sample_rate=16000,
+        frame_seconds=None,
+        parameters=2_898_383,
+        licence="BSD 3-Clause",
+        keys=(r"(mobilenet\.)?features\.\d+\.conv\.",),
+        options={**FRONTEND_OPTIONS, **WIDTH},
+    ),
     "cnn14": Encoder(
         module="cnn14",
         title="PANNs Cnn14",
@@ -197,7 +249,7 @@ ENCODERS: dict[str, Encoder] = {
                 "over time: max_mean of the features, or decision_max of the scores of frames, then of 40 ms",
                 ("max_mean", "decision_max"),
             ),
-            "width": Option(float, 1.0, "factor of the channels"),
+            **WIDTH,
         },
         published=("cnn14-audioset", "cnn14-max-audioset"),
     ),
@@ -211,7 +263,7 @@ ENCODERS: dict[str, Encoder] = {
         parameters=4_876_831,
         licence="MIT",
         keys=(r"mn\.features\.", r"classifier\.5\."),
-        options={"width": Option(float, 1.0, "factor of the channels")},
+        options=WIDTH,
         published=("mn10-audioset",),
     ),
     "frame_mn06": Encoder(

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,8 +32,8 @@ class Cnn14(Network):
     """The published network, with its state-dict names and shapes.
 
     pooling: max_mean, Cnn14: the clip's features are the sum of the maximum and the mean over time, and there are no
-    frame scores; decision_max, Cnn14_DecisionLevelMax: each step has scores, which last for its frames, and the clip has
-    the largest. clip_samples: longest input; shorter ones are filled up with zeros. width: factor of the channels.
+    frame scores; decision_max, Cnn14_DecisionLevelMax: each step has scores, which last for its frames, and the clip
+    has the largest. clip_samples: longest input; shorter ones are filled up with zeros. width: factor of the channels.
     Raises UserError for sizes that do not fit together.
     """
 
