@@ -246,7 +246,7 @@ ENCODERS: dict[str, Encoder] = {
             "pooling": Option(
                 str,
                 "max_mean",
-                "over time: max_mean of the features, or decision_max of the scores of frames, then of 40 ms",
+                "over time: max_mean of the features, or decision_max of scores every 320 ms, which are frame scores",
                 ("max_mean", "decision_max"),
             ),
             **WIDTH,

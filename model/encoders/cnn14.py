@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.foreign import Weights
 from model.frontend import Analysis, BandNorm, FillUp, LogMel, Spectrogram, TracedLogMel
-from model.layers.readout import hold_in_time
+from model.layers.readout import frame_samples
 from model.network import Layer, Network, Outputs
 from model.registry import ENCODERS, read_options
 from settings import Config, UserError
@@ -24,8 +25,6 @@ WINDOW, HOP, BANDS = 1024, 320, 64  # samples, samples, mel bands
 FMIN, FMAX = 50.0, 14000.0  # Hz
 CHANNELS, BLOCKS = 64, 6  # of the first block, doubled by each further one
 STEP = 2 ** (BLOCKS - 1)  # spectrogram frames, halved behind each block but the last
-FRAME = 4  # spectrogram frames of a frame of the scores: whole steps do not fill 10 s
-FRAME_SAMPLES = FRAME * HOP  # 40 ms
 
 
 class Cnn14(Network):
@@ -56,7 +55,11 @@ class Cnn14(Network):
         self.softmax, self.pooling, self.channels = softmax, pooling, channels[-1]
         self.frames, self.frame_seconds = 0, 0.0
         if pooling == "decision_max":
-            self.frames, self.frame_seconds = clip_samples // FRAME_SAMPLES, FRAME_SAMPLES / SAMPLE_RATE
+            steps = (clip_samples // HOP + 1) // STEP
+            frame = frame_samples(STEP * HOP, steps, clip_samples)
+            self.frames, self.frame_seconds = clip_samples // frame, frame / SAMPLE_RATE
+            step_of_frame = (torch.arange(self.frames) * frame // (STEP * HOP)).clamp(max=steps - 1)
+            self.register_buffer("step_of_frame", step_of_frame, persistent=False)
         self.fill = FillUp(clip_samples)
         self.spectrogram_extractor = Spectrogram(WINDOW, HOP)
         self.logmel_extractor = LogMel(SAMPLE_RATE, WINDOW, BANDS, FMIN, FMAX)
@@ -101,8 +104,9 @@ class Cnn14(Network):
         near = F.max_pool1d(maps, 3, 1, 1) + F.avg_pool1d(maps, 3, 1, 1)  # the mean counts the zeros beyond the ends
         steps = self.fc1(near.transpose(1, 2)).relu()  # (B, S, D)
         logits = self.fc_audioset(steps).float()
-        frames, frame_logits = (hold_in_time(part, STEP // FRAME, self.frames) for part in (steps.float(), logits))
-        return Outputs(logits.amax(dim=1), frame_logits, frames, frames.mean(dim=1))
+        of_frame = self.get_buffer("step_of_frame")
+        frames = steps[:, of_frame].float()
+        return Outputs(logits.amax(dim=1), logits[:, of_frame], frames, frames.mean(dim=1))
 
     def layers(self) -> list[Layer]:
         *blocks, last = self.conv_blocks
@@ -147,14 +151,11 @@ def _init(module: nn.Module) -> None:
 
 
 def _check(clip_samples: int, width: float) -> None:
-    """Raise UserError for sizes that do not fit together."""
+    """Raise UserError for sizes that are not allowed."""
     if not 0 < width <= 10:
         raise UserError(f"encoder_options: width = {width} must be above 0, up to 10.")
-    if clip_samples % FRAME_SAMPLES or clip_samples < STEP * HOP:
-        raise UserError(
-            f"clip_samples = {clip_samples} is not allowed: give a multiple of {FRAME_SAMPLES} (frames of 40 ms), from "
-            f"{STEP * HOP} (a step of the network)."
-        )
+    if clip_samples < STEP * HOP:
+        raise UserError(f"clip_samples = {clip_samples} is not allowed: give a step of {STEP * HOP} or more.")
 
 
 def rename(weights: Mapping[str, Tensor]) -> Weights:

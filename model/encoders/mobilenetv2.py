@@ -17,9 +17,8 @@ from model.foreign import Weights
 from model.network import Layer, Outputs
 from settings import Config, UserError
 
-FIRST, LAST = "mobilenet.features.0.0.", "mobilenet.features.18.0.weight"  # convolutions
-CLASSIFIER = "mobilenet.classifier."
-NARROW = 16  # channels of the first block at width 1
+FIRST, CLASSIFIER = "mobilenet.features.0.0.", "mobilenet.classifier."
+WIDEST = 320  # channels of the last block at width 1
 
 
 class MobileNetV2(ClipNetwork):
@@ -62,7 +61,7 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
     The number of channels tells the width; which front-end they are for, nothing does.
     """
     found = {key if key.startswith("mobilenet.") else f"mobilenet.{key}": value for key, value in weights.items()}
-    width = len(found["mobilenet.features.1.conv.1.weight"]) / NARROW
+    width = len(found["mobilenet.features.17.conv.2.weight"]) / WIDEST
     settings: dict[str, Any] = {"sample_rate": SAMPLE_RATE, "encoder_options": {"width": f"{width:g}"}}
     if found[f"{FIRST}weight"].shape[1] == 3:
         kept = {key: value for key, value in found.items() if not key.startswith((FIRST, CLASSIFIER))}
