@@ -122,6 +122,11 @@ encoder: Literal[  # the network, by its name in model/registry.py
     "mn10",
     "frame_mn06",
     "frame_mn10",
+    "tal",
+    "taltrans",
+    "transformer",
+    "fnet",
+    "linear",
 ] = "htsat"
 encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `python main.py encoders` lists them
 

@@ -5,14 +5,17 @@ the front-end, S steps of the encoder, D channels, K classes.
 """
 
 import copy
+import re
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.foreign import Weights
 from model.frontend import Analysis, KaldiFbank, SlaneyDecibels
-from model.heads import LEAST
+from model.heads import LEAST, POOLINGS, probabilities
 from model.layers.readout import frame_samples
 from model.network import Network, Outputs
 from model.registry import ENCODERS, read_options
@@ -22,6 +25,7 @@ SAMPLE_RATE = 16000
 BANDS = {"fbank128": 128, "logmel64": 64}
 # Mean and deviation of the log-mel spectrogram: AST's own of AudioSet; AudioTagging Done Right's without augmentation.
 AUDIOSET = {"fbank128": (-4.2677393, 4.5689974), "logmel64": (-38.193954, 45.802143)}
+SECONDS = (10, 5, 1)  # of published networks' clips
 
 
 class ClipNetwork(Network):
@@ -100,6 +104,37 @@ class ClipNetwork(Network):
         return Outputs(logits.float(), no_logits, no_frames, embedding.float())
 
 
+class PooledNetwork(ClipNetwork):
+    """A ClipNetwork with class scores of each step by fc_prob, pooled over time; fc_att is there for pooling = att."""
+
+    classifier = ("fc_prob.", "fc_att.")
+
+    def __init__(self, channels: int, *, pooling: str = "att", **shared: Any) -> None:
+        super().__init__(**shared)
+        if channels < 1:
+            raise UserError(f"encoder_options: dim = {channels} must be at least 1.")
+        self.channels, self.pooling = channels, pooling
+        self.fc_prob = nn.Linear(channels, self.num_classes)
+        self.fc_att = nn.Linear(channels, self.num_classes) if pooling == "att" else None
+        for layer in self.heads():
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def heads(self) -> list[nn.Linear]:
+        return [self.fc_prob] if self.fc_att is None else [self.fc_prob, self.fc_att]
+
+    def forward_head(self, maps: Tensor) -> Outputs:
+        """(B, S, D) -> Outputs."""
+        logits = self.fc_prob(maps)
+        weights = logits if self.fc_att is None else self.fc_att(maps)
+        return self.outputs_of_steps(maps, logits, POOLINGS[self.pooling](probabilities(logits), weights))
+
+    def misfit(self, state_dict: Mapping[str, Tensor], *, reshaped: bool, images: bool) -> str:
+        if self.fc_att is not None and "fc_prob.weight" in state_dict and "fc_att.weight" not in state_dict:
+            return "It has no attention pooling: set encoder_options to pooling = max, ave, lin or exp, as in training."
+        return super().misfit(state_dict, reshaped=reshaped, images=images)
+
+
 class Spectrum(nn.Module):
     """(B, samples) -> (B, T, F) log-mel spectrogram; the clip's mean is subtracted first.
 
@@ -124,7 +159,7 @@ def frame_count(frontend: str, samples: int) -> int:
     return samples // SlaneyDecibels.hop
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings and files -----------------------------------------------------------------------------------------------
 
 
 def clip_options(settings: Config) -> dict[str, Any]:
@@ -137,11 +172,15 @@ def clip_options(settings: Config) -> dict[str, Any]:
         )
     if settings.sample_rate != SAMPLE_RATE:
         raise UserError(f"sample_rate = {settings.sample_rate} is not allowed: {row.title} takes {SAMPLE_RATE} Hz.")
+    options: dict[str, Any] = read_options(settings.encoder, settings.encoder_options)
+    for name, value in options.items():
+        if name.endswith("dropout") and not 0 <= value < 1:
+            raise UserError(f"encoder_options: {name} = {value} must be 0 or more, and below 1.")
     return {
         "num_classes": settings.classes_num,
         "clip_samples": settings.clip_samples,
         "softmax": settings.loss_type == "clip_ce",
-        **read_options(settings.encoder, settings.encoder_options),
+        **options,
     }
 
 
@@ -153,3 +192,24 @@ def build_spectrum(settings: Config) -> Spectrum:
 def build_analysis(settings: Config) -> Analysis:
     """What the front-end measures, for pictures."""
     return build_spectrum(settings).analysis.analysis()
+
+
+def described(
+    weights: Mapping[str, Tensor], encoder: str, bands: int, frames: Optional[int] = None, **sizes: object
+) -> Weights:
+    """Published weights, with the settings that follow from their shapes.
+
+    bands, frames: F and, where it is known, T; sizes: encoder_options. Raises KeyError for bands of no front-end.
+    """
+    frontend = {count: name for name, count in BANDS.items()}[bands]
+    options = {"frontend": frontend, **{name: str(size) for name, size in sizes.items()}}
+    settings: dict[str, Any] = {"sample_rate": SAMPLE_RATE, "encoder_options": options}
+    lengths = {frame_count(frontend, seconds * SAMPLE_RATE): seconds * SAMPLE_RATE for seconds in SECONDS}
+    if frames in lengths:
+        settings["clip_samples"] = lengths[frames]
+    return Weights(ENCODERS[encoder].title, dict(weights), settings)
+
+
+def count_blocks(weights: Mapping[str, Tensor], beginning: str) -> int:
+    """How many numbers follow a beginning in the keys."""
+    return len({found[1] for key in weights if (found := re.match(rf"{re.escape(beginning)}(\d+)\.", key))})

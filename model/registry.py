@@ -69,16 +69,25 @@ TRANSFORMER_OPTIONS = {
     "drop_layers": Option(int, 0, "blocks left out at the top"),
 }
 
-FRONTEND_OPTIONS = {
-    "frontend": Option(
-        str, "fbank128", "128 Kaldi bands every 10 ms, or 64 Slaney bands every 25 ms", ("fbank128", "logmel64")
-    ),
-    "mean": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
-    "deviation": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+DONE_RIGHT = "https://github.com/lijuncheng16/AudioTaggingDoneRight"
+FBANK, LOGMEL = (  # front-ends of ClipNetworks, by the one that is the default
+    {
+        "frontend": Option(
+            str, default, "128 Kaldi bands every 10 ms, or 64 Slaney bands every 25 ms", ("fbank128", "logmel64")
+        ),
+        "mean": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+        "deviation": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+    }
+    for default in ("fbank128", "logmel64")
+)
+POOLING = {"pooling": Option(str, "att", "of the steps' probabilities over time", ("max", "ave", "lin", "exp", "att"))}
+CONVOLUTIONS = {
+    "dim": Option(int, None, "channels; None: 16 a band"),
+    "conv_layers": Option(int, 10, "convolutions"),
 }
+AROUND = {"dropout": Option(float, 0.0, "around the layers, in training")}
+INSIDE = {"transformer_dropout": Option(float, 0.25, "in the transformer layers, in training")}
 WIDTH = {"width": Option(float, 1.0, "factor of the channels")}
-TAGGING = "https://github.com/lijuncheng16/AudioTaggingDoneRight"
-TAGGING_PAPER = "Li et al., Interspeech 2022, arXiv 2203.13448"
 
 ENCODERS: dict[str, Encoder] = {
     "htsat": Encoder(
@@ -165,16 +174,12 @@ ENCODERS: dict[str, Encoder] = {
             r"dist_token",
         ),
         options={
-            "frontend": Option(
-                str, "fbank128", "128 Kaldi bands every 10 ms, or 64 Slaney bands every 25 ms", ("fbank128", "logmel64")
-            ),
+            **FBANK,
             "frequency_stride": Option(int, 10, "of the 16 x 16 patches, in bands"),
             "time_stride": Option(int, 10, "of the 16 x 16 patches, in frames"),
             "dim": Option(int, 768, "channels"),
             "depth": Option(int, 12, "blocks"),
             "heads": Option(int, 12, "attention heads"),
-            "mean": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
-            "deviation": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
         },
         published=("ast-audioset",),
     ),
@@ -202,7 +207,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="not stated",
         keys=(r"effnet\.", r"_blocks\.0\._depthwise_conv\.", r"blocks\.0\.0\.se\.conv_reduce\."),
         options={
-            **FRONTEND_OPTIONS,
+            **FBANK,
             "variant": Option(str, "b2", "of EfficientNet", tuple(f"b{number}" for number in range(8))),
             "heads": Option(int, 4, "of the attention pooling; 0: mean over time"),
             **WIDTH,
@@ -211,26 +216,26 @@ ENCODERS: dict[str, Encoder] = {
     "resnet50": Encoder(
         module="resnet50",
         title="ResNet50",
-        paper=TAGGING_PAPER,
-        address=TAGGING,
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
         sample_rate=16000,
         frame_seconds=0.08,
         parameters=25_661_406,
         licence="BSD 3-Clause",
         keys=(r"layer4\.\d+\.conv3\.",),
-        options={**FRONTEND_OPTIONS, **WIDTH},
+        options={**FBANK, **WIDTH},
     ),
     "mobilenetv2": Encoder(
         module="mobilenetv2",
         title="MobileNetV2",
-        paper=TAGGING_PAPER,
-        address=TAGGING,
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
         sample_rate=16000,
         frame_seconds=None,
         parameters=2_898_383,
         licence="BSD 3-Clause",
         keys=(r"(mobilenet\.)?features\.\d+\.conv\.",),
-        options={**FRONTEND_OPTIONS, **WIDTH},
+        options={**FBANK, **WIDTH},
     ),
     "cnn14": Encoder(
         module="cnn14",
@@ -291,6 +296,91 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
         options={**HEAD_OPTIONS, "width": Option(float, 1.0, "factor of the channels")},
         published=("frame_mn10-strong",),
+    ),
+    "tal": Encoder(
+        module="tal",
+        title="TAL",
+        paper="Wang, Li, Metze, ICASSP 2019, arXiv 1810.09050",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=25_761_918,
+        licence="BSD 3-Clause",
+        keys=(r"gru\.weight_ih_l0",),
+        options={**FBANK, **POOLING, **CONVOLUTIONS, **AROUND},
+    ),
+    "taltrans": Encoder(
+        module="taltrans",
+        title="TALtrans",
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=32_061_566,
+        licence="BSD 3-Clause",
+        keys=(r"enc_layer\.",),
+        options={
+            **FBANK,
+            **POOLING,
+            **CONVOLUTIONS,
+            "layers": Option(int, 2, "passes through the transformer layer"),
+            "addpos": Option(str, "yes", "whether a code of time is added to the features", ("yes", "no")),
+            **AROUND,
+            **INSIDE,
+        },
+    ),
+    "transformer": Encoder(
+        module="transformer",
+        title="Transformer",
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.1,
+        parameters=17_948_702,
+        licence="BSD 3-Clause",
+        keys=(r"layer_stack\.",),
+        options={
+            **LOGMEL,
+            **POOLING,
+            "dim": Option(int, 1024, "channels"),
+            "layers": Option(int, 2, "transformer layers"),
+            **AROUND,
+            **INSIDE,
+        },
+    ),
+    "fnet": Encoder(
+        module="fnet",
+        title="FNet",
+        paper="Lee-Thorp et al., NAACL 2022, arXiv 2105.03824",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.01,
+        parameters=13_500_958,
+        licence="BSD 3-Clause",
+        keys=(r"input\.hidden_mapping\.",),
+        options={
+            **FBANK,
+            "dim": Option(int, 256, "channels"),
+            "layers": Option(int, 50, "Fourier layers"),
+            "dropout": Option(float, 0.1, "of the input and of each MLP, in training"),
+        },
+    ),
+    "linear": Encoder(
+        module="linear",
+        title="linear",
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.025,
+        parameters=194_590,
+        licence="BSD 3-Clause",
+        keys=(r"linear\.6\.",),
+        options={
+            **LOGMEL,
+            **POOLING,
+            "dim": Option(int, 128, "channels"),
+            "dropout": Option(float, 0.1, "before each layer, in training"),
+        },
     ),
 }
 

@@ -66,7 +66,7 @@ def settled(network: Network) -> Network:
         for norm, momentum in norms.items():
             norm.eval().momentum = momentum
             assert norm.running_var is not None
-            norm.running_var.clamp_(min=0.1 * norm.running_var.mean().item())  # a channel that is silent here must not be enlarged
+            norm.running_var.clamp_(min=0.1 * norm.running_var.mean().item())  # of a silent channel, too
     return network
 
 
