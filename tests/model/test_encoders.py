@@ -37,6 +37,12 @@ CASES: dict[str, dict[str, Any]] = {  # settings: the tiny sizes of each encoder
     "m2d, lstm": {**SIZES["m2d"], "loss_type": "frame_bce", "sequence_head": "lstm", "sequence_dim": 16},
     "asit, attention": {**SIZES["asit"], "sequence_head": "attention", "sequence_dim": 32},
     "frame_mn06, attention head": {**SIZES["frame_mn06"], "encoder_options": "width=0.1,head=attention"},
+    "cnn14, decision_max": {**SIZES["cnn14"], "encoder_options": "width=0.0625,pooling=decision_max"},
+    "psla, logmel64, one head": {
+        **SIZES["psla"],
+        "encoder_options": "variant=b0,width=0.25,heads=1,frontend=logmel64",
+    },
+    "psla, no attention": {**SIZES["psla"], "encoder_options": "variant=b0,width=0.25,heads=0"},
 }
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
 every_case = pytest.mark.parametrize("case", CASES)
@@ -54,10 +60,11 @@ def tiny(case: str, **changes: Any) -> Network:
 
 
 def settled(network: Network) -> Network:
-    """The network with the statistics of what passes in each BatchNorm2d: else little does."""
+    """The network with the statistics of sound and silence in each BatchNorm2d: else little passes."""
     norms = {module: module.momentum for module in network.modules() if isinstance(module, nn.BatchNorm2d)}
     if norms:
         gains = torch.randn(8, 10, 1, generator=torch.Generator().manual_seed(0)).exp()
+        gains[:, 7:] = 0
         varied = (gains * noise(8, network.clip_samples).unflatten(1, (10, -1))).flatten(1)
         for norm in norms:
             norm.train().momentum = 1.0
@@ -157,7 +164,8 @@ def test_half_precision(case: str) -> None:
             features, mixed = network.features(sound(network)), network(sound(network))
     assert torch.equal(features, wanted)
     assert {part.dtype for part in mixed} == {torch.float32}
-    assert (plain.clip_logits.sigmoid() - mixed.clip_logits.sigmoid()).abs().max() < 0.05
+    most = {"resnet50": 0.2}.get(case, 0.05)  # 16 branches of random weights, as strong as what they are added to
+    assert (plain.clip_logits.sigmoid() - mixed.clip_logits.sigmoid()).abs().max() < most
 
 
 @every_case
