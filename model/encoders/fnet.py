@@ -72,6 +72,10 @@ class FNet(ClipNetwork):
             [self.pooler["att"], self.pooler["fc"]],
         ]
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """None: torch.compile has no complex numbers."""
+        return []
+
     def for_export(self, log_mel: Tensor) -> Network:
         """With products of matrices for Fourier transforms, which the ONNX standard has in one dimension alone."""
         network = super().for_export(log_mel)
