@@ -2,19 +2,24 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import timm
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inference import Tagger
 from model import Network, Outputs, build_model
+from model.checkpoint import decided_settings, load_network, read_checkpoint
+from model.encoders.psla import VARIANTS, build_effnet, pad_as_images
 from model.frontend import LogMel, Spectrogram
+from model.heads import AttentionPooling
 from model.opening import open_network
 from model.registry import ENCODERS
 from settings import UserError, resolve
@@ -56,7 +61,9 @@ CASES = {
     "mn10": Case("mn10"),
 }
 OF_THEIR_OWN = ("cnn14", "cnn14_max", "mn10")  # files without the prefix `module.`
-clip_encoders = pytest.mark.parametrize("name", sorted({case.encoder for case in CASES.values()}))
+with_dropout = pytest.mark.parametrize(
+    "name", sorted({case.encoder for case in CASES.values()} - {"resnet50", "mobilenetv2"})
+)
 
 
 def published(case: str, path: Path, lacking: str = "") -> Path:
@@ -217,7 +224,7 @@ def test_positions_tell_the_length_of_clips(frontend: str, dim: int, samples: in
     assert (settings.clip_samples, settings.encoder_options["frontend"]) == (samples, frontend)
 
 
-@clip_encoders
+@with_dropout
 def test_dropout_is_in_training_alone(name: str) -> None:
     rate = ",dropout=0.5" if "dropout" in ENCODERS[name].options else ""
     network = tiny(name, encoder_options=SIZES[name]["encoder_options"] + rate)
@@ -228,12 +235,73 @@ def test_dropout_is_in_training_alone(name: str) -> None:
         assert not torch.equal(network(sound).clip_logits, network(sound).clip_logits)
 
 
-@pytest.mark.parametrize("variant", [f"b{number}" for number in range(8)])
-def test_efficientnets_are_timms_for_images(variant: str, tmp_path: Path) -> None:
-    """For an image of the size that a network was made for, and with ImageNet's weights; as timm counts the sizes."""
-    side = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456, "b6": 528, "b7": 600}[variant]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_efficientnets_are_timms(variant: str) -> None:
+    """Of images, too, whose size their padding is for."""
+    side, small = VARIANTS[variant].side, variant in ("b0", "b2")
     torch.manual_seed(0)
-    theirs: Any = timm.create_model(f"tf_efficientnet_{variant}", in_chans=1, num_classes=0).eval()
-    ours = build_effnet(variant, 1.0).eval()
-    assert ours.load_state_dict(theirs.state_dict()) 
-    pad_as_images(ours, side)
+    with torch.device("cpu" if small else "meta"):
+        theirs: Any = timm.create_model(f"tf_efficientnet_{variant}", in_chans=1, num_classes=0).eval()
+        ours = build_effnet(variant, 1.0).eval()
+    theirs_by_name, ours_by_name = theirs.state_dict(), ours.state_dict()
+    assert {key: v.shape for key, v in ours_by_name.items()} == {key: v.shape for key, v in theirs_by_name.items()}
+    if small:
+        ours.load_state_dict(theirs_by_name)
+        assert len(pad_as_images(ours, side)) == 5
+        image = torch.randn(1, 1, side, side)
+        with torch.inference_mode():
+            torch.testing.assert_close(ours.forward_features(image), theirs.forward_features(image))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "first"),
+    [
+        ("psla", lambda: timm.create_model("tf_efficientnet_b0"), "effnet.conv_stem.weight"),
+        ("resnet50", torchvision.models.resnet50, "conv1.weight"),
+        ("mobilenetv2", torchvision.models.mobilenet_v2, "mobilenet.features.0.0.weight"),
+    ],
+)
+def test_a_training_starts_from_imagenets_weights(
+    name: str, make: Callable[[], nn.Module], first: str, tmp_path: Path
+) -> None:
+    """All but the first convolution, which has three channels there."""
+    torch.save(make().state_dict(), tmp_path / "images.pth")
+    checkpoint = read_checkpoint(tmp_path / "images.pth")
+    assert (checkpoint.images, checkpoint.encoder) == (True, name)
+    given = decided_settings(checkpoint, "auto", fine_tuning=True)
+    network = build_model(resolve({"clip_samples": 16000}, checkpoint=given))
+    own = network.state_dict()[first].clone()
+    report = load_network(network, checkpoint, new_classifier=True)
+    assert report.unexpected == report.reshaped == []
+    assert first in report.missing
+    assert all(key == first or key.startswith(network.classifier) for key in report.missing + report.fresh)
+    assert torch.equal(network.state_dict()[first], own)
+    with pytest.raises(UserError, match="ImageNet"):
+        load_network(network, checkpoint)
+
+
+def test_names_of_the_published_efficientnet(tmp_path: Path) -> None:
+    """Without a classifier and with three channels, as that of ImageNet."""
+    shapes = {key: shape for key, shape in SHAPES["psla_a"].items() if key.startswith("effnet.")}
+    shapes["effnet._conv_stem.weight"] = [32, 3, 3, 3]
+    torch.save({key.removeprefix("effnet."): torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "a.pth")
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert (checkpoint.images, checkpoint.encoder) == (True, "psla")
+    with torch.device("meta"):
+        wanted = build_effnet("b2", 1.0).state_dict()
+    assert checkpoint.state_dict.keys() == {f"effnet.{key}" for key in wanted} - {"effnet.conv_stem.weight"}
+
+
+def test_several_heads_may_leave_the_probabilities() -> None:
+    pooling = AttentionPooling(4, 3, heads=2)
+    with torch.no_grad():
+        pooling.head_weight.copy_(torch.tensor([2.0, 1.0]))
+        frames, clips = pooling(torch.full((1, 4, 5), 50.0))
+    assert frames.isfinite().all()
+    assert clips.max() > 1
+    network = tiny("psla")
+    with torch.no_grad():
+        network.get_parameter("attention.head_weight").fill_(5.0)
+        outputs = network(noise(1, 16000))
+    assert outputs.clip_logits.isfinite().all()
+    assert outputs.frame_logits.isfinite().all()
