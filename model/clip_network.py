@@ -98,11 +98,6 @@ class ClipNetwork(Network):
         clips = clips.float().clamp(LEAST, 1 - LEAST)
         return Outputs(torch.log(clips / (1 - clips)), logits[:, of_frame].float(), frames, frames.mean(dim=1))
 
-    def outputs_of_clip(self, embedding: Tensor, logits: Tensor) -> Outputs:
-        """(B, D), (B, K) -> Outputs without frames."""
-        no_logits, no_frames = (x.new_zeros((len(x), 0, x.shape[1]), dtype=torch.float32) for x in (logits, embedding))
-        return Outputs(logits.float(), no_logits, no_frames, embedding.float())
-
 
 class PooledNetwork(ClipNetwork):
     """A ClipNetwork with class scores of each step by fc_prob, pooled over time; fc_att is there for pooling = att."""

@@ -95,9 +95,7 @@ class Cnn14(Network):
         if self.pooling == "decision_max":
             return self._score_steps(maps)
         embedding = self.fc1(maps.amax(dim=2) + maps.mean(dim=2)).relu()
-        logits = self.fc_audioset(embedding).float()
-        no_logits, no_frames = (logits.new_zeros(len(maps), 0, size) for size in (self.num_classes, self.channels))
-        return Outputs(logits, no_logits, no_frames, embedding.float())
+        return self.outputs_of_clip(embedding, self.fc_audioset(embedding))
 
     def _score_steps(self, maps: Tensor) -> Outputs:
         """(B, C, S) -> Outputs of scores of each step, with the features of its neighbours."""

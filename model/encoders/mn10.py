@@ -99,9 +99,7 @@ class MobileNetV3(Network):
         """(B, D, F', T') -> Outputs without frames."""
         pool, flatten, hidden, activation, dropout, last = self.mn["classifier"].children()
         embedding = flatten(pool(maps))
-        logits = last(dropout(activation(hidden(embedding)))).float()
-        no_logits, no_frames = (logits.new_zeros(len(maps), 0, size) for size in (self.num_classes, self.channels))
-        return Outputs(logits, no_logits, no_frames, embedding.float())
+        return self.outputs_of_clip(embedding, last(dropout(activation(hidden(embedding)))))
 
     def layers(self) -> list[Layer]:
         first, *blocks = self.mn["features"].children()
