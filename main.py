@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ try:
     from commands.command_line import build_parser
     from data.files import FULL, explained
     from data.names import terminal_text
-    from data.workers import end_with_parent, works_for_another
+    from data.workers import Terminated, end_with_parent, raise_at_sigterm, works_for_another
     from settings import UserError, check_values
 except ModuleNotFoundError as error:
     sys.exit(report_missing(error))
@@ -47,7 +48,8 @@ def wide_tables() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0; 1 where some files could not be read (predict, prepare); 2 for a mistake in what was given; 130 when interrupted.
+    0; 1 where some files could not be read (predict, prepare); 2 for a mistake in what was given; 130 when interrupted,
+    143 when ended by SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), None)
@@ -67,9 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         return report_missing(error)
-    except KeyboardInterrupt:
-        print(f"Interrupted. {RESUMED.get(chosen or '', STARTS_ANEW)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one of the processes that share a run
+            how = "Ended by SIGTERM" if terminated else "Interrupted"
+            print(f"{how}. {RESUMED.get(chosen or '', STARTS_ANEW)}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def warning_text(
@@ -80,5 +85,6 @@ def warning_text(
 
 
 if __name__ == "__main__":
+    raise_at_sigterm()
     warnings.formatwarning = warning_text
     sys.exit(main())

@@ -23,6 +23,7 @@ from data.labels import read_ontology
 from data_generator import SEDDataModule
 from evaluation.metrics import FRAME_METRIC, MAIN_METRIC, Metric, clip_metrics, frame_metric
 from model import Network, Outputs
+from model.checkpoint import EPOCH_SO_FAR
 from model.network import resample
 from settings import FRAME_LOSSES, Config, UserError, section
 from training import augment
@@ -221,6 +222,7 @@ class SEDWrapper(Evaluation):
     """
 
     diverged_at: Tensor
+    epoch_loss: Tensor
     masks_silence = False  # whether SpecAugment's masks over time count as silence in the targets
 
     def __init__(self, network: Network, settings: Config, labels: Sequence[str]) -> None:
@@ -229,6 +231,9 @@ class SEDWrapper(Evaluation):
         self.loss_func = LOSSES[settings.loss_type]
         self.watched: list[tuple[Tensor, ...]] = []  # of the test clips, with watch_test
         self.unreadable = 0  # clips of this epoch, in this process
+        # Of this epoch, in this process: the sum of the clips' losses, and clips. On the device, as diverged_at.
+        self.register_buffer("epoch_loss", torch.zeros(2), persistent=False)
+        self.before: Optional[list[Any]] = None  # of an epoch that is resumed: see EPOCH_SO_FAR
         self.batch_in_epoch = 0
         # Step since which the loss has not been finite, -1 while it is: on the device, where each step updates it.
         self.register_buffer("diverged_at", torch.tensor(-1), persistent=False)
@@ -264,9 +269,23 @@ class SEDWrapper(Evaluation):
         self.diverged_at = torch.where(loss.detach().isfinite(), -1, since)
         if self.global_step % CHECK_LOSS_EVERY == 0 or (self._trainer and self._trainer.is_last_batch):
             self.check_loss()
-        size = len(batch["waveform"])
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
+        self._count_what_was_before()
+        self._log_loss(loss, len(batch["waveform"]))
         return loss
+
+    def _log_loss(self, loss: Tensor | float, clips: int) -> None:
+        """The loss of a step, and a part of its epoch's mean."""
+        self.epoch_loss[0] += clips * (loss.detach() if isinstance(loss, Tensor) else loss)
+        self.epoch_loss[1] += clips
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=clips, sync_dist=True)
+
+    def _count_what_was_before(self) -> None:
+        """The part of a resumed epoch before its checkpoint: each process takes its share of the clips."""
+        if self.before and self.before[0] == self.current_epoch:
+            _, loss, clips, unreadable = self.before
+            self.unreadable += unreadable if self.global_rank == 0 else 0
+            self._log_loss(loss, round(clips / self._world_size()))
+        self.before = None
 
     def check_loss(self) -> None:
         """Raise UserError where the loss is not finite, with the step since when."""
@@ -432,6 +451,7 @@ class SEDWrapper(Evaluation):
             )
         self.log("unreadable_clips", float(self.unreadable), sync_dist=True, reduce_fx="sum")
         self.unreadable = 0
+        self.epoch_loss.zero_()
 
     def on_validation_epoch_start(self) -> None:
         self.collected, self.watched = [], []
@@ -493,6 +513,7 @@ class SEDWrapper(Evaluation):
 
         Buffers that follow from the sizes are computed, never read.
         """
+        self.before = checkpoint.get(EPOCH_SO_FAR)  # None in those of earlier versions
         computed = {k: v for k, v in self.state_dict().items() if k.endswith(self.sed_model.computed)}
         checkpoint["state_dict"].update({k: v for k, v in computed.items() if k in checkpoint["state_dict"]})
         fresh = self.configure_optimizers()
@@ -524,6 +545,13 @@ class SEDWrapper(Evaluation):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SEDDataModule):
             checkpoint["data"] = {**data.identity, "processes": self.trainer.world_size}
+        sums = torch.cat([self.epoch_loss, self.epoch_loss.new_tensor([self.unreadable])])
+        if self._world_size() > 1:
+            reduced = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            assert isinstance(reduced, Tensor)
+            sums = reduced
+        loss, clips, unreadable = sums.tolist()
+        checkpoint[EPOCH_SO_FAR] = [self.current_epoch, loss / max(clips, 1), int(clips), int(unreadable)]
 
 
 class FrameSEDWrapper(SEDWrapper):
@@ -681,6 +709,14 @@ def build_wrapper(network: Network, settings: Config, labels: Sequence[str]) -> 
     return (FrameSEDWrapper if on_frames else SEDWrapper)(network, settings, labels)
 
 
+def mean_on_finest(frames: Sequence[Tensor]) -> Tensor:
+    """Frame scores (B, T, K) of the same clips on time axes of their own -> their mean on that of the most frames."""
+    steps = max(each.shape[1] for each in frames)
+    still = torch.zeros(len(frames[0]), device=frames[0].device)
+    fine = [each if each.shape[1] == steps else resample_steps(each, steps, 1.0, shift=still) for each in frames]
+    return torch.stack(fine).mean(dim=0)
+
+
 class Ensemble_SEDWrapper(Evaluation):
     """Several networks tested as one: the mean of their probabilities, of clips and of frames (paper, section 3.1).
 
@@ -708,7 +744,7 @@ class Ensemble_SEDWrapper(Evaluation):
         scores = [self.member_scores(network, waveform, sample_rate) for network in self.networks]
         clips, frames = zip(*scores, strict=True)
         timed = [each for each in frames if each.shape[1]] or list(frames)
-        return torch.stack(clips).mean(dim=0), torch.stack(timed).mean(dim=0)
+        return torch.stack(clips).mean(dim=0), mean_on_finest(timed)
 
     def member_scores(self, network: Network, waveform: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
         waveform = at_rate_of(network, waveform, sample_rate)

@@ -1,12 +1,13 @@
-"""What training on event times gains on the demo's soundscapes: clip labels, frames, finer steps, a taught student.
+"""What training on event times gains: clip labels, frames, finer steps, taught students; and each encoder from scratch.
 
     python benchmarks/frame_training.py [--workspace FOLDER] [--systems A,B] [--seeds 1,2,3] [--threads N]
+    python benchmarks/frame_training.py --systems esc10 --esc10 FOLDER [--seeds 1]    # every encoder, the same steps
 
-Each system is trained with each seed by the demo's recipe (make demo), calibrated for collar F1 on the validation
-split, and tested; all by the commands that a user has. The last checkpoint counts, so that all have as many steps. A
-student is taught by three networks of another system (TEACHERS). The systems named few_ know the events of a quarter of
-the training clips, and of the others nothing. What is there already is not run again: an interrupted benchmark goes on.
-It takes about four minutes a run on a free core.
+Each system is trained with each seed on the demo's soundscapes, calibrated for collar F1 on the validation split, and
+tested; all by the commands that a user has. The last checkpoint counts, so that all have as many steps. A student is
+taught by networks of other systems. The systems named few_ know the events of a quarter of the training clips, and of
+the others nothing. The systems named esc10_ hear soundscapes of ESC-10's recordings: folds 1 to 3 make the training and
+validation clips, fold 4 the test clips. What is there already is not run again: an interrupted benchmark goes on.
 """
 
 import argparse
@@ -16,7 +17,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,43 +32,89 @@ from rich.table import Table
 from data.clip_store import UNLABELLED
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = (
-    "--htsat_dim 32 --htsat_depth 1,1,2,1 --htsat_num_head 2,4,8,16 --batch_size 16 --max_epoch 16 "
-    "--lr_scheduler_epoch 10,13,16 --lr_rate 0.02,0.1,0.2 --spec_augment False --save_top_k 1"
+STEPS = (
+    "--loss_type frame_bce --batch_size 16 --max_epoch 16 --lr_scheduler_epoch 10,13,16 --lr_rate 0.02,0.1,0.2 "
+    "--spec_augment False --save_top_k 1"
 )
-SYSTEMS = {
-    "clips": "--loss_type clip_bce",
-    "frames": "--loss_type frame_bce",
-    "frames_156ms": "--loss_type frame_bce --htsat_readout_stage 3",
-    "frames_78ms": "--loss_type frame_bce --htsat_readout_stage 2",
-    "frames_stride2": "--loss_type frame_bce --htsat_time_stride 2",
-    "frames_gru": "--loss_type frame_bce --htsat_readout_stage 3 --sequence_head gru --sequence_dim 128",
-    "student": "--loss_type frame_bce",
-    "few_frames": "--loss_type frame_bce --dataset_path {few}",
-    "few_student": "--loss_type frame_bce --dataset_path {few}",
+HTSAT = "--htsat_size tiny"
+TRANSFORMER = "dim=192,depth=4,heads=3"
+ENCODERS = {  # reduced sizes
+    "htsat": HTSAT,
+    "atst-f": f"--encoder atst-f --encoder_options {TRANSFORMER}",
+    "beats": f"--encoder beats --encoder_options {TRANSFORMER}",
+    "fpasst": f"--encoder fpasst --encoder_options {TRANSFORMER}",
+    "m2d": "--encoder m2d --encoder_options dim=96,depth=4,heads=3",
+    "asit": f"--encoder asit --encoder_options {TRANSFORMER}",
+    "frame_mn06": "--encoder frame_mn06",
+    "frame_mn10": "--encoder frame_mn10",
 }
-TEACHERS = {"student": "frames_78ms", "few_student": "few_frames"}  # student: the system whose seeds 1 to 3 teach it
-METRICS = ("collar F1", "PSDS1", "psds1_macro", "PSDS2", "segment F1", "clip mAP")
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to train. data: a key of Bench.prepare. teachers: system and seed of each."""
+
+    flags: str
+    data: str = "demo"
+    teachers: tuple[tuple[str, int], ...] = ()
+
+
+SHORT = "--batch_size 8 --max_epoch 8 --lr_scheduler_epoch 5,7,8"  # as many steps, of half as many clips
+FINE, FEW = [tuple((system, seed) for seed in (1, 2, 3)) for system in ("frames_78ms", "few_frames")]
+SYSTEMS = {
+    "clips": System(f"{HTSAT} --loss_type clip_bce"),
+    "frames": System(HTSAT),
+    "frames_156ms": System(f"{HTSAT} --htsat_readout_stage 3"),
+    "frames_78ms": System(f"{HTSAT} --htsat_readout_stage 2"),
+    "frames_stride2": System(f"{HTSAT} --htsat_time_stride 2"),
+    "frames_gru": System(f"{HTSAT} --htsat_readout_stage 3 --sequence_head gru --sequence_dim 128"),
+    "student": System(HTSAT, teachers=FINE),
+    "few_frames": System(HTSAT, data="few"),
+    "few_student": System(HTSAT, data="few", teachers=FEW),
+    "atst-f": System(ENCODERS["atst-f"]),
+    "mn06": System(f"{ENCODERS['frame_mn06']} {SHORT}"),
+    "mn06_student": System(f"{ENCODERS['frame_mn06']} {SHORT}", teachers=(("frames_78ms", 1), ("atst-f", 1))),
+    **{f"esc10_{name}": System(f"{flags} --learning_rate 1e-2", data="esc10") for name, flags in ENCODERS.items()},
+}
+GROUPS = {"esc10": [name for name in SYSTEMS if name.startswith("esc10_")]}
+METRICS = ("collar F1", "PSDS1", "psds1_macro", "PSDS2", "segment F1", "clip mAP", "training s")
 
 
 class Bench:
     """The runs below a workspace, by the commands of the repository."""
 
-    def __init__(self, workspace: Path, threads: int) -> None:
+    def __init__(self, workspace: Path, threads: int, esc10: Optional[Path]) -> None:
         self.workspace, self.environment = workspace, {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self.few = workspace / "data" / "few"
+        self.esc10 = esc10
 
-    def prepare(self) -> None:
-        """The demo's soundscapes, and the same with the labels of three quarters of the training clips taken away."""
-        demo = self.workspace / "data" / "demo" / "demo.h5"
+    def prepare(self, data: str) -> list[str]:
+        """Make the data where they are not there: the flags that name them.
+
+        demo: its soundscapes; few: the same with the labels of three quarters of the training clips taken away; esc10:
+        soundscapes of the recordings in --esc10.
+        """
+        folder = self.workspace / "data"
+        if data == "esc10":
+            if not (folder / "soundscapes" / "soundscapes.h5").is_file():
+                bank = folder / "esc-50" / "esc-50.h5"
+                if not bank.is_file():
+                    self.run("main.py", "prepare", "--dataset_type", "esc-50", "--raw", str(self.esc10))
+                self.run("main.py", "prepare", "--dataset_type", "soundscapes", "--raw", str(bank),
+                         "--bank_folds", "1,2,3//4", "--clips", "200")  # fmt: skip
+            return ["--dataset_type", "soundscapes"]
+        demo = folder / "demo" / "demo.h5"
         if not demo.is_file():
             self.run("main.py", "prepare")
-        if not self.few.is_dir():
-            partial = self.few.with_name("few.partial")
+        if data == "demo":
+            return []
+        few = folder / "few"
+        if not few.is_dir():
+            partial = few.with_name("few.partial")
             partial.mkdir(exist_ok=True)
             shutil.copy(demo, partial / "demo.h5")
             hide_labels(partial / "demo.h5", known=0.25)
-            partial.rename(self.few)
+            partial.rename(few)
+        return ["--dataset_path", str(few)]
 
     def run(self, script: str, *words: str) -> None:
         """Raises RuntimeError, with what it printed, where a command fails."""
@@ -76,32 +126,34 @@ class Bench:
     def last(self, system: str, seed: int) -> Path:
         return self.workspace / "runs" / f"{system}_s{seed}" / "checkpoints" / "last.ckpt"
 
-    def detection(self, system: str, seed: int) -> Path:
-        return self.workspace / "runs" / f"{system}_s{seed}" / "scores" / "test_detection.json"
-
     def measure(self, system: str, seed: int) -> dict[str, float]:
-        """The metrics of one run, which is made where it is not there."""
-        if not self.detection(system, seed).is_file():
+        """The metrics of one run, which is made where it is not there, and the seconds of its training."""
+        scores = self.workspace / "runs" / f"{system}_s{seed}" / "scores"
+        if not (scores / "test_detection.json").is_file():
             print(f"{system}, seed {seed} ...", flush=True)
-            name, checkpoint = f"{system}_s{seed}", str(self.last(system, seed))
-            flags = SYSTEMS[system].format(few=self.few).split()
-            if system in TEACHERS:
-                flags += ["--teacher_path", str(self.teach(TEACHERS[system]))]
-            self.run("main.py", "train", *RECIPE.split(), *flags, "--exp_name", name, "--random_seed", str(seed),
-                     "--resume", "auto")  # fmt: skip
+            name, checkpoint, way = f"{system}_s{seed}", str(self.last(system, seed)), SYSTEMS[system]
+            flags = [*STEPS.split(), *way.flags.split(), *self.prepare(way.data)]
+            if way.teachers:
+                flags += ["--teacher_path", str(self.teach(system))]
+            start = time.monotonic()
+            self.run("main.py", "train", *flags, "--exp_name", name, "--random_seed", str(seed), "--resume", "auto")
+            seconds = time.monotonic() - start
             self.run("main.py", "calibrate", "--resume_checkpoint", checkpoint, "--calibrate_for", "collar_f1")
             self.run("main.py", "test", "--resume_checkpoint", checkpoint, "--fl_local", "True")
+            (scores / "seconds.json").write_text(json.dumps(seconds))
             self.run("fl_evaluate.py", "--exp_name", name)
-        content = json.loads(self.detection(system, seed).read_text())
-        return {metric["name"]: metric["macro"] for metric in content["metrics"]}
+        content = json.loads((scores / "test_detection.json").read_text())
+        found = {metric["name"]: metric["macro"] for metric in content["metrics"]}
+        return {**found, "training s": json.loads((scores / "seconds.json").read_text())}
 
     def teach(self, system: str) -> Path:
-        """The file with the frame logits of three networks together on all training clips."""
+        """The file with the frame logits of a system's teachers together on all training clips."""
         path = self.workspace / "teachers" / f"{system}.h5"
         if not path.is_file():
-            for seed in (1, 2, 3):
-                self.measure(system, seed)
-            members = ",".join(str(self.last(system, seed)) for seed in (1, 2, 3))
+            teachers = SYSTEMS[system].teachers
+            for teacher, seed in teachers:
+                self.measure(teacher, seed)
+            members = ",".join(str(self.last(teacher, seed)) for teacher, seed in teachers)
             self.run("main.py", "teach", "--esm_model_pathes", members, "--output", str(path))
         return path
 
@@ -139,14 +191,21 @@ def print_table(found: dict[str, list[dict[str, float]]], seeds: list[int]) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workspace", type=Path, default=Path("workspace/benchmarks"), metavar="FOLDER")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="which, of " + ", ".join(SYSTEMS), metavar="LIST")
+    parser.add_argument(
+        "--systems",
+        default=",".join(name for name in SYSTEMS if name not in GROUPS["esc10"]),
+        help="which, of " + ", ".join([*SYSTEMS, *GROUPS]),
+        metavar="LIST",
+    )
     parser.add_argument("--seeds", default="1,2,3", metavar="LIST")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each command [all cores]")
+    parser.add_argument(
+        "--esc10", type=Path, metavar="FOLDER", help="ESC-10 in ESC-50's layout, for the systems esc10_"
+    )
     arguments = parser.parse_args()
-    bench = Bench(arguments.workspace.resolve(), arguments.threads)
-    bench.prepare()
+    bench = Bench(arguments.workspace.resolve(), arguments.threads, arguments.esc10)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    systems = arguments.systems.split(",")
+    systems = [system for name in arguments.systems.split(",") for system in GROUPS.get(name, [name])]
     print_table({system: [bench.measure(system, seed) for seed in seeds] for system in systems}, seeds)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py [--quick] [--compile] [--keep_memory] [--batch CLIPS] [--json FILE]
     python benchmarks/inference.py --first_tag [--quick] [--json FILE]     # how long `predict` takes to its first tag
+    python benchmarks/inference.py --encoder NAMES|all [--quick] [--json FILE]    # other encoders, without a plain side
 
 The full network with 527 classes and random weights. All sides take turns, so that a busy machine slows all. A ratio is
 the median of the turns' ratios. The plain side is benchmarks/plain.py, once as it is and once with subnormal numbers
@@ -9,6 +10,10 @@ flushed to zero (in a process of its own: threads that exist already would not f
 
 --first_tag starts `python main.py predict` on a file of 10 s, with the full network from a checkpoint, until its first
 line of tags, and `python -c "import torch"`, in turn.
+
+--encoder measures encoders of full size, each in a process of its own: the time to load a file of weights, clips/s,
+peak memory, and the share of the arithmetic: multiply-adds of the clips against the fastest matrix product, measured in
+the same turn.
 """
 
 import argparse
@@ -22,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,7 +46,9 @@ from data.labels import published_labels
 from inference.onnx_runtime import load_onnx
 from model import Network, build_model
 from model.export import build_onnx, join, quantize, save_onnx
-from runs.measure import count_flops, peak_flops
+from model.opening import open_network
+from model.registry import ENCODERS
+from runs.measure import count_flops, peak_flops, peak_memory, release_and_reset_peak
 from settings import Config, resolve, section
 from training.performance import keep_freed_memory
 
@@ -250,12 +258,73 @@ def print_results(results: list[Result], clips: int, batch: int) -> None:
     Console(width=120).print(table)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Of an encoder: medians over the turns. share: of the machine's fastest matrix product, in batches."""
+
+    encoder: str
+    parameters: int
+    multiply_adds: float  # of a clip
+    load_seconds: float
+    latency_seconds: float
+    clips_per_second: float
+    share: float
+    peak_bytes: int
+
+
+def measure_encoder(name: str, clips: int, batch: int, turns: int) -> Figures:
+    """Called in a process of its own: the peak of memory is the encoder's."""
+    settings = resolve({"encoder": name, "dataset_type": "audioset", "precision": "32", "compile": "off"})
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.ckpt"
+        weights = {f"sed_model.{key}": value for key, value in build_model(settings).state_dict().items()}
+        torch.save({"state_dict": weights, "settings": settings.model_dump()}, path)
+        del weights
+        start = time.perf_counter()
+        network = open_network(path).network.eval()
+        load_seconds = time.perf_counter() - start
+    work, samples = count_flops(settings, training=False), settings.clip_samples
+    sounds = 0.1 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(0))
+    device = torch.device("cpu")
+    release_and_reset_peak(device)
+    taken: list[tuple[float, float, float]] = []
+    for _ in range(turns + 1):  # the first turn warms up and does not count
+        latency, whole = timed(network.probabilities, sounds[:1], 1), timed(network.probabilities, sounds, batch)
+        taken.append((latency, clips / whole, work * clips / whole / peak_flops(settings)))
+    latency, rate, share = (statistics.median(column) for column in zip(*taken[1:], strict=True))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Figures(name, parameters, work / 2, load_seconds, latency, rate, share, peak_memory(device))
+
+
+def measure_encoders(names: list[str], clips: int, batch: int, turns: int) -> list[Figures]:
+    found = []
+    for name in names:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            found.append(process.submit(measure_encoder, name, clips, batch, turns).result())
+    return found
+
+
+def print_encoders(found: list[Figures], clips: int, batch: int) -> None:
+    """As rows of a table in Markdown."""
+    threads, instructions = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    print(f"{threads} threads, {instructions}; {clips} clips of 10 s, {batch} at a time")
+    print("| encoder | parameters | multiply-adds a clip | load s | one clip s | clips/s | share | peak MiB |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for f in found:
+        print(
+            f"| {f.encoder} | {f.parameters / 1e6:.1f} M | {f.multiply_adds / 1e9:.1f} G | {f.load_seconds:.2f} | "
+            f"{f.latency_seconds:.3f} | {f.clips_per_second:.2f} | {f.share:.0%} | {f.peak_bytes / 2**20:.0f} |"
+        )
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few clips and turns: to see whether it runs")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well: one to two minutes more")
     parser.add_argument("--keep_memory", action="store_true", help="keep freed memory, on all sides (glibc's mallopt)")
     parser.add_argument("--first_tag", action="store_true", help="measure that instead: predict from its start")
+    parser.add_argument("--encoder", metavar="NAMES", help="measure these encoders instead, or all")
     parser.add_argument("--batch", type=int, default=4, metavar="CLIPS", help="throughput: clips at a time [4]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     return parser.parse_args()
@@ -272,6 +341,15 @@ def main() -> None:
         )
         if arguments.json:
             arguments.json.write_text(json.dumps({"machine": machine, "first_tag": found}, indent=2) + "\n")
+        return
+    if arguments.encoder:
+        names = list(ENCODERS) if arguments.encoder == "all" else arguments.encoder.split(",")
+        clips, turns = (8, 2) if arguments.quick else (16, 5)
+        rows = measure_encoders(names, clips, arguments.batch, turns)
+        print_encoders(rows, clips, arguments.batch)
+        if arguments.json:
+            content = {"machine": machine, "clips": clips, "batch": arguments.batch, "turns": turns}
+            arguments.json.write_text(json.dumps(content | {"encoders": [asdict(r) for r in rows]}, indent=2) + "\n")
         return
     if arguments.keep_memory:
         keep_freed_memory()

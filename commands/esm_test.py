@@ -7,7 +7,6 @@ from typing import Any
 import pytorch_lightning as pl
 
 from data_generator import load_test_data
-from model import Network
 from model.registry import encoder_titles
 from runs.members import Member, check_alike, fit_together
 from runs.records import print_first_page
@@ -35,7 +34,6 @@ def run(given: dict[str, Any]) -> None:
         member.check_labels(table)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     networks = [member.network() for member in members]
-    check_steps(networks, members)
     together = fit_together(networks, settings) if settings.esm_together is None else settings.esm_together
     encoders = encoder_titles(*(member.settings.encoder for member in members))
     print_first_page(
@@ -49,14 +47,3 @@ def run(given: dict[str, Any]) -> None:
 def joint_sha256(members: Sequence[Member]) -> str:
     """Of the members' hashes, whatever their order: 64 hexadecimal digits."""
     return hashlib.sha256(" ".join(sorted(member.sha256 for member in members)).encode()).hexdigest()
-
-
-def check_steps(networks: Sequence[Network], members: Sequence[Member]) -> None:
-    """Raise UserError where the frame scores of networks have different lengths."""
-    steps = next((network.frames for network in networks if network.frames), 0)
-    for network, member in zip(networks, members, strict=True):
-        if network.frames not in (0, steps):
-            raise UserError(
-                f"{member.checkpoint.path} gives {network.frames} frames for a clip, another member {steps}: "
-                f"their frame scores cannot be averaged. Give members with the same sizes of patches and stages."
-            )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
 from data.clip_store import SPLITS, UNREADABLE
@@ -17,7 +16,7 @@ from model import Network
 from runs.members import Member, check_alike, fit_together
 from runs.records import device_name
 from runs.test_plan import class_mapping
-from sed_model import Batch, Ensemble_SEDWrapper, at_rate_of
+from sed_model import Batch, Ensemble_SEDWrapper, at_rate_of, mean_on_finest
 from settings import Config, UserError, place_flags, requested, resolve
 from training.trainer import build_trainer
 from utils import int16_to_float32
@@ -49,7 +48,7 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
     teacher = TeacherWriter(path, labels=labels, steps=steps, clip_seconds=seconds, source=source)
     with sole_writer(path), teacher as writer:
         together = fit_together(networks, settings) if settings.esm_together is None else settings.esm_together
-        module = Teacher(networks, settings, labels, writer, steps=steps, together=together or len(networks) == 1)
+        module = Teacher(networks, settings, labels, writer, together=together or len(networks) == 1)
         module.mapping = None if mapping is None else mapping.apply
         for part, data in parts:
             build_trainer(part, steps_per_epoch=None).test(module, data, verbose=False)
@@ -106,24 +105,18 @@ def taught_classes(member: Member, part: Part) -> tuple[list[str], Optional[Clas
 
 
 def finest_steps(networks: Sequence[Network], members: Sequence[Member]) -> int:
-    """Steps of the member with the most. Raises UserError where another's do not divide them."""
-    steps = max(network.frames for network in networks)
+    """Steps of the member with the most. Raises UserError for one without a time axis."""
     for network, member in zip(networks, members, strict=True):
         if network.frames == 0:
             raise UserError(
                 f"{member.checkpoint.path} has encoder = {member.settings.encoder}, which has no time axis: it "
                 f"cannot teach frames."
             )
-        if steps % network.frames:
-            raise UserError(
-                f"{member.checkpoint.path} gives {network.frames} frames for a clip, which do not divide the {steps} "
-                f"of the finest member: their frame scores cannot be averaged."
-            )
-    return steps
+    return max(network.frames for network in networks)
 
 
 class Teacher(Ensemble_SEDWrapper):
-    """Networks whose frame logits of each tested clip go into a file, at `steps` steps a clip."""
+    """Networks whose frame logits of each tested clip go into a file."""
 
     def __init__(
         self,
@@ -132,23 +125,21 @@ class Teacher(Ensemble_SEDWrapper):
         labels: Sequence[str],
         writer: TeacherWriter,
         *,
-        steps: int,
         together: bool,
     ) -> None:
         super().__init__(networks, settings, labels, together=together)
-        self.writer, self.steps, self.unread = writer, steps, 0
+        self.writer, self.unread = writer, 0
 
     def frame_logits(self, waveform: Tensor, sample_rate: int) -> Tensor:
         """(B, samples) -> (B, K, steps): logits whose sigmoids are the probabilities, of one network its own.
 
-        Several's probabilities are averaged as esm_test does; a coarser member's frames are repeated.
+        Several's probabilities are averaged as esm_test does, on the time axis of the most frames.
         """
         network = self.networks[0]
         if len(self.networks) == 1 and not network.softmax:
             return network(at_rate_of(network, waveform, sample_rate)).frame_logits.float().transpose(1, 2)
         frames = [self.member_scores(network, waveform, sample_rate)[1].float() for network in self.networks]
-        fine = [scores.repeat_interleave(self.steps // scores.shape[1], dim=1) for scores in frames]
-        return torch.stack(fine).mean(dim=0).clamp(SUREST, 1 - SUREST).logit().transpose(1, 2)
+        return mean_on_finest(frames).clamp(SUREST, 1 - SUREST).logit().transpose(1, 2)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         waveform = int16_to_float32(batch["waveform"])

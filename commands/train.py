@@ -140,7 +140,7 @@ def resolve_with_frontend(given: dict[str, Any]) -> Config:
     path = settings.resume_checkpoint or settings.swin_pretrain_path
     if path is None or resumes(settings):  # its settings are recorded, and this file may be gone
         return settings
-    start = read_checkpoint(path)
+    start = read_checkpoint(path, given.get("encoder"))
     decided = decided_settings(start, settings.frontend_from, fine_tuning=True)
     settings = resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
     if start.kind != OWN:
@@ -155,7 +155,7 @@ def starting_weights(settings: Config) -> Optional[Checkpoint]:
     """The weights that a new training starts from, or None. Raises UserError for a wrong kind."""
     swin, tuned = settings.swin_pretrain_path, settings.resume_checkpoint
     if swin is None:
-        return read_checkpoint(tuned) if tuned else None
+        return read_checkpoint(tuned, settings.encoder) if tuned else None
     start = read_checkpoint(swin)
     if not start.images:
         raise UserError(

@@ -13,7 +13,7 @@ import hashlib
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -123,6 +123,19 @@ class ClipStoreWriter:
         self.rows.append((clip.name, len(waveform), clip.fold, clip.split))
         self.labelling.append(clip.labelling)
         self.events += [(row, event.label, event.onset, event.offset) for event in clip.events]
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Where the block ends with a UserError, the clips that it has added are dropped."""
+        rows, events = len(self.rows), len(self.events)
+        try:
+            yield
+        except UserError:
+            for column in (self.rows, self.labelling, self.targets):
+                del column[rows:]
+            del self.events[events:]
+            self.waveforms.resize(rows, axis=0)
+            raise
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]

@@ -42,6 +42,7 @@ RUN_ENTRIES = {  # what Lightning resumes from, by place
 }  # fmt: skip
 DESCRIPTION = ("settings", "labels", "frontend", "postprocessing")  # JSON in the metadata of safetensors files
 DIGESTS = "digests"  # entry: {place of a tensor, as state_dict/sed_model.norm.bias, or name of a text: SHA-256}
+EPOCH_SO_FAR = "epoch_so_far"  # entry: number of the epoch at work, its mean loss, clips, and unreadable ones
 
 FrontendFrom = Literal["auto", "settings", "checkpoint"]
 
@@ -94,10 +95,11 @@ class LoadReport:
         return f"{text}; classifier {self.classifier}; front-end {self.frontend}"
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, encoder: Optional[str] = None) -> Checkpoint:
     """Read a file of weights and tell its kind from what it holds, whatever its name (see model/foreign.py).
 
-    path: a file, or a name of assets/checkpoints.json. The tensors of a file of today's torch.save, or of safetensors,
+    path: a file, or a name of assets/checkpoints.json. encoder: what it is wanted for, where several can begin from the
+    same file (ImageNet's). The tensors of a file of today's torch.save, or of safetensors,
     are mapped into memory, not read. Raises UserError where there is no such file, where it is none of the known kinds
     or damaged, with the name of the entry, and where reading it could run code.
     """
@@ -105,7 +107,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     content = _read_content(path)
     _check_tensors(path, content)
     try:
-        weights = identify(content)
+        weights = identify(content, encoder)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}.") from None
     about: dict[str, Any] = {name: check_entry(path, content.get(name), name, kind) for name, kind in ENTRIES.items()}
@@ -148,6 +150,9 @@ def check_resumable(checkpoint: Checkpoint) -> None:
                 f"{path} cannot be resumed from: its entry {place} is a {type(value).__name__}, not a {kind.__name__}. "
                 f"Use another checkpoint of the run."
             )
+    so_far = check_entry(path, content.get(EPOCH_SO_FAR), EPOCH_SO_FAR, list)
+    if so_far is not None and (len(so_far) != 4 or not all(type(value) in (int, float) for value in so_far)):
+        raise UserError(f"{path} is damaged: its entry {EPOCH_SO_FAR} must be four numbers.")
     if content.get(DIGESTS) is not None:
         _check_digests(path, content[DIGESTS], _digests({"optimizer_states": content.get("optimizer_states")}))
 
@@ -296,16 +301,16 @@ def _check_digests(path: Path, wanted: Any, found: Mapping[str, str]) -> None:
         )
 
 
-def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
-    """Keep a plain value (numbers, text, lists, dictionaries) in a file of torch.save, beside what it holds.
+def store_in_checkpoint(path: str | Path, **values: Any) -> None:
+    """Keep plain values (numbers, text, lists, dictionaries) in a file of torch.save, beside what it holds.
 
     The file is replaced when the new one is whole; a second name of the old one (a hard link) stays as it is. Raises
     ValueError for a file of another format.
     """
     path = read_checkpoint(path).path
     if _is_safetensors(path):
-        raise UserError(f"{path} is a safetensors file: {name} can be kept in a .ckpt file only.")
-    write_checkpoint(path, {**_read_torch(path), name: value})
+        raise UserError(f"{path} is a safetensors file: {', '.join(values)} can be kept in a .ckpt file only.")
+    write_checkpoint(path, {**_read_torch(path), **values})
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -41,12 +41,13 @@ class Weights:
     encoder: Optional[str] = None
 
 
-def identify(content: Mapping[Any, Any]) -> Weights:
+def identify(content: Mapping[Any, Any], wanted: Optional[str] = None) -> Weights:
     """Tell what kind of file `content` was, and rename its weights: {key: tensor}, tensors are not copied.
 
     content: what torch.load gave, or the tensors of a safetensors file beside its metadata. A file with settings is of
-    this project; of any other, the registry's keys tell the encoder, whose file has a function `rename`. Raises
-    UserError with the reason where there are no weights, or where they cannot work in that network.
+    this project; of any other, the registry's keys tell the encoder, whose file has a function `rename`. wanted: an
+    encoder that is asked first, as it may begin from weights of images. Raises UserError with the reason where there
+    are no weights, or where they cannot work in that network.
     """
     given = tensors(content)
     weights = unwrapped(given)
@@ -57,8 +58,9 @@ def identify(content: Mapping[Any, Any]) -> Weights:
             raise UserError(f"its settings name the encoder {encoder!r}, and there are {', '.join(ENCODERS)}")
         own = {key: value for key, value in weights.items() if not key.startswith(TEACHER)}
         return Weights(OWN, own, settings, encoder=encoder)
-    for name, row in ENCODERS.items():
-        if any(re.match(pattern, key) for pattern in row.keys for key in weights):
+    for name, row in sorted(ENCODERS.items(), key=lambda row: row[0] != wanted):
+        patterns = row.keys + (row.images if name == wanted else ())
+        if any(re.match(pattern, key) for pattern in patterns for key in weights):
             try:
                 found: Weights = encoder_module(name).rename(weights)
             except (LookupError, RuntimeError) as error:

@@ -30,7 +30,8 @@ class Encoder:
 
     module: file in model/encoders/. frame_seconds: its time axis for 10 s clips, None: it has none. parameters: with
     527 classes and the default sizes. keys: regular expressions, one of which a key of its published files begins with,
-    without the prefixes of wrappers. published: names of assets/checkpoints.json.
+    without the prefixes of wrappers. images: the same of networks of images that it can begin from, where it is wanted.
+    published: names of assets/checkpoints.json.
     """
 
     module: str
@@ -42,6 +43,7 @@ class Encoder:
     parameters: int
     licence: str
     keys: tuple[str, ...]
+    images: tuple[str, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict)
     published: tuple[str, ...] = ()
 
@@ -143,6 +145,7 @@ ENCODERS: dict[str, Encoder] = {
         parameters=88_826_895,
         licence="Apache 2.0",
         keys=(r"fpasst\.", r"(time|freq)_new_pos_embed"),
+        images=(r"dist_token",),
         options=TRANSFORMER_OPTIONS,
         published=("fpasst-strong", "fpasst-weak", "fpasst-ssl"),
     ),

@@ -1,6 +1,7 @@
 """What adapters share: tables of labels and events, the audio that they name, and the clips that are written."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,13 +179,18 @@ def write_entries(
     ) as writer:
         for entry in with_progress(entries, "files are read"):
             remarks: list[Remark] = []
+            left_out: Counter[str] = Counter()
             try:
-                for clip in _clips(entry, labels, sample_rate, segment_seconds, report, remarks):
-                    writer.add(clip)
-                    report.clips += 1
-                report.remarks += [(entry.name, remark) for remark in remarks]
+                with writer.all_or_none():  # a recording whose end cannot be read leaves no segments
+                    for clip in _clips(entry, labels, sample_rate, segment_seconds, left_out, remarks):
+                        writer.add(clip)
             except UserError as error:
                 report.skipped.append((entry.name, str(error)))
+                continue
+            report.remarks += [(entry.name, remark) for remark in remarks]
+            report.short_events += left_out["events"]
+            report.short_segments += left_out["segments"]
+        report.clips += len(writer.rows)
         if report.clips == 0:
             raise UserError(f"None of the {len(entries)} audio files could be read.\n{report}")
 
@@ -194,13 +200,13 @@ def _clips(
     labels: list[str],
     sample_rate: int,
     segment_seconds: Optional[float],
-    report: PrepareReport,
+    left_out: Counter[str],
     remarks: list[Remark],
 ) -> Iterator[Clip]:
     """The clip of an entry; with segment_seconds several, one after another, each with its part of the events.
 
-    Segments and parts of events below LEAST_SECONDS are left out, and counted in the report. Of a recording that is
-    cut, one segment is held at a time. Raises UserError where the audio cannot be read.
+    Segments and parts of events below LEAST_SECONDS are counted in `left_out`, as segments and events. Of a recording
+    that is cut, one segment is held at a time. Raises UserError where the audio cannot be read.
     """
     events = [Event(labels.index(event.label), event.onset, event.offset) for event in entry.events]
     place = (entry.fold, entry.split)
@@ -219,7 +225,7 @@ def _clips(
         start, end = first / sample_rate, (first + len(part)) / sample_rate
         first += len(part)
         if not lasts(end - start):
-            report.short_segments += 1
+            left_out["segments"] += 1
             continue
         touching = [
             Event(event.label, max(event.onset - start, 0.0), min(event.offset, end) - start)
@@ -227,6 +233,6 @@ def _clips(
             if event.onset < end and event.offset > start
         ]
         inside = [event for event in touching if lasts(event.offset - event.onset)]
-        report.short_events += len(touching) - len(inside)
+        left_out["events"] += len(touching) - len(inside)
         name = f"{entry.name}#t={start:g},{end:g}"
         yield Clip(name, part, sorted({event.label for event in inside}), *place, inside, entry.labelling)

@@ -1,9 +1,10 @@
 """PretrainedSED's teachers on AudioSet Strong (Schmid et al., ICASSP 2025, arXiv 2409.09546).
 
-Published psds1_macro of the encoders alone, as here: ATST-F 41.8, BEATs 44.1, fPaSST 40.7, M2D 41.1, ASiT 40.9; with
-two BiGRU layers of 2048: 43.3, 45.8, 43.3, 44.1, 43.3. Not trained here. The weak weights bring the encoder:
+Published psds1_macro with two BiGRU layers of 2048, as here: ATST-F 43.3, BEATs 45.8, fPaSST 43.3, M2D 44.1, ASiT
+43.3; without (`--sequence_head none`): 41.8, 44.1, 40.7, 41.1, 40.9. Not trained here. The weak weights bring the
+encoder:
 
-    python main.py train --recipe audioset_strong --resume_checkpoint ATST-F_weak.pt
+    python main.py train --recipe audioset_strong --resume_checkpoint atst-f-weak
 
 As published, the warm-up of 20,000 steps outlasts the 11,730 of the run: the rate rises to 4.1e-5 and never falls
 (`--warm_up 0.1` ends). Clips are drawn without replacement from hardly more than an epoch takes. Other than
@@ -13,6 +14,9 @@ published, wavmix takes its partners from the batch, and every epoch is validate
 dataset_type = "audioset-strong"
 loss_type = "frame_bce"
 touched_targets = True
+sequence_head = "gru"
+sequence_layers = 2
+sequence_dim = 2048
 
 max_epoch = 30
 epoch_clips = 100000

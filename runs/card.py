@@ -21,7 +21,6 @@ from training.callbacks import checkpoint_folder, chosen_by
 
 CARD = "README.md"  # of a run folder
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm: measured, not learned
-TAGS = ("audio", "hts-at", "audio-tagging", "sound-event-detection")
 UNITS = {"sample_rate": "Hz", "window_size": "samples", "hop_size": "samples", "fmin": "Hz", "fmax": "Hz"}
 # How a store's licence begins -> the identifier that the hub knows.
 LICENCE_IDENTIFIERS = {

@@ -1,6 +1,7 @@
 """Time, memory and FLOP of training steps and inference on one device, for benchmark and plan."""
 
 import ctypes
+import gc
 import itertools
 import math
 import platform
@@ -333,6 +334,7 @@ def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> flo
 
 def release_and_reset_peak(device: torch.device) -> None:
     """Give back memory that is free but kept, and begin to measure the peak anew."""
+    gc.collect()  # the Trainer and the network of the steps before refer to one another
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

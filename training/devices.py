@@ -95,14 +95,28 @@ class EndTogether(Callback):
     Left alone, the others would wait for it in their next exchange: for half an hour with NCCL.
     """
 
+    def __init__(self) -> None:
+        self.ending, self.at_sigterm = threading.Event(), signal.getsignal(signal.SIGTERM)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         started: Sequence[subprocess.Popen[Any]] = getattr(trainer.strategy.launcher, "procs", ())
         if started:
-            threading.Thread(target=_watch, args=(started,), daemon=True, name="end together").start()
+            threading.Thread(target=_watch, args=(started, self.ending), daemon=True, name="end together").start()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Undo Lightning's handling of SIGTERM, which waits for the other processes in the middle of an exchange."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.at_sigterm)
+
+    on_test_start = on_train_start
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):  # this process ends the others itself
+            self.ending.set()
 
 
-def _watch(started: Sequence["subprocess.Popen[Any]"]) -> None:
-    while True:
+def _watch(started: Sequence["subprocess.Popen[Any]"], ending: threading.Event) -> None:
+    while not ending.is_set():
         codes = [process.poll() for process in started]
         for rank, code in enumerate(codes, start=1):
             if code:

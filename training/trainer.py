@@ -1,6 +1,7 @@
 """The one place where Lightning's Trainer is built, with its logs."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,13 +73,21 @@ def _environment() -> list[SLURMEnvironment]:
 
 @contextmanager
 def interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Ctrl-C in a fit or test ends as KeyboardInterrupt, which Lightning turns into SystemExit; see lost_processes."""
+    """Ctrl-C and SIGTERM in a fit or test end as KeyboardInterrupt, though Lightning makes SystemExit of it.
+
+    Of SIGTERM to a whole group of processes, a DataLoader may find first that its worker has ended. See lost_processes.
+    """
     try:
         with lost_processes(trainer):
             yield
     except SystemExit as error:
-        if trainer.interrupted and error.code in (None, 1):  # of SIGTERM, and of Ctrl-C
-            raise KeyboardInterrupt from None
+        if trainer.interrupted and error.code in (None, 1):
+            cause = error.__context__
+            raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt) from None
+        raise
+    except RuntimeError as error:
+        if "is killed by signal: Terminated" in str(error) and callable(signal.getsignal(signal.SIGTERM)):
+            signal.raise_signal(signal.SIGTERM)  # which is on its way to this process
         raise
 
 

@@ -5,6 +5,7 @@ with frames: Schmid et al., arXiv 2409.09546. Shapes: B clips, F bands, T frames
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,17 +17,15 @@ from model.frame_network import (
     FRAME_SAMPLES,
     LONGEST,
     FrameNetwork,
-    Padded,
+    builders,
     check_sizes,
     described,
     find,
-    network_options,
     transformer_sizes,
 )
-from model.frontend import Analysis, CentredLogMel, kaldi_filterbank
+from model.frontend import CentredLogMel, kaldi_filterbank
 from model.layers.vit import EPS, init_linear, vit_blocks
 from model.network import Layer
-from settings import Config
 
 BANDS = 128
 TOKENS = 2  # class and distillation token
@@ -36,6 +35,7 @@ class FPaSST(FrameNetwork):
     """The published network. Of a clip shorter than 10 s, the first positions of the table are used."""
 
     mean, scale = -4.5, 5.0
+    not_in_images = ("fpasst.conv_in_",)
 
     def __init__(
         self, *, dim: int = 768, depth: int = 12, heads: int = 12, drop_layers: int = 0, **shared: Any
@@ -109,24 +109,29 @@ def build_bank() -> CentredLogMel:
 
 
 def rename(weights: Mapping[str, Tensor]) -> Weights:
-    """The weights of PretrainedSED's files under this network's names."""
+    """The weights of PretrainedSED's files, or of ImageNet's DeiT, under this network's names."""
+    if not any(key.endswith("time_new_pos_embed") for key in weights):
+        return replace(described("ImageNet DeiT", "fpasst.", *_of_deit(weights)), images=True)
     dim = find(weights, "time_new_pos_embed").shape[1]
     return described("Frame-PaSST", "fpasst.", weights, transformer_sizes(weights, "blocks", dim))
 
 
+def _of_deit(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """DeiT's weights and sizes: its patches of 16 x 16 in three colours become columns of 128 x 2 in 16 channels."""
+    kept = {key: value for key, value in weights.items() if not key.startswith(("head.", "head_dist.", "pos_embed"))}
+    table, kernel = weights["pos_embed"], weights["patch_embed.proj.weight"]
+    dim, colours = len(kernel), torch.arange(16) % kernel.shape[1]
+    kept["patch_embed.proj.weight"] = (kernel[:, colours] * (kernel.shape[1] / 16)).reshape(dim, 16, BANDS, 2)
+    side = round((table.shape[1] - TOKENS) ** 0.5)
+    grid = table[:, TOKENS:].transpose(1, 2).unflatten(2, (side, side))
+    times = F.interpolate(grid, size=(1, LONGEST // FRAME_SAMPLES), mode="bicubic")
+    kept |= {
+        "new_pos_embed": table[:, :TOKENS],
+        "time_new_pos_embed": times,
+        "freq_new_pos_embed": times.mean(dim=3, keepdim=True),
+    }
+    return kept, transformer_sizes(kept, "blocks", dim)
+
+
 NETWORK = FPaSST
-
-
-def build(settings: Config) -> FPaSST:
-    """The network that the settings describe. Raises UserError for options that it does not have."""
-    return FPaSST(**network_options(settings))
-
-
-def build_frontend(settings: Config) -> Padded:
-    """Network.log_mel alone, without the network."""
-    return Padded(build_bank(), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return build_bank().analysis()
+build, build_frontend, build_analysis = builders(FPaSST, build_bank)

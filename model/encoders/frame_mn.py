@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from model.foreign import Weights
-from model.frame_network import FrameNetwork, Padded, described, find, network_options
-from model.frontend import Analysis, CentredLogMel, kaldi_filterbank
-from model.layers.mobilenet import LAST, Shape, build_features, divisible, init_convolutions
+from model.frame_network import FrameNetwork, builders, described, find
+from model.frontend import CentredLogMel, kaldi_filterbank
+from model.layers.mobilenet import LAST, Shape, build_features, divisible
 from model.network import Layer
-from settings import Config, UserError
+from settings import UserError
 
 BANDS = 128
 WIDTHS = {0.6: "frame_mn06", 1.0: "frame_mn10"}
@@ -52,10 +52,10 @@ class FrameMobileNet(FrameNetwork):
         out = divisible(width * BLOCKS[-1].out)
         super().__init__(build_bank(), LAST * out, **shared)
         self.frame_mn = nn.ModuleDict({"features": build_features(width, BLOCKS)})
-        self.apply(init_convolutions)
 
     def encode(self, features: Tensor) -> Tensor:
-        return self.frame_mn["features"](features[:, None])[:, :, 0].transpose(1, 2)
+        x = features[:, None].contiguous(memory_format=torch.channels_last)
+        return self.frame_mn["features"](x)[:, :, 0].transpose(1, 2)
 
     def encoder_layers(self) -> list[Layer]:
         first, *others = self.frame_mn["features"].children()
@@ -77,18 +77,4 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
 
 NETWORK = FrameMobileNet
-
-
-def build(settings: Config) -> FrameMobileNet:
-    """The network that the settings describe. Raises UserError for options that it does not have."""
-    return FrameMobileNet(**network_options(settings))
-
-
-def build_frontend(settings: Config) -> Padded:
-    """Network.log_mel alone, without the network."""
-    return Padded(build_bank(), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return build_bank().analysis()
+build, build_frontend, build_analysis = builders(FrameMobileNet, build_bank)

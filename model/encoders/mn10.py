@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.foreign import Weights
 from model.frame_network import Padded
 from model.frontend import Analysis, CentredLogMel, kaldi_filterbank
-from model.layers.mobilenet import LAST, Shape, build_features, divisible, init_convolutions
+from model.layers.mobilenet import LAST, Shape, build_features, divisible
 from model.network import Layer, Network, Outputs
 from model.registry import ENCODERS, read_options
 from settings import Config, UserError
@@ -76,7 +76,6 @@ class MobileNetV3(Network):
             nn.Linear(hidden, num_classes),
         )
         self.mn = nn.ModuleDict({"features": build_features(width, BLOCKS), "classifier": classifier})
-        self.apply(init_convolutions)
         for layer in (classifier[2], classifier[5]):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
@@ -93,7 +92,7 @@ class MobileNetV3(Network):
 
     def forward_features(self, features: Tensor) -> Tensor:
         """(B, F, T) -> (B, D, F / 32, T / 32)."""
-        return self.mn["features"](features[:, None])
+        return self.mn["features"](features[:, None].contiguous(memory_format=torch.channels_last))
 
     def forward_head(self, maps: Tensor) -> Outputs:
         """(B, D, F', T') -> Outputs without frames."""

@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 
 from inference import Tagger
 from model import build_model
-from model.checkpoint import check_resumable, load_network, read_checkpoint, save_safetensors, write_checkpoint
+from model.checkpoint import (
+    EPOCH_SO_FAR,
+    check_resumable,
+    load_network,
+    read_checkpoint,
+    save_safetensors,
+    write_checkpoint,
+)
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.opening import open_network
 from settings import UserError, resolve, section
@@ -45,7 +52,7 @@ def content(network: HTSAT_Swin_Transformer) -> Content:
         "state_dict": {f"sed_model.{key}": value.clone() for key, value in network.state_dict().items()},
         "settings": settings, "labels": ["a", "b", "c"], "postprocessing": CALIBRATED, "epoch": 0, "complete_epochs": 1,
         "frontend": {name: settings[name] for name in section("front-end")}, "global_step": 3, "callbacks": {},
-        "loops": progress, "lr_schedulers": [{"last_epoch": 0}],
+        "loops": progress, "lr_schedulers": [{"last_epoch": 0}], EPOCH_SO_FAR: [0, 0.5, 4, 0],
         "optimizer_states": [{"state": state, "param_groups": [{"lr": 0.1}]}],
     }  # fmt: skip
 
@@ -184,7 +191,8 @@ def test_metadata_of_brackets(network: HTSAT_Swin_Transformer, tmp_path: Path) -
     [
         (("loops",), {}), (("loops", "fit_loop"), 3), (("optimizer_states",), [1]), (("optimizer_states",), []),
         (("optimizer_states", 0, "param_groups"), {}), (("lr_schedulers",), None), (("global_step",), "x"),
-        (("callbacks",), [1]), (("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(3)),
+        (("callbacks",), [1]), ((EPOCH_SO_FAR,), [0, "x", 4, 0]), ((EPOCH_SO_FAR,), []),
+        (("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(3)),
     ],
 )  # fmt: skip
 def test_a_run_is_not_resumed_from_wrong_entries(place: tuple, value: Any, content: Content, tmp_path: Path) -> None:

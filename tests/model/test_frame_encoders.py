@@ -236,6 +236,29 @@ def test_older_and_other_files_of_beats(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "c.pt")
 
 
+def test_frame_passt_begins_from_deit(tmp_path: Path) -> None:
+    """Where it is wanted: the same file is AST's otherwise."""
+    import timm
+
+    deit: Any = timm.create_model(
+        "deit_base_distilled_patch16_384", img_size=64, embed_dim=256, depth=2, num_heads=4, num_classes=10
+    )
+    torch.save({"model": deit.state_dict()}, tmp_path / "deit.pth")
+    assert read_checkpoint(tmp_path / "deit.pth").encoder == "ast"
+    checkpoint = read_checkpoint(tmp_path / "deit.pth", "fpasst")
+    assert (checkpoint.encoder, checkpoint.images) == ("fpasst", True)
+    network = tiny("fpasst", classes_num=3, encoder_options="dim=256,depth=2,heads=4")
+    report = load_network(network, checkpoint, new_classifier=True)
+    assert all("conv_in" in key or "head" in key for key in report.missing)
+    assert not report.unexpected
+    weights = network.state_dict()
+    kernel = weights["fpasst.patch_embed.proj.weight"].reshape(256, 16, 16, 16)
+    torch.testing.assert_close(kernel[:, 4], deit.patch_embed.proj.weight[:, 1] * 3 / 16)  # channel 4 is green
+    assert torch.equal(weights["fpasst.new_pos_embed"], deit.pos_embed[:, :2])
+    with pytest.raises(UserError):
+        open_network(tmp_path / "deit.pth", {"encoder": "fpasst"})
+
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 

@@ -253,6 +253,20 @@ def test_rounded_times_leave_no_label_and_no_clip(tmp_path: Path) -> None:
     assert (report.short_events, report.short_segments) == (2, 1)
 
 
+def test_a_recording_whose_end_cannot_be_read_leaves_no_segment(tmp_path: Path) -> None:
+    """Nor its counts; the others are there, with their events."""
+    sound = np.full(24500, 0.1, np.float32)
+    for name in ("a", "b", "c"):
+        write_sound(tmp_path / "raw" / f"{name}.wav", 2.0)
+    soundfile.write(tmp_path / "raw" / "b.wav", np.append(sound, np.nan), 8000, subtype="FLOAT")
+    lines = "".join(f"{name}.wav\t0.3\t0.9\tdog\n" for name in "abc") + "b.wav\t0.3\t1.001\tdog\n"
+    table = write_text(tmp_path / "t.tsv", EVENTS + lines)
+    report, store = prepare("folder", tmp_path, raw=tmp_path / "raw", table=table, segment_seconds=1.0)
+    assert names(store) == [f"{name}.wav#t={part}" for name in "ac" for part in ("0,1", "1,2")]
+    assert events(store) == [[("dog", 0.3, 0.9)], []] * 2
+    assert ([name for name, _ in report.skipped], report.clips, report.short_events) == (["b.wav"], 4, 0)
+
+
 def test_labels_of_folders_and_tables(raw: Path, tmp_path: Path) -> None:
     """Spaces at the ends and Unicode forms are no other class; one that looks like several is named; one without a
     clip is none."""

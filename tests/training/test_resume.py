@@ -20,7 +20,7 @@ from runs.resume import RUN_SECTIONS, changes, find_resumed
 from sed_model import SEDWrapper
 from settings import UserError
 from tests.helpers import LEAN_FLAGS, SMALL_FLAGS, call, forkserver, last_checkpoint, refused, save_network, tiny
-from training.callbacks import RunCheckpoint, link_or_copy
+from training.callbacks import RunCheckpoint, link_or_copy, read_curves
 from training.trainer import build_trainer
 
 
@@ -87,6 +87,14 @@ def test_a_run_killed_anywhere_is_resumed(averaging: str, capsys: pytest.Capture
         assert resumed["lr_schedulers"] == unbroken["lr_schedulers"]
         for key, value in unbroken["state_dict"].items():
             assert torch.equal(resumed["state_dict"][key], value), (step, key)
+        for key, values in logged(f"unbroken_{averaging}").items():  # also of the epoch that was killed
+            assert logged(name)[key] == pytest.approx(values, abs=1e-6), (step, key)
+
+
+def logged(name: str) -> dict[str, dict[int, float]]:
+    """Of each epoch: its losses and metrics."""
+    curves = read_curves(Path("workspace/runs", name, "logs"))
+    return {key: curves[key] for key in ("train_loss_epoch", "val_loss", "mAP")}
 
 
 def test_another_fold_is_another_run(tmp_path: Path) -> None:
