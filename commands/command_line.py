@@ -60,6 +60,24 @@ COMMANDS: dict[str, Command] = {
         [("--protocols", {"help": "which rules to follow: held_out, paper or both", "default": "held_out,paper"})],
         (*TRAINING, "test"),
     ),
+    "compare": Command(
+        "train and test several encoders on the same data, and compare accuracy and cost",
+        [
+            ("--encoders", {"help": "which, as htsat,ast,tal; the first is compared with", "required": True}),
+            ("--seeds", {"help": "a run of each encoder with each [1,2,3]", "default": "1,2,3"}),
+            (
+                "--flags_of",
+                {
+                    "help": "settings of one encoder, in quotes: 'ast --encoder_options depth=6'; once for each",
+                    "action": "append",
+                    "default": [],
+                    "metavar": "FLAGS",
+                },
+            ),
+            ("--steps", {"help": "steps of each measurement of speed, 0: none [10]", "type": int, "default": 10}),
+        ],
+        (*TRAINING, "test"),
+    ),
     "calibrate": Command(
         "choose thresholds and filters on validation clips, and keep them in the checkpoint (--resume_checkpoint PATH)",
         [
