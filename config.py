@@ -108,7 +108,20 @@ decay_matrices_only: bool = False  # no weight_decay for biases, norms and all e
 
 # --- encoder ---------------------------------------------------------------------------------------------------------
 encoder: Literal[  # the network, by its name in model/registry.py
-    "htsat", "ast", "atst-f", "beats", "fpasst", "m2d", "asit", "frame_mn06", "frame_mn10"
+    "htsat",
+    "ast",
+    "atst-f",
+    "beats",
+    "fpasst",
+    "m2d",
+    "asit",
+    "frame_mn06",
+    "frame_mn10",
+    "tal",
+    "taltrans",
+    "transformer",
+    "fnet",
+    "linear",
 ] = "htsat"
 encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `python main.py encoders` lists them
 

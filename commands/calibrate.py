@@ -17,12 +17,14 @@ from evaluation.calibration import Calibrated, Objective, calibrate
 from evaluation.postprocess import PostProcessing
 from evaluation.scores import Scores, load_scores
 from model.checkpoint import Checkpoint, read_checkpoint, store_in_checkpoint
+from runs.ledger import file_sha256
 from runs.members import Member
 from runs.test_plan import reported_split, weights_id
 from runs.testing import test_member
 from settings import UserError, requested
 from training.devices import is_first_process
 
+UNCALIBRATED = "uncalibrated_sha256"  # entry of a checkpoint: of its file before it was calibrated
 REPORTED = "test"  # the split whose figures are reported: nothing is chosen on it
 
 
@@ -44,7 +46,8 @@ def run(given: dict[str, Any], calibrate_for: Objective, scores: Optional[str] =
         _check_split(found, file)
         _check_network(found, file, checkpoint)
         fitted = calibrate(found, calibrate_for, _start(found, given, calibrated=checkpoint.postprocessing is not None))
-        store_in_checkpoint(checkpoint.path, "postprocessing", fitted.post.as_dict())
+        before = checkpoint.content.get(UNCALIBRATED) or file_sha256(checkpoint.path)
+        store_in_checkpoint(checkpoint.path, **{"postprocessing": fitted.post.as_dict(), UNCALIBRATED: before})
     print_calibrated(fitted, calibrate_for, len(found.names))
     print(f"Stored in {checkpoint.path}: test puts it into its score file, and fl_evaluate.py uses it.")
 
@@ -72,7 +75,9 @@ def _score_validation(path: str, given: dict[str, Any]) -> Path:
             f"that a test reports: choose on others, with --test_split validation and protocol held_out."
         )
     check_event_times(load_test_data(settings).tables[settings.test_split])
-    test_member(member)
+    # As before it was calibrated: again, the same scores and the same line in the ledger.
+    before = member.checkpoint.content.get(UNCALIBRATED, member.sha256)
+    test_member(replace(member, sha256=before, checkpoint=replace(member.checkpoint, postprocessing=None)))
     return Path(settings.heatmap_dir) / "calibration.h5"
 
 

@@ -12,7 +12,8 @@ def run(given: dict[str, Any]) -> None:
     print(encoder_table())
     for name, encoder in ENCODERS.items():
         for option, about in encoder.options.items():
-            print(f"{name}: --encoder_options {option}={about.default}  {about.help}")
+            choices = f" ({', '.join(about.choices)})" if about.choices else ""
+            print(f"{name}: --encoder_options {option}={about.default}  {about.help}{choices}")
 
 
 def encoder_table() -> str:
@@ -27,7 +28,7 @@ def encoder_table() -> str:
                 f"{encoder.sample_rate / 1000:g} kHz",
                 "none" if encoder.frame_seconds is None else f"{encoder.frame_seconds * 1000:g} ms",
                 encoder.licence,
-                f"[{', '.join(f'`{known}`' for known in encoder.published)}]({encoder.address})",
+                f"[{', '.join(f'`{known}`' for known in encoder.published) or 'code'}]({encoder.address})",
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

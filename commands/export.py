@@ -194,7 +194,11 @@ def prepare_writers(
     }
     for name in formats:
         if name in makers:
-            yield name, functools.partial(save_onnx, makers[name](), about=about)
+            yield name, functools.partial(_save_made, makers[name], about=about)
+
+
+def _save_made(make: Callable[[], Any], path: Path, about: dict[str, Any]) -> None:
+    save_onnx(make(), path, about)
 
 
 class TooDifferentError(Exception):

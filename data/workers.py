@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import NoReturn, Optional
+from typing import Optional
 
 LOOK_SECONDS = 1.0
 CHILD = "HTSAT_ENDS_WITH_PARENT"  # variable of the environment that a command sets for a command that it starts
@@ -35,26 +35,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which `kill`, `timeout` and batch systems send: a command ends as after Ctrl-C."""
 
 
-_ending = threading.Event()
-
-
 def raise_at_sigterm() -> None:
     """From now on SIGTERM raises Terminated in this process, once. Processes that it forks end as without this."""
-    own = os.getpid()
-    _ending.clear()
+    own, ending = os.getpid(), threading.Event()
 
     def end(number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != own:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not _ending.is_set():
-            terminate()
+        elif not ending.is_set():
+            ending.set()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader's raises an error for each worker that ends
+            raise Terminated
 
     signal.signal(signal.SIGTERM, end)
-
-
-def terminate() -> NoReturn:
-    """Raise Terminated; from now on no signal, and no worker that ends, disturbs the ending."""
-    _ending.set()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader's raises an error for each of its workers
-    raise Terminated

@@ -301,16 +301,16 @@ def _check_digests(path: Path, wanted: Any, found: Mapping[str, str]) -> None:
         )
 
 
-def store_in_checkpoint(path: str | Path, name: str, value: Any) -> None:
-    """Keep a plain value (numbers, text, lists, dictionaries) in a file of torch.save, beside what it holds.
+def store_in_checkpoint(path: str | Path, **values: Any) -> None:
+    """Keep plain values (numbers, text, lists, dictionaries) in a file of torch.save, beside what it holds.
 
     The file is replaced when the new one is whole; a second name of the old one (a hard link) stays as it is. Raises
     ValueError for a file of another format.
     """
     path = read_checkpoint(path).path
     if _is_safetensors(path):
-        raise UserError(f"{path} is a safetensors file: {name} can be kept in a .ckpt file only.")
-    write_checkpoint(path, {**_read_torch(path), name: value})
+        raise UserError(f"{path} is a safetensors file: {', '.join(values)} can be kept in a .ckpt file only.")
+    write_checkpoint(path, {**_read_torch(path), **values})
 
 
 def _is_safetensors(path: Path) -> bool:

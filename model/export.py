@@ -118,13 +118,16 @@ def quantize(body: Any) -> Any:
 
     The products of the blocks are quantized: nine tenths of the work; so are those of the layers over the frames, where
     there are any. What lies before the patch embedding, it, and the classifier stay float32. Weights take
-    7 of the 8 bits, or CPUs without VNNI instructions overflow.
+    7 of the 8 bits, or CPUs without VNNI instructions overflow. Raises UserError for a network without such blocks.
     """
     quantization = require("onnxruntime.quantization")
     nodes = list(body.graph.node)
     operators = [node.op_type for node in nodes]
+    if "LayerNormalization" not in operators:
+        raise UserError("onnx-int8 is for transformers, and this network is none: leave it out of --formats.")
     last = len(nodes) - operators[::-1].index("LayerNormalization")
-    outside = nodes[: operators.index("Conv")] + nodes[last:]  # before the patch embedding, after the last norm
+    first = next(operators.index(name) for name in ("Conv", "MatMul", "Gemm") if name in operators)
+    outside = nodes[: first + 1] + nodes[last:]  # up to the patch embedding, after the last norm
     products = {"MatMul": "", "Gemm": "_MatMul"}  # what onnxruntime adds to the name where it makes a MatMul of a Gemm
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it advises a preparation that the graph has behind it

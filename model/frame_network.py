@@ -6,7 +6,7 @@ Shapes: B clips, F bands, T frames, L tokens, D channels, K classes.
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.foreign import Weights
-from model.frontend import CentredLogMel, KaldiFbank
+from model.frontend import Analysis, CentredLogMel, KaldiFbank
 from model.heads import FrameRNN, SequenceHead
 from model.network import Layer, Network, Outputs
 from model.registry import ENCODERS, read_options
 from settings import Config, UserError
 
+Bank = KaldiFbank | CentredLogMel
 SAMPLE_RATE = 16000
 FRAME_SAMPLES = 640  # 40 ms
 LONGEST = 10 * SAMPLE_RATE  # samples: what the tables of positions are for
@@ -47,7 +48,7 @@ class FrameNetwork(Network):
 
     def __init__(
         self,
-        analysis: KaldiFbank | CentredLogMel,
+        analysis: Bank,
         channels: int,
         *,
         num_classes: int = 527,
@@ -134,7 +135,7 @@ class FrameNetwork(Network):
 class Padded(nn.Module):
     """(B, samples) -> (B, T, F) log-mel spectrogram of `samples`, those that a clip lacks being zero."""
 
-    def __init__(self, analysis: KaldiFbank | CentredLogMel, samples: int) -> None:
+    def __init__(self, analysis: Bank, samples: int) -> None:
         super().__init__()
         self.analysis, self.samples = analysis, samples
 
@@ -158,6 +159,23 @@ def to_steps(tokens: Tensor, steps: int) -> Tensor:
 
 
 # --- settings and files -----------------------------------------------------------------------------------------------
+
+
+def builders(
+    network: type[FrameNetwork], bank: Callable[[], Bank]
+) -> tuple[Callable[[Config], FrameNetwork], Callable[[Config], nn.Module], Callable[[Config], Analysis]]:
+    """What the registry asks of an encoder's file: build, build_frontend, build_analysis. bank: makes its log-mel."""
+
+    def build(settings: Config) -> FrameNetwork:
+        return network(**network_options(settings))
+
+    def build_frontend(settings: Config) -> nn.Module:
+        return Padded(bank(), settings.clip_samples)
+
+    def build_analysis(settings: Config) -> Analysis:
+        return bank().analysis()
+
+    return build, build_frontend, build_analysis
 
 
 def network_options(settings: Config) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Layers over the sequence of steps, between the grid of features and the frame scores.
+"""Layers over the sequence of steps, between the grid of features and the frame scores; poolings of these over time.
 
-Every head adds something to the grid that is zero at first: a network that has been trained without one starts as it
-was. Shapes: B clips, C channels, f frequency bins, T steps, D channels of the head.
+A sequence head adds something to the grid that is zero at first: a network that has been trained without one starts as
+it was. Shapes: B clips, C channels, f frequency bins, T steps, D channels of the head, K classes.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ DROPOUT = 0.1  # of each residual branch, and between the layers of a GRU, in tr
 
 Kind = Literal["gru", "lstm", "attention", "transformer"]
 RNNS = {"gru": nn.GRU, "lstm": nn.LSTM}
+LEAST = 1e-7  # of a probability or a share, and of what it lacks to 1
 
 
 class SequenceHead(nn.Module):
@@ -132,3 +134,28 @@ def _check_dim(kind: Kind, dim: int) -> None:
             f"sequence_dim {dim} must be a multiple of {HEAD_CHANNELS}, the channels of an attention head, or an even "
             f"number below it, for sequence_head = {kind}."
         )
+
+
+# --- poolings over time -----------------------------------------------------------------------------------------------
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """The sigmoid in float32, at least LEAST from 0 and 1."""
+    return logits.float().sigmoid().clamp(LEAST, 1 - LEAST)
+
+
+def shares(weights: Tensor) -> Tensor:
+    """(B, T, K) in [0, 1] -> the same, at least LEAST from 0 and 1, then divided by their sum over time."""
+    weights = weights.float().clamp(LEAST, 1 - LEAST)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+# Of probabilities p (B, T, K) over time, for each class; a (B, T, K) is given to att alone. (B, K)
+# Wang, Li, Metze: A Comparison of Five Multiple Instance Learning Pooling Functions, ICASSP 2019, arXiv 1810.09050.
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "max": lambda p, _: p.amax(dim=1),
+    "ave": lambda p, _: p.mean(dim=1),
+    "lin": lambda p, _: p.square().sum(dim=1) / p.sum(dim=1),
+    "exp": lambda p, _: (p * p.exp()).sum(dim=1) / p.exp().sum(dim=1),
+    "att": lambda p, a: (p * a.float().softmax(dim=1)).sum(dim=1),
+}

@@ -71,6 +71,25 @@ TRANSFORMER_OPTIONS = {
     "drop_layers": Option(int, 0, "blocks left out at the top"),
 }
 
+DONE_RIGHT = "https://github.com/lijuncheng16/AudioTaggingDoneRight"
+FBANK, LOGMEL = (  # front-ends of ClipNetworks, by the one that is the default
+    {
+        "frontend": Option(
+            str, default, "128 Kaldi bands every 10 ms, or 64 Slaney bands every 25 ms", ("fbank128", "logmel64")
+        ),
+        "mean": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+        "deviation": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
+    }
+    for default in ("fbank128", "logmel64")
+)
+POOLING = {"pooling": Option(str, "att", "of the steps' probabilities over time", ("max", "ave", "lin", "exp", "att"))}
+CONVOLUTIONS = {
+    "dim": Option(int, None, "channels; None: 16 a band"),
+    "conv_layers": Option(int, 10, "convolutions"),
+}
+AROUND = {"dropout": Option(float, 0.0, "around the layers, in training")}
+INSIDE = {"transformer_dropout": Option(float, 0.25, "in the transformer layers, in training")}
+
 ENCODERS: dict[str, Encoder] = {
     "htsat": Encoder(
         module="htsat",
@@ -157,16 +176,12 @@ ENCODERS: dict[str, Encoder] = {
             r"dist_token",
         ),
         options={
-            "frontend": Option(
-                str, "fbank128", "128 Kaldi bands every 10 ms, or 64 Slaney bands every 25 ms", ("fbank128", "logmel64")
-            ),
+            **FBANK,
             "frequency_stride": Option(int, 10, "of the 16 x 16 patches, in bands"),
             "time_stride": Option(int, 10, "of the 16 x 16 patches, in frames"),
             "dim": Option(int, 768, "channels"),
             "depth": Option(int, 12, "blocks"),
             "heads": Option(int, 12, "attention heads"),
-            "mean": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
-            "deviation": Option(float, None, "of the log-mel spectrogram; None: AudioSet's"),
         },
         published=("ast-audioset",),
     ),
@@ -208,6 +223,91 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
         options={**HEAD_OPTIONS, "width": Option(float, 1.0, "factor of the channels")},
         published=("frame_mn10-strong",),
+    ),
+    "tal": Encoder(
+        module="tal",
+        title="TAL",
+        paper="Wang, Li, Metze, ICASSP 2019, arXiv 1810.09050",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=25_761_918,
+        licence="BSD 3-Clause",
+        keys=(r"gru\.weight_ih_l0",),
+        options={**FBANK, **POOLING, **CONVOLUTIONS, **AROUND},
+    ),
+    "taltrans": Encoder(
+        module="taltrans",
+        title="TALtrans",
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.04,
+        parameters=32_061_566,
+        licence="BSD 3-Clause",
+        keys=(r"enc_layer\.",),
+        options={
+            **FBANK,
+            **POOLING,
+            **CONVOLUTIONS,
+            "layers": Option(int, 2, "passes through the transformer layer"),
+            "addpos": Option(str, "yes", "whether a code of time is added to the features", ("yes", "no")),
+            **AROUND,
+            **INSIDE,
+        },
+    ),
+    "transformer": Encoder(
+        module="transformer",
+        title="Transformer",
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.1,
+        parameters=17_948_702,
+        licence="BSD 3-Clause",
+        keys=(r"layer_stack\.",),
+        options={
+            **LOGMEL,
+            **POOLING,
+            "dim": Option(int, 1024, "channels"),
+            "layers": Option(int, 2, "transformer layers"),
+            **AROUND,
+            **INSIDE,
+        },
+    ),
+    "fnet": Encoder(
+        module="fnet",
+        title="FNet",
+        paper="Lee-Thorp et al., NAACL 2022, arXiv 2105.03824",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.01,
+        parameters=13_500_958,
+        licence="BSD 3-Clause",
+        keys=(r"input\.hidden_mapping\.",),
+        options={
+            **FBANK,
+            "dim": Option(int, 256, "channels"),
+            "layers": Option(int, 50, "Fourier layers"),
+            "dropout": Option(float, 0.1, "of the input and of each MLP, in training"),
+        },
+    ),
+    "linear": Encoder(
+        module="linear",
+        title="linear",
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.025,
+        parameters=194_590,
+        licence="BSD 3-Clause",
+        keys=(r"linear\.6\.",),
+        options={
+            **LOGMEL,
+            **POOLING,
+            "dim": Option(int, 128, "channels"),
+            "dropout": Option(float, 0.1, "before each layer, in training"),
+        },
     ),
 }
 

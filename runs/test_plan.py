@@ -15,8 +15,7 @@ from data_generator import SEDDataModule
 from evaluation.mapping import ClassMapping, load_mapping
 from evaluation.postprocess import PostProcessing, read_postprocessing
 from evaluation.scores import shard_path
-from model.checkpoint import Checkpoint, read_checkpoint, tensor_bytes
-from runs.ledger import file_sha256
+from model.checkpoint import Checkpoint, tensor_bytes
 from sed_model import Evaluation
 from settings import Config, UserError, section
 from training.devices import is_first_process
@@ -48,11 +47,16 @@ def class_mapping(known: Sequence[str], settings: Config, table: ClipTable) -> O
 
 
 def plan_test(
-    module: Evaluation, settings: Config, data: SEDDataModule, checkpoints: Sequence[str], known: Sequence[str]
+    module: Evaluation,
+    settings: Config,
+    data: SEDDataModule,
+    checkpoints: Sequence[Checkpoint],
+    hashes: Sequence[str],
+    known: Sequence[str],
 ) -> TestPlan:
     """Give `module` its class mapping, and `data` the share of the clips that test_shard names.
 
-    known: the classes of the checkpoints. Raises UserError where test_shard is none.
+    hashes: SHA-256 of the checkpoints' files; known: their classes. Raises UserError where test_shard is none.
     """
     table = data.tables[settings.test_split] = annotated_clips(settings, data.tables[settings.test_split])
     mapping = class_mapping(known, settings, table)
@@ -64,14 +68,13 @@ def plan_test(
     attributes: dict[str, str | int | float] = {
         "dataset_type": settings.dataset_type,
         "split": reported_split(settings),
-        "run_id": run_id(checkpoints, settings, table),
+        "run_id": run_id(hashes, settings, table),
         "split_clips": len(table),
         "clip_store": str(table.paths[0]),
         **{name: getattr(settings, name) for name in section("front-end")},
     }
-    members = [read_checkpoint(path) for path in checkpoints]
-    attributes["weights"] = weights_id(members)
-    post = stored_postprocessing(members, module.labels, mapping)
+    attributes["weights"] = weights_id(checkpoints)
+    post = stored_postprocessing(checkpoints, module.labels, mapping)
     if post is not None:
         attributes["postprocessing"] = json.dumps(post.as_dict())
     if count > 1:
@@ -117,9 +120,9 @@ def _shard(test_shard: Sequence[int], clips: int) -> tuple[int, int]:
     return test_shard[0], test_shard[1]
 
 
-def run_id(checkpoints: Sequence[str], settings: Config, table: ClipTable) -> str:
+def run_id(hashes: Sequence[str], settings: Config, table: ClipTable) -> str:
     """16 hexadecimal digits that the jobs of one test share: of the checkpoints, the clips and the class mapping."""
-    said = [*(file_sha256(path) for path in checkpoints), table.fingerprint(), settings.test_split]
+    said = [*hashes, table.fingerprint(), settings.test_split]
     said += [settings.fl_audioset_mapping, str(settings.fl_local), str(settings.tta_shifts)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
 

@@ -69,8 +69,8 @@ def run_test(module: Evaluation, data: SEDDataModule, members: Sequence[Member])
         raise UserError(
             f"fl_local = True needs frame scores, and encoder = {settings.encoder} has no time axis: test without it."
         )
-    paths = [str(member.checkpoint.path) for member in members]
-    plan = plan_test(module, settings, data, paths, members[0].known_labels)
+    checkpoints, hashes = [member.checkpoint for member in members], [member.sha256 for member in members]
+    plan = plan_test(module, settings, data, checkpoints, hashes, members[0].known_labels)
     whole = plan.complete and not settings.debug
     folder, ledger = Path(settings.heatmap_dir), Path(settings.results_path)
     places = folder / f"{plan.name}.json", folder / f"{plan.name}.h5"

@@ -46,6 +46,11 @@ SIZES: dict[str, dict[str, Any]] = {  # of each encoder: the settings of a tiny 
             "asit": "dim=64,depth=2,heads=1",
             "frame_mn06": "width=0.1",
             "frame_mn10": "width=0.85",
+            "tal": "frontend=logmel64,dim=128,conv_layers=5",
+            "taltrans": "frontend=logmel64,dim=128,conv_layers=5",
+            "transformer": "dim=64",
+            "fnet": "frontend=logmel64,dim=64,layers=3",
+            "linear": "dim=64",
         }.items()
     },
 }

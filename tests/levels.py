@@ -56,7 +56,7 @@ def levels_tagger(rate: int = RATE, kind: type[Tagger] = Tagger, **given: Any) -
 def save_nano(path: Path, labels: list[str], thresholds: tuple[float, ...]) -> Path:
     """A calibrated checkpoint of NANO."""
     calibrated = PostProcessing(tuple(labels), thresholds=thresholds, source="calibrated").as_dict()
-    store_in_checkpoint(save_network(path, labels, **NANO), "postprocessing", calibrated)
+    store_in_checkpoint(save_network(path, labels, **NANO), postprocessing=calibrated)
     return path
 
 

@@ -1,6 +1,7 @@
 """The one place where Lightning's Trainer is built, with its logs."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
-from data.workers import terminate
 from settings import Config
 from training.callbacks import AtomicCheckpointIO, Progress, build_callbacks
 from training.devices import EndTogether, device_count, lost_processes, node_count, on_gpu
@@ -86,8 +86,8 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
             raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt) from None
         raise
     except RuntimeError as error:
-        if "is killed by signal: Terminated" in str(error):
-            terminate()
+        if "is killed by signal: Terminated" in str(error) and callable(signal.getsignal(signal.SIGTERM)):
+            signal.raise_signal(signal.SIGTERM)  # which is on its way to this process
         raise
 
 

@@ -14,17 +14,16 @@ from torch.nn import functional as F
 from model.foreign import Weights
 from model.frame_network import (
     FrameNetwork,
-    Padded,
+    builders,
     check_sizes,
     described,
     find,
-    network_options,
     transformer_sizes,
 )
-from model.frontend import Analysis, KaldiFbank
+from model.frontend import KaldiFbank
 from model.layers.vit import EPS, init_linear, vit_blocks
 from model.network import Layer
-from settings import Config, UserError
+from settings import UserError
 
 BANDS, PATCH = 128, 16  # mel bands; bands and frames of a patch
 STEPS, ROWS = 62, BANDS // PATCH  # of the patches of 10 s
@@ -109,18 +108,4 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
 
 NETWORK = ASiT
-
-
-def build(settings: Config) -> ASiT:
-    """The network that the settings describe. Raises UserError for options that it does not have."""
-    return ASiT(**network_options(settings))
-
-
-def build_frontend(settings: Config) -> Padded:
-    """Network.log_mel alone, without the network."""
-    return Padded(build_bank(), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return build_bank().analysis()
+build, build_frontend, build_analysis = builders(ASiT, build_bank)

@@ -5,7 +5,6 @@ statistics: Li, Qu, Huang, Metze: AudioTagging Done Right, Interspeech 2022, arX
 T frames, N patches, D channels, K classes.
 """
 
-import copy
 import re
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -15,26 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import clip_network
+from model.clip_network import BANDS, SAMPLE_RATE, ClipNetwork, clip_options, frame_count
 from model.foreign import Weights
-from model.frontend import Analysis, KaldiFbank, SlaneyDecibels
-from model.network import Layer, Network, Outputs
+from model.network import Layer, Outputs
 from model.registry import read_options
 from settings import Config, UserError
 
-SAMPLE_RATE = 16000
 PATCH = 16  # bands and frames
-BANDS = {"fbank128": 128, "logmel64": 64}
-# Mean and deviation of the log-mel spectrogram: AST's own of AudioSet; AudioTagging Done Right's without augmentation.
-AUDIOSET = {"fbank128": (-4.2677393, 4.5689974), "logmel64": (-38.193954, 45.802143)}
-ESC50, SPEECH_COMMANDS = (-6.6268077, 5.358466), (-6.845978, 5.5654526)  # of fbank128
+ESC50, SPEECH_COMMANDS = (-6.6268077, 5.358466), (-6.845978, 5.5654526)  # mean and deviation of fbank128
 
 
-class AST(Network):
-    """The published network, with its state-dict names and shapes. It has no time axis: frames is 0.
+class AST(ClipNetwork):
+    """The published network, with its state-dict names and shapes. It has no time axis.
 
-    clip_samples: longest input at 16 kHz, which decides T. frontend: fbank128 or logmel64. mean, deviation: of the
-    log-mel spectrogram, None: AudioSet's. softmax: clip probabilities sum to 1. Raises UserError for sizes that do not
-    fit together.
+    Raises UserError for sizes that do not fit together.
     """
 
     classifier = ("mlp_head.",)
@@ -43,33 +37,21 @@ class AST(Network):
     def __init__(
         self,
         *,
-        num_classes: int = 527,
-        clip_samples: int = 10 * SAMPLE_RATE,
         frontend: str = "fbank128",
         frequency_stride: int = 10,
         time_stride: int = 10,
         dim: int = 768,
         depth: int = 12,
         heads: int = 12,
-        mean: Optional[float] = None,
-        deviation: Optional[float] = None,
-        softmax: bool = False,
+        **shared: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(frontend=frontend, **shared)
         if heads < 1 or dim % heads or not 1 <= depth <= 100:
             raise UserError(
                 f"encoder_options: dim = {dim} must be a multiple of heads = {heads}, and depth = {depth} 1 to 100."
             )
-        self.sample_rate, self.clip_samples, self.num_classes, self.softmax = (
-            SAMPLE_RATE,
-            clip_samples,
-            num_classes,
-            softmax,
-        )
-        self.frames, self.frame_seconds, self.channels = 0, 0.0, dim
-        self.mean, self.deviation = AUDIOSET[frontend] if mean is None or deviation is None else (mean, deviation)
-        self.spectrum = Spectrum(frontend, clip_samples)
-        self.grid = patch_grid(frontend, clip_samples, frequency_stride, time_stride)  # rows and columns of patches
+        self.channels = dim
+        self.grid = patch_grid(frontend, self.clip_samples, frequency_stride, time_stride)  # rows, columns of patches
 
         v: Any = timm.create_model(
             "deit_base_distilled_patch16_384", in_chans=1, num_classes=0, embed_dim=dim, depth=depth, num_heads=heads
@@ -79,21 +61,7 @@ class AST(Network):
         v.pos_embed = nn.Parameter(torch.zeros(1, 2 + self.grid[0] * self.grid[1], dim))
         nn.init.trunc_normal_(v.pos_embed, std=0.02)
         self.v = v
-        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
-
-    def log_mel(self, waveform: Tensor) -> Tensor:
-        if waveform.shape[1] > self.clip_samples:
-            raise UserError(
-                f"A waveform of {waveform.shape[1]} samples is longer than the network's {self.clip_samples}: cut it "
-                f"into windows."
-            )
-        return self.spectrum(waveform)
-
-    def normalize(self, log_mel: Tensor) -> Tensor:
-        return ((log_mel - self.mean) / (2 * self.deviation)).transpose(1, 2)
-
-    def decibel(self) -> Tensor:
-        return torch.tensor([self.spectrum.analysis.decibel / (2 * self.deviation)], device=self.v.cls_token.device)
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.num_classes))
 
     def forward_features(self, features: Tensor) -> Tensor:
         """(B, F, T) -> (B, 2 + N, D): class token, distillation token, patches row by row."""
@@ -102,22 +70,13 @@ class AST(Network):
     def forward_head(self, maps: Tensor) -> Outputs:
         """(B, 2 + N, D) -> Outputs without frames."""
         embedding = maps[:, :2].mean(dim=1)
-        logits = self.mlp_head(embedding).float()
-        no_logits, no_frames = (
-            torch.zeros(maps.shape[0], 0, size, device=maps.device) for size in (self.num_classes, self.channels)
-        )
-        return Outputs(logits, no_logits, no_frames, embedding.float())
+        return self.outputs_of_clip(embedding, self.mlp_head(embedding))
 
     def layers(self) -> list[Layer]:
         v = self.v
         below: list[Layer] = [[self.spectrum, v.patch_embed, v.cls_token, v.dist_token, v.pos_embed]]
         blocks: list[Layer] = [[block] for block in v.blocks[:-1]]
         return [*below, *blocks, [v.blocks[-1], v.norm], [self.mlp_head]]
-
-    def onnx_frontend(self, samples: int) -> nn.Module:
-        spectrum = copy.deepcopy(self.spectrum).cpu()
-        spectrum.analysis = spectrum.analysis.traced(samples)  # type: ignore[assignment]
-        return spectrum
 
     def adapted(
         self, state_dict: Mapping[str, Tensor], settings: Optional[Mapping[str, Any]] = None
@@ -133,30 +92,6 @@ class AST(Network):
             **state_dict,
             "v.pos_embed": resize_positions(table, source_grid(table.shape[1] - 2, settings), self.grid),
         }
-
-
-class Spectrum(nn.Module):
-    """(B, samples) -> (B, T, F) log-mel spectrogram; the clip's mean is subtracted first.
-
-    A clip shorter than `samples` is filled up behind with frames of the value 0, which is a loud one, as published.
-    """
-
-    def __init__(self, frontend: str, samples: int) -> None:
-        super().__init__()
-        bands = BANDS[frontend]
-        self.analysis = KaldiFbank(bands) if frontend == "fbank128" else SlaneyDecibels(bands, SAMPLE_RATE)
-        self.frames = frame_count(frontend, samples)
-
-    def forward(self, waveform: Tensor) -> Tensor:
-        found = self.analysis(waveform - waveform.mean(dim=1, keepdim=True))[:, : self.frames]
-        return F.pad(found, (0, 0, 0, self.frames - found.shape[1]))
-
-
-def frame_count(frontend: str, samples: int) -> int:
-    """T of a network for clips of so many samples: 1024, 512 and 128 frames of fbank128 for 10, 5 and 1 s."""
-    if frontend == "fbank128":
-        return -(-(1 + (samples - KaldiFbank.length) // KaldiFbank.hop) // 128) * 128
-    return samples // SlaneyDecibels.hop
 
 
 def patch_grid(frontend: str, samples: int, frequency_stride: int, time_stride: int) -> tuple[int, int]:
@@ -296,29 +231,9 @@ def _outside_of_blocks(key: str) -> str:
     return key
 
 
-NETWORK = AST
+NETWORK, build_frontend, build_analysis = AST, clip_network.build_spectrum, clip_network.build_analysis
 
 
 def build(settings: Config) -> AST:
     """The network that the settings describe. Raises UserError for options that it does not have."""
-    options: Any = read_options("ast", settings.encoder_options)
-    if settings.sequence_head != "none":
-        raise UserError(f"sequence_head = {settings.sequence_head} needs frames, and encoder = ast has no time axis.")
-    if settings.sample_rate != SAMPLE_RATE:
-        raise UserError(f"sample_rate = {settings.sample_rate} is not allowed: AST takes {SAMPLE_RATE} Hz.")
-    return AST(
-        num_classes=settings.classes_num,
-        clip_samples=settings.clip_samples,
-        softmax=settings.loss_type == "clip_ce",
-        **options,
-    )
-
-
-def build_frontend(settings: Config) -> Spectrum:
-    """Network.log_mel alone, without the network."""
-    return Spectrum(str(read_options("ast", settings.encoder_options)["frontend"]), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return build_frontend(settings).analysis.analysis()
+    return AST(**clip_options(settings))

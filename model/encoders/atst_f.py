@@ -16,17 +16,15 @@ from model.frame_network import (
     FRAME_SAMPLES,
     LONGEST,
     FrameNetwork,
-    Padded,
+    builders,
     check_sizes,
     described,
     find,
-    network_options,
     transformer_sizes,
 )
-from model.frontend import Analysis, CentredLogMel, mel_filterbank
+from model.frontend import CentredLogMel, mel_filterbank
 from model.layers.vit import EPS, init_linear, vit_blocks
 from model.network import Layer
-from settings import Config
 
 BANDS, PATCH = 64, 4  # mel bands; frames of a patch, 40 ms
 DYNAMIC_RANGE = 80.0  # dB below the loudest cell
@@ -130,18 +128,4 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
 
 NETWORK = ATST
-
-
-def build(settings: Config) -> ATST:
-    """The network that the settings describe. Raises UserError for options that it does not have."""
-    return ATST(**network_options(settings))
-
-
-def build_frontend(settings: Config) -> Padded:
-    """Network.log_mel alone, without the network."""
-    return Padded(AtstDecibels(), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return AtstDecibels().analysis()
+build, build_frontend, build_analysis = builders(ATST, AtstDecibels)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from model.foreign import Weights
-from model.frame_network import FrameNetwork, Padded, check_sizes, described, find, network_options
-from model.frontend import Analysis, KaldiFbank
+from model.frame_network import FrameNetwork, builders, check_sizes, described, find
+from model.frontend import KaldiFbank
 from model.network import Layer
-from settings import Config, UserError
+from settings import UserError
 
 BANDS, PATCH = 128, 16  # mel bands; bands and frames of a patch
 PATCH_CHANNELS = 512
@@ -193,18 +193,4 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
 
 NETWORK = BEATs
-
-
-def build(settings: Config) -> BEATs:
-    """The network that the settings describe. Raises UserError for options that it does not have."""
-    return BEATs(**network_options(settings))
-
-
-def build_frontend(settings: Config) -> Padded:
-    """Network.log_mel alone, without the network."""
-    return Padded(build_bank(), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return build_bank().analysis()
+build, build_frontend, build_analysis = builders(BEATs, build_bank)

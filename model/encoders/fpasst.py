@@ -17,17 +17,15 @@ from model.frame_network import (
     FRAME_SAMPLES,
     LONGEST,
     FrameNetwork,
-    Padded,
+    builders,
     check_sizes,
     described,
     find,
-    network_options,
     transformer_sizes,
 )
-from model.frontend import Analysis, CentredLogMel, kaldi_filterbank
+from model.frontend import CentredLogMel, kaldi_filterbank
 from model.layers.vit import EPS, init_linear, vit_blocks
 from model.network import Layer
-from settings import Config
 
 BANDS = 128
 TOKENS = 2  # class and distillation token
@@ -136,18 +134,4 @@ def _of_deit(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 NETWORK = FPaSST
-
-
-def build(settings: Config) -> FPaSST:
-    """The network that the settings describe. Raises UserError for options that it does not have."""
-    return FPaSST(**network_options(settings))
-
-
-def build_frontend(settings: Config) -> Padded:
-    """Network.log_mel alone, without the network."""
-    return Padded(build_bank(), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return build_bank().analysis()
+build, build_frontend, build_analysis = builders(FPaSST, build_bank)

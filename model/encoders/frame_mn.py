@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchvision.ops.misc import Conv2dNormActivation
 
 from model.foreign import Weights
-from model.frame_network import FrameNetwork, Padded, described, find, network_options
-from model.frontend import Analysis, CentredLogMel, kaldi_filterbank
+from model.frame_network import FrameNetwork, builders, described, find
+from model.frontend import CentredLogMel, kaldi_filterbank
 from model.network import Layer
-from settings import Config, UserError
+from settings import UserError
 
 BANDS = 128
 DIVISOR = 8  # of every number of channels
@@ -170,18 +170,4 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
 
 NETWORK = FrameMobileNet
-
-
-def build(settings: Config) -> FrameMobileNet:
-    """The network that the settings describe. Raises UserError for options that it does not have."""
-    return FrameMobileNet(**network_options(settings))
-
-
-def build_frontend(settings: Config) -> Padded:
-    """Network.log_mel alone, without the network."""
-    return Padded(build_bank(), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return build_bank().analysis()
+build, build_frontend, build_analysis = builders(FrameMobileNet, build_bank)

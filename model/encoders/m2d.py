@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from model.foreign import Weights
 from model.frame_network import (
     FrameNetwork,
-    Padded,
+    builders,
     check_sizes,
     described,
     find,
-    network_options,
     transformer_sizes,
 )
-from model.frontend import Analysis, CentredLogMel, mel_filterbank
+from model.frontend import CentredLogMel, mel_filterbank
 from model.layers.vit import EPS, init_linear, vit_blocks
 from model.network import Layer
-from settings import Config
 
 BANDS, PATCH = 80, 16  # mel bands; bands and frames of a patch
 ROWS, STEPS = BANDS // PATCH, 62  # of the patches of 10 s
@@ -104,18 +102,4 @@ def rename(weights: Mapping[str, Tensor]) -> Weights:
 
 
 NETWORK = M2D
-
-
-def build(settings: Config) -> M2D:
-    """The network that the settings describe. Raises UserError for options that it does not have."""
-    return M2D(**network_options(settings))
-
-
-def build_frontend(settings: Config) -> Padded:
-    """Network.log_mel alone, without the network."""
-    return Padded(build_bank(), settings.clip_samples)
-
-
-def build_analysis(settings: Config) -> Analysis:
-    """What the front-end measures, for pictures."""
-    return build_bank().analysis()
+build, build_frontend, build_analysis = builders(M2D, build_bank)

@@ -1,5 +1,6 @@
 """Calibration: the search finds what raises its metric; the command keeps it, and never uses the test clips."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from model.checkpoint import read_checkpoint, save_safetensors, store_in_checkpo
 from prepare.demo import LABELS
 from settings import UserError
 from tests.evaluation.examples import STEP, measured, score_store
-from tests.helpers import LEAN, LEAN_FLAGS, refused, save_network
+from tests.helpers import LEAN, LEAN_FLAGS, call, refused, save_network
 
 
 def noisy_scores(clips: int = 20, parts: int = 1) -> Scores:
@@ -141,6 +142,19 @@ def test_from_calibrate_to_fl_evaluate(untrained: Path, data: list[str], capsys:
     assert "siren, knock" in capsys.readouterr().err
 
 
+def test_again_it_leaves_what_it_left(untrained: Path, data: list[str]) -> None:
+    """As where it was killed after the checkpoint had been calibrated."""
+    words = ["--resume_checkpoint", str(untrained), "--calibrate_for", "collar_f1", *data]
+    left = []
+    for _ in range(2):
+        call("calibrate", *words, "--heatmap_dir", "scores", "--results_path", "results.jsonl")
+        lines = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
+        (member,) = lines[-1]["checkpoints"]
+        left.append((load_scores(Path("scores/calibration.h5")).attributes, member, read_checkpoint(untrained).content))
+    assert left[0][:2] == left[1][:2]
+    assert left[0][2]["postprocessing"] == left[1][2]["postprocessing"]
+
+
 def test_clips_without_event_times_are_refused_before_they_are_scored(
     untrained: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,11 +217,11 @@ def test_a_foreign_file_leaves_the_scores_of_runs_alone(untrained: Path, data: l
 
 def test_a_checkpoint_keeps_what_it_had(untrained: Path) -> None:
     Path("second.ckpt").hardlink_to(untrained)
-    store_in_checkpoint(untrained, "postprocessing", {"labels": ["a"], "thresholds": [0.5]})
+    store_in_checkpoint(untrained, postprocessing={"labels": ["a"], "thresholds": [0.5]})
     content = torch.load(untrained, weights_only=True)
     assert set(content) == {"state_dict", "settings", "labels", "postprocessing", "digests"}
     assert read_checkpoint("second.ckpt").postprocessing is None
     assert not list(Path().glob("*.partial"))
     save_safetensors(Path("n.safetensors"), content["state_dict"], settings={}, labels=[], frontend={})
     with pytest.raises(UserError, match="safetensors"):
-        store_in_checkpoint("n.safetensors", "postprocessing", {})
+        store_in_checkpoint("n.safetensors", postprocessing={})

@@ -19,6 +19,7 @@ from inference import Tagger
 from inference.onnx_runtime import load_onnx
 from model.checkpoint import read_checkpoint
 from model.encoders.htsat import HTSAT_Swin_Transformer
+from model.export import quantize
 from prepare.demo import LABELS
 from runs.members import Member
 from settings import UserError, resolve
@@ -259,3 +260,9 @@ def test_files_that_are_no_export(exported: Path, tmp_path: Path) -> None:
             load_onnx(tmp_path / "fewer.onnx")
     with pytest.raises(UserError, match="takes waveform of shape"):
         load_onnx(exported / "model.onnx").network.probabilities(noise(1, 16000))
+
+
+def test_weights_of_8_bits_are_for_transformers() -> None:
+    nothing = onnx.helper.make_model(onnx.helper.make_graph([], "convolutions alone", [], []))
+    with pytest.raises(UserError, match="onnx-int8"):
+        quantize(nothing)

@@ -216,7 +216,7 @@ def test_plain_values_beside_weights_in_every_protocol(
     save({"state_dict": small, **BESIDE}, tmp_path / "a.pt")
     found = read_checkpoint(tmp_path / "a.pt")
     assert all(torch.equal(value, small[key]) for key, value in found.state_dict.items())
-    store_in_checkpoint(tmp_path / "a.pt", "note", "a")  # of plain values alone: torch reads it without our list
+    store_in_checkpoint(tmp_path / "a.pt", note="a")  # of plain values alone: torch reads it without our list
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     assert (content["best"], content["step"], content["text"], content["kind"]) == (0.4, 7, "a", "f4")
     assert content["curve"].tolist() == BESIDE["curve"].tolist()
