@@ -313,14 +313,17 @@ class SEDWrapper(Evaluation):
     def training_loss(self, batch: Batch) -> Tensor:
         """The loss of a batch of the training data, on the device, with the augmentations of the settings."""
         network = self.sed_model
-        waveform, targets = self.augment_waveform(self.sound(batch), batch)
-        waveform, targets = self.wavmix(waveform, targets)
-        # A mask covers both sounds of clips that are mixed before it, and one of those that are mixed after it.
-        if self.settings.mixup_waveforms:
-            waveform, targets = self.mixup(waveform, targets)
+        waveform, targets = self.augmented_sound(self.sound(batch), batch)
         features, targets = self.augment_features(network.features(waveform), targets)
         outputs = network.forward_head(network.forward_features(features))
         return self.loss(outputs, targets, features)
+
+    def augmented_sound(self, waveform: Tensor, batch: Batch) -> tuple[Tensor, Targets]:
+        """(B, samples) -> the waveforms after all augmentation before the front-end, and their targets."""
+        waveform, targets = self.augment_waveform(waveform, batch)
+        waveform, targets = self.wavmix(waveform, targets)
+        # A mask covers both sounds of clips that are mixed before it, and one of those that are mixed after it.
+        return self.mixup(waveform, targets) if self.settings.mixup_waveforms else (waveform, targets)
 
     def augment_waveform(self, waveform: Tensor, batch: Batch) -> tuple[Tensor, Targets]:
         """(B, samples) -> the augmented waveforms and their targets."""

@@ -52,6 +52,11 @@ COMMANDS: dict[str, Command] = {
         ],
         (*PLACES, "data set", "split", "random_seed", "front-end", "clips"),
     ),
+    "normalize": Command(
+        "measure mean and deviation of the training clips' log-mel spectrograms, which train then takes",
+        [("--augmented", {"help": "after the augmentation of waveforms in the settings", "action": "store_true"})],
+        (*PLACES, "data set", "split", "machine", "batch_size", "random_seed", "encoder", "clips", "augmentation"),
+    ),
     "encoders": Command("list the encoders and their options", [], ()),
     "train": Command("train a network, or resume a run (--resume auto)", [], TRAINING),
     "test": Command("evaluate a checkpoint (--resume_checkpoint PATH)", [], TESTING),

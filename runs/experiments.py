@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from data.clip_store import read_store_table, store_path
+from data.facts import NORMALIZATION
 from data.workers import CHILD
 from data_generator import load_table
-from runs.ledger import settings_hash
+from model.registry import ENCODERS
+from runs.ledger import file_sha256, settings_hash
 from settings import Config
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
@@ -26,6 +28,9 @@ def experiment_hash(settings: Config) -> str:
     else:
         data = read_store_table(store_path(settings.dataset_path, settings.dataset_type)).fingerprint()
     more = {"seed": settings.random_seed, "data": data, "shortened": settings.debug}
+    measured = Path(settings.dataset_path) / NORMALIZATION
+    if measured.is_file() and "mean" in ENCODERS[settings.encoder].options:
+        more["normalization"] = file_sha256(measured)
     return settings_hash({**settings.model_dump(), **more})[:8]
 
 
