@@ -115,6 +115,11 @@ encoder: Literal[  # the network, by its name in model/registry.py
     "fpasst",
     "m2d",
     "asit",
+    "psla",
+    "resnet50",
+    "mobilenetv2",
+    "cnn14",
+    "mn10",
     "frame_mn06",
     "frame_mn10",
     "tal",
@@ -129,7 +134,9 @@ encoder_options: dict[str, str] = {}  # its sizes, as time_stride=8,depth=6; `py
 data_rate = (  # of the prepared data, which say it themselves (data/facts.py)
     16000 if dataset_type in ("scv2", "dcase2016-task2") else 32000
 )
-sample_rate: PositiveInt = {"htsat": data_rate}.get(encoder, 16000)  # samples per second that the network is given
+sample_rate: PositiveInt = (  # samples per second that the network is given
+    {"htsat": data_rate, "cnn14": 32000, "mn10": 32000}.get(encoder, 16000)
+)
 
 # --- front-end, htsat ------------------------------------------------------------------------------------------------
 window_size: PositiveInt = 1024  # STFT window in samples

@@ -58,7 +58,7 @@ class ConfigFields(BaseModel):
     freeze_backbone: bool
     layer_decay: Decay
     decay_matrices_only: bool
-    encoder: Literal['htsat', 'ast', 'atst-f', 'beats', 'fpasst', 'm2d', 'asit', 'frame_mn06', 'frame_mn10', 'tal', 'taltrans', 'transformer', 'fnet', 'linear']
+    encoder: Literal['htsat', 'ast', 'atst-f', 'beats', 'fpasst', 'm2d', 'asit', 'psla', 'resnet50', 'mobilenetv2', 'cnn14', 'mn10', 'frame_mn06', 'frame_mn10', 'tal', 'taltrans', 'transformer', 'fnet', 'linear']
     encoder_options: dict[str, str]
     sample_rate: PositiveInt
     window_size: PositiveInt

@@ -5,7 +5,6 @@ the front-end, S steps of the encoder, D channels, K classes.
 """
 
 import copy
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from model.foreign import Weights
 from model.frontend import Analysis, KaldiFbank, SlaneyDecibels
 from model.heads import LEAST, POOLINGS, probabilities
+from model.layers.readout import frame_samples
 from model.network import Network, Outputs
 from model.registry import ENCODERS, read_options
 from settings import Config, UserError
@@ -26,7 +26,6 @@ BANDS = {"fbank128": 128, "logmel64": 64}
 # Mean and deviation of the log-mel spectrogram: AST's own of AudioSet; AudioTagging Done Right's without augmentation.
 AUDIOSET = {"fbank128": (-4.2677393, 4.5689974), "logmel64": (-38.193954, 45.802143)}
 SECONDS = (10, 5, 1)  # of published networks' clips
-MOST_FRAMES = 8  # that a step is divided into
 
 
 class ClipNetwork(Network):
@@ -60,16 +59,11 @@ class ClipNetwork(Network):
         """The frames, of an encoder with so many steps of so many frames of the front-end each.
 
         The steps go on behind the clip, where the spectrogram is filled up, and need not divide it: a frame is the
-        longest stretch that divides both a step and the clip, and has the scores of its step. Raises UserError for a
-        clip_samples without a step, or that would need more than MOST_FRAMES in one.
+        longest stretch that divides both a step and the clip, and has the scores of its step. Raises UserError as
+        frame_samples.
         """
         step = step_frames * self.spectrum.analysis.hop
-        frame = math.gcd(step, self.clip_samples)
-        if steps < 1 or step > MOST_FRAMES * frame:
-            raise UserError(
-                f"clip_samples = {self.clip_samples} is not allowed: a step of the network has {step} samples; give "
-                f"a multiple of it, or of its half, quarter or eighth, that holds a step."
-            )
+        frame = frame_samples(step, steps, self.clip_samples)
         self.frames, self.frame_seconds = self.clip_samples // frame, frame / SAMPLE_RATE
         step_of_frame = (torch.arange(self.frames) * frame // step).clamp(max=steps - 1)
         self.register_buffer("step_of_frame", step_of_frame, persistent=False)
@@ -103,11 +97,6 @@ class ClipNetwork(Network):
         frames = steps[:, of_frame].float()
         clips = clips.float().clamp(LEAST, 1 - LEAST)
         return Outputs(torch.log(clips / (1 - clips)), logits[:, of_frame].float(), frames, frames.mean(dim=1))
-
-    def outputs_of_clip(self, embedding: Tensor, logits: Tensor) -> Outputs:
-        """(B, D), (B, K) -> Outputs without frames."""
-        no_logits, no_frames = (x.new_zeros((len(x), 0, x.shape[1]), dtype=torch.float32) for x in (logits, embedding))
-        return Outputs(logits.float(), no_logits, no_frames, embedding.float())
 
 
 class PooledNetwork(ClipNetwork):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.foreign import Weights
-from model.frontend import Analysis, CentredLogMel, KaldiFbank
+from model.frontend import Analysis, CentredLogMel, FillUp, KaldiFbank
 from model.heads import FrameRNN, SequenceHead
 from model.network import Layer, Network, Outputs
 from model.registry import ENCODERS, read_options
@@ -137,15 +137,10 @@ class Padded(nn.Module):
 
     def __init__(self, analysis: Bank, samples: int) -> None:
         super().__init__()
-        self.analysis, self.samples = analysis, samples
+        self.fill, self.analysis = FillUp(samples), analysis
 
     def forward(self, waveform: Tensor) -> Tensor:
-        if waveform.shape[1] > self.samples:
-            raise UserError(
-                f"A waveform of {waveform.shape[1]} samples is longer than the network's {self.samples}: cut it into "
-                f"windows."
-            )
-        return self.analysis(F.pad(waveform, (0, self.samples - waveform.shape[1])))
+        return self.analysis(self.fill(waveform))
 
 
 def to_steps(tokens: Tensor, steps: int) -> Tensor:

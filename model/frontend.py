@@ -29,9 +29,9 @@ def mel_filterbank(bins: int, fmin: float, fmax: float, bands: int, sample_rate:
     return torchaudio.functional.melscale_fbanks(bins, fmin, fmax, bands, sample_rate, norm=norm, mel_scale=scale)
 
 
-def kaldi_filterbank(bands: int, fmin: float, fmax: float) -> Tensor:
-    """(257, bands) Kaldi's triangles over an FFT of 512 at 16 kHz, the last bin without weight; fmax 0: 8 kHz."""
-    triangles, _ = kaldi.get_mel_banks(bands, 512, 16000.0, fmin, fmax, 100.0, -500.0, 1.0)
+def kaldi_filterbank(bands: int, fmin: float, fmax: float, fft: int = 512, sample_rate: int = 16000) -> Tensor:
+    """(fft // 2 + 1, bands) Kaldi's triangles, the last bin without weight; fmax 0: half the sample rate."""
+    triangles, _ = kaldi.get_mel_banks(bands, fft, float(sample_rate), fmin, fmax, 100.0, -500.0, 1.0)
     return F.pad(triangles, (0, 1)).T.contiguous()
 
 
@@ -47,6 +47,22 @@ class Analysis(NamedTuple):
     hop: int
     shortest: int
     beyond: int = 0
+
+
+class FillUp(nn.Module):
+    """(B, up to `samples`) -> (B, samples), zeros behind a clip that is shorter."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples = samples
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        if waveform.shape[1] > self.samples:
+            raise UserError(
+                f"A waveform of {waveform.shape[1]} samples is longer than the network's {self.samples}: cut it into "
+                f"windows."
+            )
+        return F.pad(waveform, (0, self.samples - waveform.shape[1]))
 
 
 class STFTKernels(nn.Module):

@@ -159,3 +159,45 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "exp": lambda p, _: (p * p.exp()).sum(dim=1) / p.exp().sum(dim=1),
     "att": lambda p, a: (p * a.float().softmax(dim=1)).sum(dim=1),
 }
+
+
+class AttentionPooling(nn.Module):
+    """(B, C, T) -> class logits (B, T, K) of the steps, and probabilities (B, K): means over time by learned shares.
+
+    heads: several have shares and scores of their own, which are added up with weights that are learned, too; as these
+    are free, a sum may leave [0, 1]: it is to be clamped. 0: the mean over time. Gong, Chung, Glass: PSLA, arXiv
+    2102.01243.
+    """
+
+    def __init__(self, channels: int, num_classes: int, heads: int = 1) -> None:
+        super().__init__()
+        self.heads = heads
+        if heads > 1:
+            self.att, self.cla = (
+                nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for _ in range(heads)) for _ in range(2)
+            )
+            self.head_weight = nn.Parameter(torch.full((heads,), 1 / heads))
+            return
+        self.cla = nn.Conv2d(channels, num_classes, 1)
+        self.att = nn.Conv2d(channels, num_classes, 1) if heads else None
+        for layer in self.children():
+            assert isinstance(layer, nn.Conv2d)
+            bound = (6 / channels) ** 0.5
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.att, nn.ModuleList) and isinstance(self.cla, nn.ModuleList):
+            steps = torch.stack([_of_steps(cla, x).sigmoid() for cla in self.cla], dim=-1)  # (B, T, K, heads)
+            weights = torch.stack([shares(_of_steps(att, x).sigmoid()) for att in self.att], dim=-1)
+            clips = (weights * steps).sum(dim=1) @ self.head_weight.float()
+            return torch.logit(steps @ self.head_weight.float(), eps=LEAST), clips
+        logits = _of_steps(self.cla, x)
+        if self.att is None:
+            return logits, logits.sigmoid().mean(dim=1)
+        return logits, (shares(_of_steps(self.att, x).sigmoid()) * logits.sigmoid()).sum(dim=1)
+
+
+def _of_steps(convolution: nn.Module, x: Tensor) -> Tensor:
+    """(B, C, T) -> (B, T, K) of a 1 x 1 convolution, in float32."""
+    return convolution(x[:, :, None])[:, :, 0].transpose(1, 2).float()

@@ -98,6 +98,12 @@ class Network(nn.Module, ABC):
         clips, frames, _, embedding = self(waveform)
         return self.class_probabilities(clips), self.class_probabilities(frames), embedding
 
+    def outputs_of_clip(self, embedding: Tensor, logits: Tensor) -> Outputs:
+        """(B, D), (B, K) -> Outputs without frames."""
+        sizes = (embedding.shape[0], 0, logits.shape[1]), (embedding.shape[0], 0, embedding.shape[1])
+        no_logits, no_frames = (embedding.new_zeros(size, dtype=torch.float32) for size in sizes)
+        return Outputs(logits.float(), no_logits, no_frames, embedding.float())
+
     def class_probabilities(self, logits: Tensor) -> Tensor:
         """(..., K) logits of clips or frames -> (..., K): a softmax over the classes, or a sigmoid of each."""
         return logits.softmax(dim=-1) if self.softmax else logits.sigmoid()

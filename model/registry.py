@@ -89,6 +89,7 @@ CONVOLUTIONS = {
 }
 AROUND = {"dropout": Option(float, 0.0, "around the layers, in training")}
 INSIDE = {"transformer_dropout": Option(float, 0.25, "in the transformer layers, in training")}
+WIDTH = {"width": Option(float, 1.0, "factor of the channels")}
 
 ENCODERS: dict[str, Encoder] = {
     "htsat": Encoder(
@@ -197,6 +198,81 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"asit\.", r"pos_embed"),
         options=TRANSFORMER_OPTIONS,
         published=("asit-strong", "asit-weak", "asit-ssl"),
+    ),
+    "psla": Encoder(
+        module="psla",
+        title="PSLA",
+        paper="Gong, Chung, Glass, TASLP 2021, arXiv 2102.01243",
+        address="https://github.com/YuanGongND/psla",
+        sample_rate=16000,
+        frame_seconds=0.08,
+        parameters=13_640_766,
+        licence="not stated",
+        keys=(r"effnet\.", r"_blocks\.0\._depthwise_conv\.", r"blocks\.0\.0\.se\.conv_reduce\."),
+        options={
+            **FBANK,
+            "variant": Option(str, "b2", "of EfficientNet", tuple(f"b{number}" for number in range(8))),
+            "heads": Option(int, 4, "of the attention pooling; 0: mean over time"),
+            **WIDTH,
+        },
+    ),
+    "resnet50": Encoder(
+        module="resnet50",
+        title="ResNet50",
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=0.08,
+        parameters=25_661_406,
+        licence="BSD 3-Clause",
+        keys=(r"layer4\.\d+\.conv3\.",),
+        options={**FBANK, **WIDTH},
+    ),
+    "mobilenetv2": Encoder(
+        module="mobilenetv2",
+        title="MobileNetV2",
+        paper="Li et al., Interspeech 2022, arXiv 2203.13448",
+        address=DONE_RIGHT,
+        sample_rate=16000,
+        frame_seconds=None,
+        parameters=2_898_383,
+        licence="BSD 3-Clause",
+        keys=(r"(mobilenet\.)?features\.\d+\.conv\.",),
+        options={**FBANK, **WIDTH},
+    ),
+    "cnn14": Encoder(
+        module="cnn14",
+        title="PANNs Cnn14",
+        paper="Kong et al., TASLP 2020, arXiv 1912.10211",
+        address="https://github.com/qiuqiangkong/audioset_tagging_cnn",
+        sample_rate=32000,
+        frame_seconds=None,
+        parameters=81_837_071,
+        licence="MIT, weights CC BY 4.0",
+        keys=(r"conv_block1\.",),
+        options={
+            "pooling": Option(
+                str,
+                "max_mean",
+                "over time: max_mean of the features, or decision_max of scores every 320 ms, which are frame scores",
+                ("max_mean", "decision_max"),
+            ),
+            **WIDTH,
+        },
+        published=("cnn14-audioset", "cnn14-max-audioset"),
+    ),
+    "mn10": Encoder(  # before frame_mn: its files have keys of those, too
+        module="mn10",
+        title="EfficientAT mn10",
+        paper="Schmid et al., ICASSP 2023, arXiv 2211.04772",
+        address="https://github.com/fschmid56/EfficientAT",
+        sample_rate=32000,
+        frame_seconds=None,
+        parameters=4_876_831,
+        licence="MIT",
+        keys=(r"mn\.features\.", r"classifier\.5\."),
+        options=WIDTH,
+        published=("mn10-audioset",),
     ),
     "frame_mn06": Encoder(
         module="frame_mn",

@@ -15,6 +15,7 @@ import torch
 
 import main
 from model import build_model
+from model.registry import ENCODERS
 from prepare.demo import LABELS
 from runs import experiments
 from settings import Config, resolve
@@ -33,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {  # of each encoder: the settings of a tiny 
         name: {
             "encoder": name,
             "encoder_options": options,
-            "clip_samples": "16000",
+            "clip_samples": str(ENCODERS[name].sample_rate),  # 1 s
             "batch_size": "4",
             "accelerator": "cpu",
         }
@@ -44,6 +45,11 @@ SIZES: dict[str, dict[str, Any]] = {  # of each encoder: the settings of a tiny 
             "fpasst": "dim=64,depth=2,heads=1",
             "m2d": "dim=64,depth=2,heads=1",
             "asit": "dim=64,depth=2,heads=1",
+            "psla": "variant=b0,width=0.25,heads=2",
+            "resnet50": "width=0.125",
+            "mobilenetv2": "width=0.25",
+            "cnn14": "width=0.0625",
+            "mn10": "width=0.2",
             "frame_mn06": "width=0.1",
             "frame_mn10": "width=0.85",
             "tal": "frontend=logmel64,dim=128,conv_layers=5",

@@ -1,12 +1,18 @@
 """Frame scores on the time grid of an earlier stage: the last stage's features, with those of the stages before it.
 
-Top-down, as feature pyramids (Lin et al. 2017, arXiv 1612.03144) read a picture. Shapes: B clips, C channels, L tokens.
+Top-down, as feature pyramids (Lin et al. 2017, arXiv 1612.03144) read a picture. And the time axis of encoders whose
+steps do not divide a clip. Shapes: B clips, C channels, L tokens.
 """
 
+import math
 from collections.abc import Sequence
 
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
+
+from settings import UserError
+
+MOST_FRAMES = 8  # that a step is divided into
 
 
 class Lateral(nn.Module):
@@ -58,3 +64,17 @@ class Readout(nn.Module):
 def repeat_in_time(values: Tensor, steps: int) -> Tensor:
     """(..., T) -> (..., steps), a multiple of T: each step several times, so that all last as long as before."""
     return values if values.shape[-1] == steps else repeat(values, "... t -> ... (t n)", n=steps // values.shape[-1])
+
+
+def frame_samples(step: int, steps: int, clip_samples: int) -> int:
+    """Samples of a frame: the longest stretch that divides both the clip and a step, of `step` samples, of a network.
+
+    Its steps need not divide a clip. Raises UserError for clips without a step, or of more than MOST_FRAMES in one.
+    """
+    frame = math.gcd(step, clip_samples)
+    if steps < 1 or step > MOST_FRAMES * frame:
+        raise UserError(
+            f"clip_samples = {clip_samples} is not allowed: a step of the network has {step} samples; give a multiple "
+            f"of it, or of its half, quarter or eighth, that holds a step."
+        )
+    return frame

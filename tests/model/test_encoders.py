@@ -37,6 +37,12 @@ CASES: dict[str, dict[str, Any]] = {  # settings: the tiny sizes of each encoder
     "m2d, lstm": {**SIZES["m2d"], "loss_type": "frame_bce", "sequence_head": "lstm", "sequence_dim": 16},
     "asit, attention": {**SIZES["asit"], "sequence_head": "attention", "sequence_dim": 32},
     "frame_mn06, attention head": {**SIZES["frame_mn06"], "encoder_options": "width=0.1,head=attention"},
+    "cnn14, decision_max": {**SIZES["cnn14"], "encoder_options": "width=0.0625,pooling=decision_max"},
+    "psla, logmel64, one head": {
+        **SIZES["psla"],
+        "encoder_options": "variant=b0,width=0.25,heads=1,frontend=logmel64",
+    },
+    "psla, no attention": {**SIZES["psla"], "encoder_options": "variant=b0,width=0.25,heads=0"},
 }
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
 every_case = pytest.mark.parametrize("case", CASES)
@@ -49,7 +55,26 @@ def encoder_of(case: str) -> str:
 def tiny(case: str, **changes: Any) -> Network:
     """The network of a case in eval mode, each part of which changes its output."""
     torch.manual_seed(0)
-    return awake(build_model(resolve({**CASES[case], **changes})).eval())
+    network = awake(build_model(resolve({**CASES[case], **changes})).eval())
+    return settled(network)
+
+
+def settled(network: Network) -> Network:
+    """The network with the statistics of sound and silence in each BatchNorm2d: else little passes."""
+    norms = {module: module.momentum for module in network.modules() if isinstance(module, nn.BatchNorm2d)}
+    if norms:
+        gains = torch.randn(8, 10, 1, generator=torch.Generator().manual_seed(0)).exp()
+        gains[:, 7:] = 0
+        varied = (gains * noise(8, network.clip_samples).unflatten(1, (10, -1))).flatten(1)
+        for norm in norms:
+            norm.train().momentum = 1.0
+        with torch.no_grad():
+            network(varied)
+        for norm, momentum in norms.items():
+            norm.eval().momentum = momentum
+            assert norm.running_var is not None
+            norm.running_var.clamp_(min=0.1 * norm.running_var.mean().item())  # of a silent channel, too
+    return network
 
 
 def sound(network: Network, clips: int = 2) -> Tensor:
@@ -139,14 +164,16 @@ def test_half_precision(case: str) -> None:
             features, mixed = network.features(sound(network)), network(sound(network))
     assert torch.equal(features, wanted)
     assert {part.dtype for part in mixed} == {torch.float32}
-    assert (plain.clip_logits.sigmoid() - mixed.clip_logits.sigmoid()).abs().max() < 0.05
+    most = {"resnet50": 0.2}.get(case, 0.05)  # 16 branches of random weights, as strong as what they are added to
+    assert (plain.clip_logits.sigmoid() - mixed.clip_logits.sigmoid()).abs().max() < most
 
 
 @every_case
 def test_a_decibel_in_the_features(case: str) -> None:
     network = tiny(case)
     with torch.inference_mode():
-        added = network.features(10 ** (1 / 20) * sound(network)) - network.features(sound(network))
+        loud = 100 * sound(network)  # far above what is added to the power
+        added = network.features(10 ** (1 / 20) * loud) - network.features(loud)
     heard = added.abs().amax(dim=(0, 2)) > 1e-6  # no empty bands
     wanted = network.decibel().expand(added.shape[1])[:, None].expand_as(added)
     assert heard.float().mean() > 0.7
@@ -165,7 +192,7 @@ def test_every_parameter_learns(case: str) -> None:
         outputs = network(sound(network))
         wanted = torch.eye(*outputs.clip_logits.shape)
         loss = nn.functional.binary_cross_entropy_with_logits(outputs.clip_logits, wanted)
-        (loss + outputs.frame_logits.sigmoid().sum()).backward()
+        (loss + outputs.frame_logits.sum() / max(1, outputs.frame_logits.numel())).backward()
         optimizer.step()
     for key, parameter in trained.items():
         assert parameter.grad is not None, key
