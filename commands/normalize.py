@@ -33,8 +33,8 @@ def run(given: dict[str, Any], augmented: bool = False) -> None:
     if not set(NEEDED) <= row.options.keys():
         others = [name for name, other in ENCODERS.items() if set(NEEDED) <= other.options.keys()]
         raise UserError(
-            f"encoder = {settings.encoder} has a normalization of its own. normalize is for those with the options mean "
-            f"and deviation: {', '.join(others)}."
+            f"encoder = {settings.encoder} has a normalization of its own. normalize is for those with the "
+            f"options mean and deviation: {', '.join(others)}."
         )
     check_writable(f"dataset_path = {settings.dataset_path}", Path(settings.dataset_path) / NORMALIZATION)
     settings, _ = settle(settings.model_copy(update=ONCE_EACH), training=False)
