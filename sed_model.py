@@ -75,9 +75,13 @@ def rate_scale(settings: Config, steps: int) -> Callable[[int], float]:
     if settings.lr_schedule == "cosine":
         return partial(cosine_scale, warm_up=warm_up_steps(settings, steps), steps=steps)
     if settings.lr_schedule == "milestones":
-        falls = {"milestones": settings.lr_milestones, "factor": settings.lr_factor}
-        warm_up, epoch_steps = warm_up_steps(settings, steps), steps / settings.max_epoch
-        return partial(milestone_scale, warm_up=warm_up, epoch_steps=epoch_steps, **falls)
+        return partial(
+            milestone_scale,
+            warm_up=warm_up_steps(settings, steps),
+            epoch_steps=steps / settings.max_epoch,
+            milestones=settings.lr_milestones,
+            factor=settings.lr_factor,
+        )
     return partial(learning_rate_scale, lr_scheduler_epoch=settings.lr_scheduler_epoch, lr_rate=settings.lr_rate)
 
 

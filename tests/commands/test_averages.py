@@ -41,8 +41,8 @@ def first_epoch() -> Path:
     return find_checkpoints(str(RUN))[0]
 
 
-def names(where: str | Path, top_k: int = 0, **target: Path) -> list[str]:
-    return [path.name for path in find_checkpoints(str(where), top_k, **target)]
+def names(where: str | Path, top_k: int = 0, target: Path | None = None) -> list[str]:
+    return [path.name for path in find_checkpoints(str(where), top_k, target=target)]
 
 
 def test_what_names_checkpoints(tmp_path: Path) -> None:
