@@ -171,20 +171,17 @@ class AttentionPooling(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, heads: int = 1) -> None:
         super().__init__()
-        self.heads = heads
-        if heads > 1:
-            self.att, self.cla = (
-                nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for _ in range(heads)) for _ in range(2)
-            )
+        scores, weights = ([nn.Conv2d(channels, num_classes, 1) for _ in range(max(1, heads))] for _ in range(2))
+        several = heads > 1
+        self.att: nn.Module | None = nn.ModuleList(weights) if several else weights[0] if heads else None
+        self.cla: nn.Module = nn.ModuleList(scores) if several else scores[0]
+        if several:
             self.head_weight = nn.Parameter(torch.full((heads,), 1 / heads))
             return
-        self.cla = nn.Conv2d(channels, num_classes, 1)
-        self.att = nn.Conv2d(channels, num_classes, 1) if heads else None
-        for layer in self.children():
-            assert isinstance(layer, nn.Conv2d)
-            bound = (6 / channels) ** 0.5
+        bound = (6 / channels) ** 0.5
+        for layer in (scores[0], weights[0]):
             nn.init.uniform_(layer.weight, -bound, bound)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.att, nn.ModuleList) and isinstance(self.cla, nn.ModuleList):

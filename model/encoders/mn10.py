@@ -67,16 +67,12 @@ class MobileNetV3(Network):
         self.channels = LAST * divisible(width * BLOCKS[-1].out)
         self.spectrum = Padded(build_bank(), clip_samples)
         hidden = divisible(width * HIDDEN)
+        layers = nn.Linear(self.channels, hidden), nn.Linear(hidden, num_classes)
         classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(self.channels, hidden),
-            nn.Hardswish(),
-            nn.Dropout(0.2),
-            nn.Linear(hidden, num_classes),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), layers[0], nn.Hardswish(), nn.Dropout(0.2), layers[1]
         )
         self.mn = nn.ModuleDict({"features": build_features(width, BLOCKS), "classifier": classifier})
-        for layer in (classifier[2], classifier[5]):
+        for layer in layers:
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 

@@ -39,7 +39,7 @@ class MobileNetV2(ClipNetwork):
         first = mobilenet.features[0][0].out_channels
         mobilenet.features[0] = Conv2dNormActivation(1, first, stride=2, activation_layer=nn.ReLU6)
         nn.init.kaiming_normal_(mobilenet.features[0][0].weight, mode="fan_out")
-        mobilenet.classifier = nn.Linear(self.channels, self.num_classes)  # type: ignore[assignment]
+        mobilenet.classifier = nn.Linear(self.channels, self.num_classes)
         self.mobilenet = mobilenet
 
     def forward_features(self, features: Tensor) -> Tensor:

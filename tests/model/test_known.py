@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 import pytest
 
@@ -183,7 +183,7 @@ def test_every_entry_can_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for name, entry in entries.items():
         address = urlparse(entry.get("address", f"https:///{entry['files'][0]}"))
         assert address.scheme == "https", name
-        assert address.hostname in services or address.path.endswith(f"/{entry['files'][0]}"), name
+        assert address.hostname in services or unquote(address.path).endswith(f"/{entry['files'][0]}"), name
         assert entry["licence"], name
         for file in entry["files"]:
             (tmp_path / file).touch()
