@@ -245,17 +245,28 @@ def check_same_task(systems: Sequence[System]) -> None:
                 raise UserError(f"--flags_of: {name} must be the same for all encoders, which have the same clips.")
 
 
+def clip_seconds(settings: Config) -> float:
+    """Of the network's input."""
+    return settings.clip_samples / settings.sample_rate
+
+
 def print_plan(systems: Sequence[System]) -> None:
     table = Table(title="Runs to compare", title_justify="left")
-    for column in ("encoder", "epochs", "batch", "learning rate", "options", "to do"):
+    for column in ("encoder", "seconds", "epochs", "batch", "learning rate", "options", "to do"):
         table.add_column(column)
     for system in systems:
         s = system.runs[0].settings
         left = [str(run.seed) for run in system.runs if not run.tested()]
         options = ", ".join(f"{name}={value}" for name, value in s.encoder_options.items())
         to_do = f"seeds {', '.join(left)}" if left else "nothing"
-        table.add_row(system.encoder, str(s.max_epoch), str(s.batch_size), f"{s.learning_rate:g}", options, to_do)
+        sizes = (f"{clip_seconds(s):g}", str(s.max_epoch), str(s.batch_size), f"{s.learning_rate:g}")
+        table.add_row(system.encoder, *sizes, options, to_do)
     Console().print(table)
+    if len({clip_seconds(system.runs[0].settings) for system in systems}) > 1:
+        print(
+            "warning: the encoders are given clips of different lengths. clip_samples counts at each encoder's own rate: "
+            "give it with --flags_of."
+        )
 
 
 def train_and_test(run: Run) -> str:
