@@ -78,8 +78,13 @@ learning_rate: PositiveFloat = (  # multiplied by the scale of the epoch (lr_rat
 max_epoch: PositiveInt = 100 if dataset_type in ("audioset", "esc-50", "scv2") else 30  # epochs to train
 lr_scheduler_epoch: ThreeInts = [10, 20, 30]  # last epochs at the scales lr_rate[2], lr_rate[1], lr_rate[0]
 lr_rate: ThreeFloats = [0.02, 0.05, 0.1]  # scales of the three warm-up epochs, then downwards again
-lr_schedule: Literal["epochs", "cosine"] = "epochs"  # by lr_rate, or linear warm-up and then a cosine to 0, by steps
-warm_up: NonNegativeFloat = 0.1  # lr_schedule = cosine: steps of warm-up, or below 1 their share of all steps
+lr_schedule: Literal["epochs", "cosine", "milestones"] = (  # by lr_rate, or warm-up and then a cosine to 0, or steps
+    "epochs"
+)
+warm_up: NonNegativeFloat = 0.1  # lr_schedule = cosine, milestones: steps of warm-up, or below 1 their share of all
+lr_milestones: list[PositiveInt] = []  # lr_schedule = milestones: after so many epochs the rate falls
+lr_factor: Decay = 0.5  # lr_schedule = milestones: each time by this factor
+adam_beta1: FractionBelowOne = 0.9  # AdamW's share of the old gradient
 weight_decay: NonNegativeFloat = 0.05  # AdamW's, on every parameter; with 0 it is Adam
 gradient_clip: NonNegativeFloat = 1.0  # largest norm of the gradient, 0 for no limit
 precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = (  # arithmetic of the network; the front-end stays float32
@@ -94,6 +99,7 @@ class_filter: list[str] = []  # training: only clips with one of these classes (
 epoch_clips: NonNegativeInt = 0  # clips drawn in an epoch, 0: as many as there are
 random_crops: bool = False  # training on event times: clips cut from one recording begin anywhere in it
 balanced_data: bool = dataset_type == "audioset"  # draw the classes equally often
+oversample_weak: NonNegativeFloat = 0.0  # AudioSet, balanced_data: draw 77 weak classes oftener (published: 0.4)
 
 # --- starting weights ------------------------------------------------------------------------------------------------
 resume_checkpoint: Optional[str] = None  # checkpoint to fine-tune from (train), evaluate (test) or use (predict)
@@ -196,7 +202,11 @@ mixup_alpha: NonNegativeFloat = (  # mixup of features with weights from Beta(a,
     0.0 if dataset_type == "demo" or linear_probe else 0.5
 )
 mixup_targets: bool = loss_type in ("frame_bce", "weak_strong_bce")  # mix the targets too (the paper leaves them)
-spec_augment: bool = not linear_probe  # SpecAugment: 2 time masks of up to 64 frames, 2 band masks of up to 8
+spec_augment: bool = not linear_probe  # SpecAugment: masks over frames and over bands
+spec_masks: PositiveInt = 2  # spec_augment: how many of each
+spec_mask_frames: PositiveInt = 64  # spec_augment: frames that a mask stays below
+spec_mask_bands: PositiveInt = 8  # spec_augment: mel bands that a mask stays below
+feature_noise: NonNegativeFloat = 0.0  # training: add uniform noise to the features, of a random strength up to this
 enable_label_enhance: bool = False  # training: in half of the clips, add all ancestors and a random child of each class
 enable_token_label: bool = False  # training: replace a stretch of each clip by another clip's, with targets by frame
 token_label_range: Range = [0.2, 0.6]  # shortest and longest such stretch, as a share of the clip
@@ -277,12 +287,13 @@ clip_pooling: Literal["mean", "max"] = (  # predict: how the windows of a long r
 )
 
 # --- esm_test --------------------------------------------------------------------------------------------------------
-esm_model_pathes: list[str] = []  # esm_test: checkpoints whose scores are averaged
+esm_model_pathes: list[str] = []  # esm_test: checkpoints whose scores are averaged; a run's folder: all that it keeps
 esm_together: Optional[bool] = None  # esm_test: all members in memory at once; None: where they take at most half of it
 
 # --- weight_average --------------------------------------------------------------------------------------------------
 wa_folder: Optional[str] = None  # weight_average: checkpoints to average: a run, a folder or a glob; None: this run's
 wa_top_k: NonNegativeInt = 0  # weight_average: only so many of a run's checkpoints, those with the best metric; 0: all
+wa_epochs: list[PositiveInt] = []  # weight_average: first and last epoch of a run, as 6,25; empty: all
 wa_reestimate_bn: bool = False  # weight_average: measure bn0's mean and variance anew on the training clips
 wa_test: bool = False  # weight_average: test the average at once
 wa_model_path: str = f"{workspace}/runs/{exp_name}/weight_average.ckpt"  # weight_average: the file it writes

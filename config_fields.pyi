@@ -39,8 +39,11 @@ class ConfigFields(BaseModel):
     max_epoch: PositiveInt
     lr_scheduler_epoch: ThreeInts
     lr_rate: ThreeFloats
-    lr_schedule: Literal['epochs', 'cosine']
+    lr_schedule: Literal['epochs', 'cosine', 'milestones']
     warm_up: NonNegativeFloat
+    lr_milestones: list[PositiveInt]
+    lr_factor: Decay
+    adam_beta1: FractionBelowOne
     weight_decay: NonNegativeFloat
     gradient_clip: NonNegativeFloat
     precision: Literal['auto', '32', 'bf16-mixed', '16-mixed']
@@ -51,6 +54,7 @@ class ConfigFields(BaseModel):
     epoch_clips: NonNegativeInt
     random_crops: bool
     balanced_data: bool
+    oversample_weak: NonNegativeFloat
     resume_checkpoint: Optional[str]
     swin_pretrain_path: Optional[str]
     frontend_from: Literal['auto', 'settings', 'checkpoint']
@@ -93,6 +97,10 @@ class ConfigFields(BaseModel):
     mixup_alpha: NonNegativeFloat
     mixup_targets: bool
     spec_augment: bool
+    spec_masks: PositiveInt
+    spec_mask_frames: PositiveInt
+    spec_mask_bands: PositiveInt
+    feature_noise: NonNegativeFloat
     enable_label_enhance: bool
     enable_token_label: bool
     token_label_range: Range
@@ -147,6 +155,7 @@ class ConfigFields(BaseModel):
     esm_together: Optional[bool]
     wa_folder: Optional[str]
     wa_top_k: NonNegativeInt
+    wa_epochs: list[PositiveInt]
     wa_reestimate_bn: bool
     wa_test: bool
     wa_model_path: str

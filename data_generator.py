@@ -27,8 +27,16 @@ from data.clip_store import (
 )
 from data.frame_targets import Events, touched_steps
 from data.hdf5 import check_written, reading
+from data.labels import weak_class_precision
 from data.pseudo_labels import TeacherLogits
-from data.samplers import BalancedSampler, EpochSampler, FrameBalancedSampler, LabellingSampler, ShardSampler
+from data.samplers import (
+    BalancedSampler,
+    EpochSampler,
+    FrameBalancedSampler,
+    LabellingSampler,
+    ShardSampler,
+    WeightedSampler,
+)
 from settings import FRAME_LOSSES, WITH_COMMAS, Config, UserError
 
 PUBLISHED_STEP = 0.04  # seconds of a frame by which balanced_by = active_frames counts
@@ -379,6 +387,8 @@ class SEDDataModule(pl.LightningDataModule):
             sampler: EpochSampler = LabellingSampler(labelling(table), self.settings.labelling_shares, part, **share)
         elif self.settings.balanced_data and self.settings.balanced_by != "clips":
             sampler = self._frame_sampler(table, share)
+        elif self.settings.oversample_weak:
+            sampler = WeightedSampler(table.targets, self.settings.oversample_weak / weak_class_precision(), **share)
         elif self.settings.balanced_data:
             sampler = BalancedSampler(table.targets, **share)
         else:

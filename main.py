@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
 RESUMED = {
     "train": "`python main.py train --resume auto` with the same settings resumes from the last checkpoint.",
     "cross_validate": "The same command resumes: complete folds are not trained again.",
+    "compare": "The same command resumes: runs that are tested already are not trained again.",
     "predict": "The same command resumes: recordings that are written in full are not tagged again.",
     "prepare": "The same command starts anew; only AudioSet's packing resumes after the last whole file.",
     "compress": "The same command resumes: compressed stores stay as they are.",

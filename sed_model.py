@@ -59,24 +59,38 @@ def cosine_scale(step: int, warm_up: int, steps: int) -> float:
     return (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, steps - warm_up)))) / 2
 
 
+def milestone_scale(step: int, warm_up: int, epoch_steps: float, milestones: Sequence[int], factor: float) -> float:
+    """Factor of learning_rate in a step: linear warm-up from 0, and `factor` for each milestone (epochs) behind it."""
+    passed = sum(step >= round(epochs * epoch_steps) for epochs in milestones)
+    return min(1.0, step / warm_up if warm_up else 1.0) * factor**passed
+
+
 def warm_up_steps(settings: Config, steps: int) -> int:
-    """With lr_schedule = cosine, of a training of so many steps."""
+    """With a schedule by steps, of a training of so many."""
     return round(settings.warm_up if settings.warm_up >= 1 else settings.warm_up * steps)
 
 
 def rate_scale(settings: Config, steps: int) -> Callable[[int], float]:
-    """Factor of learning_rate by epoch, or with lr_schedule = cosine by step, in a training of so many steps."""
+    """Factor of learning_rate by epoch, or with another lr_schedule by step, in a training of so many steps."""
     if settings.lr_schedule == "cosine":
         return partial(cosine_scale, warm_up=warm_up_steps(settings, steps), steps=steps)
+    if settings.lr_schedule == "milestones":
+        return partial(
+            milestone_scale,
+            warm_up=warm_up_steps(settings, steps),
+            epoch_steps=steps / settings.max_epoch,
+            milestones=settings.lr_milestones,
+            factor=settings.lr_factor,
+        )
     return partial(learning_rate_scale, lr_scheduler_epoch=settings.lr_scheduler_epoch, lr_rate=settings.lr_rate)
 
 
 def schedule_warnings(settings: Config, steps: int = 0) -> list[str]:
     """Where the run ends before its warm-up or a plateau, or a plateau ends before the warm-up.
 
-    steps: of the whole training, which the warm-up of lr_schedule = cosine is compared with; 0: not known.
+    steps: of the whole training, which a warm-up in steps is compared with; 0: not known.
     """
-    if settings.lr_schedule == "cosine":
+    if settings.lr_schedule != "epochs":
         warm_up = warm_up_steps(settings, steps)
         if steps == 0 or warm_up < steps:
             return []
@@ -313,14 +327,17 @@ class SEDWrapper(Evaluation):
     def training_loss(self, batch: Batch) -> Tensor:
         """The loss of a batch of the training data, on the device, with the augmentations of the settings."""
         network = self.sed_model
-        waveform, targets = self.augment_waveform(self.sound(batch), batch)
-        waveform, targets = self.wavmix(waveform, targets)
-        # A mask covers both sounds of clips that are mixed before it, and one of those that are mixed after it.
-        if self.settings.mixup_waveforms:
-            waveform, targets = self.mixup(waveform, targets)
+        waveform, targets = self.augmented_sound(self.sound(batch), batch)
         features, targets = self.augment_features(network.features(waveform), targets)
         outputs = network.forward_head(network.forward_features(features))
         return self.loss(outputs, targets, features)
+
+    def augmented_sound(self, waveform: Tensor, batch: Batch) -> tuple[Tensor, Targets]:
+        """(B, samples) -> the waveforms after all augmentation before the front-end, and their targets."""
+        waveform, targets = self.augment_waveform(waveform, batch)
+        waveform, targets = self.wavmix(waveform, targets)
+        # A mask covers both sounds of clips that are mixed before it, and one of those that are mixed after it.
+        return self.mixup(waveform, targets) if self.settings.mixup_waveforms else (waveform, targets)
 
     def augment_waveform(self, waveform: Tensor, batch: Batch) -> tuple[Tensor, Targets]:
         """(B, samples) -> the augmented waveforms and their targets."""
@@ -392,6 +409,7 @@ class SEDWrapper(Evaluation):
             early, late = late, early
         for step in (self._shift, *early, self._mix_style, self._mask, *late):
             features, targets = step(features, targets)
+        features = augment.add_noise(features, self.settings.feature_noise) if self.settings.feature_noise else features
         return features, targets
 
     def _shift(self, features: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
@@ -425,8 +443,9 @@ class SEDWrapper(Evaluation):
         settings, steps = self.settings, self.sed_model.frames
         shares = []
         if settings.spec_augment:
-            features, left = augment.mask_time(features)
-            features = augment.mask_bands(features)
+            count = settings.spec_masks
+            features, left = augment.mask_time(features, count, settings.spec_mask_frames)
+            features = augment.mask_bands(features, count, settings.spec_mask_bands)
             shares = [augment.left_of_steps(left, steps)] if self.masks_silence else []
         if settings.time_mask:
             steps = steps or features.shape[2]
@@ -488,12 +507,12 @@ class SEDWrapper(Evaluation):
         rate, decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.AdamW(
             parameter_groups(network, rate, settings.layer_decay, decay, matrices_only=settings.decay_matrices_only),
-            betas=(0.9, 0.999),
+            betas=(settings.adam_beta1, 0.999),
             eps=1e-8,
             fused=settings.precision != "16-mixed",  # whose gradients are scaled: they must be unscaled to be clipped
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_scale(settings, self._planned_steps()))
-        interval = "step" if settings.lr_schedule == "cosine" else "epoch"
+        interval = "epoch" if settings.lr_schedule == "epochs" else "step"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
 
     def _planned_steps(self) -> int:
@@ -521,8 +540,8 @@ class SEDWrapper(Evaluation):
         states = zip(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []), strict=True)
         before, now = checkpoint.get("settings", {}).get("lr_schedule", "epochs"), self.settings.lr_schedule
         for optimizer, scheduler in states:
-            if before != now:  # one counts epochs, the other one steps
-                scheduler["last_epoch"] = checkpoint["global_step" if now == "cosine" else "complete_epochs"]
+            if "epochs" in (before, now) and before != now:  # one counts epochs, the other one steps
+                scheduler["last_epoch"] = checkpoint["complete_epochs" if now == "epochs" else "global_step"]
             scales = [scale(scheduler["last_epoch"]) for scale in schedule.lr_lambdas]
             rates = [base * scale for base, scale in zip(schedule.base_lrs, scales, strict=True)]
             scheduler.update(base_lrs=schedule.base_lrs, _last_lr=rates)

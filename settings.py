@@ -257,11 +257,15 @@ def check_values(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError for unknown names and wrong values.
     """
     known, recipe = all_settings(), all_settings()["recipe"].check(given.get("recipe"))
-    given = {**(read_recipe(recipe) if recipe else {}), **given}
-    for name in given:
+    settings = read_recipe(recipe) if recipe else {}
+    for name in (*settings, *given):
         if name not in known:
             raise UserError(unknown_setting(name))
-    return {name: known[name].check(value) for name, value in given.items()}
+    values = {name: known[name].check(value) for name, value in settings.items()}
+    for name, value in given.items():
+        wanted = known[name].check(value)
+        values[name] = {**values.get(name, {}), **wanted} if isinstance(wanted, dict) else wanted
+    return values
 
 
 def fewest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,6 +383,13 @@ def _check_together(config: Config) -> None:
     """Raise UserError for settings that do not fit together."""
     if sorted(config.lr_scheduler_epoch) != config.lr_scheduler_epoch:
         raise UserError(f"lr_scheduler_epoch = {config.lr_scheduler_epoch} must rise.")
+    if config.lr_milestones and config.lr_schedule != "milestones":
+        raise UserError(f"lr_milestones = {config.lr_milestones} needs lr_schedule = milestones.")
+    if config.oversample_weak and not (config.dataset_type == "audioset" and config.balanced_data):
+        raise UserError(
+            f"oversample_weak = {config.oversample_weak:g} is for AudioSet's classes: set dataset_type = audioset and "
+            f"balanced_data = True, or leave it out."
+        )
     if config.dataset_type == "audioset" and config.protocol == "held_out":
         raise UserError("AudioSet has no validation set: protocol must be paper.")
     if config.enable_label_enhance and config.class_map_path is None:

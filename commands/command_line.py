@@ -52,12 +52,35 @@ COMMANDS: dict[str, Command] = {
         ],
         (*PLACES, "data set", "split", "random_seed", "front-end", "clips"),
     ),
+    "normalize": Command(
+        "measure mean and deviation of the training clips' log-mel spectrograms, which train then takes",
+        [("--augmented", {"help": "after the augmentation of waveforms in the settings", "action": "store_true"})],
+        (*PLACES, "data set", "split", "machine", "batch_size", "random_seed", "encoder", "clips", "augmentation"),
+    ),
     "encoders": Command("list the encoders and their options", [], ()),
     "train": Command("train a network, or resume a run (--resume auto)", [], TRAINING),
     "test": Command("evaluate a checkpoint (--resume_checkpoint PATH)", [], TESTING),
     "cross_validate": Command(
         "train and test every fold, chosen on held-out clips and as published",
         [("--protocols", {"help": "which rules to follow: held_out, paper or both", "default": "held_out,paper"})],
+        (*TRAINING, "test"),
+    ),
+    "compare": Command(
+        "train and test several encoders on the same data, and compare accuracy and cost",
+        [
+            ("--encoders", {"help": "which, as htsat,ast,tal; the first is compared with", "required": True}),
+            ("--seeds", {"help": "a run of each encoder with each [1,2,3]", "default": "1,2,3"}),
+            (
+                "--flags_of",
+                {
+                    "help": "settings of one encoder, in quotes: 'ast --encoder_options depth=6'; once for each",
+                    "action": "append",
+                    "default": [],
+                    "metavar": "FLAGS",
+                },
+            ),
+            ("--steps", {"help": "steps of each measurement of speed, 0: none [10]", "type": int, "default": 10}),
+        ],
         (*TRAINING, "test"),
     ),
     "calibrate": Command(

@@ -1,9 +1,6 @@
 """python main.py cross_validate: train and test each fold of a data set, under both protocols, and compare them."""
 
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +13,10 @@ from rich.table import Table
 from data.clip_store import read_store_table, store_path
 from data.facts import store_facts
 from data.files import check_writable, write_json
-from data.workers import CHILD
-from runs.ledger import settings_hash
+from runs.experiments import experiment_hash, run_command
 from settings import Config, UserError, resolve
 from training.callbacks import chosen_by, read_curves
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
 PROTOCOLS = ("held_out", "paper")
 Curve = dict[int, tuple[float, float]]  # epoch, from 0: metric of the validation set, metric of the test set
 
@@ -80,27 +75,15 @@ def find_folds(settings: Config) -> list[int]:
     return folds
 
 
-def experiment_hash(settings: Config) -> str:
-    """8 hexadecimal digits of all that the results depend on: settings, seed and data.
-
-    They are part of the names of the runs, so that no run of another experiment is resumed.
-    """
-    data = read_store_table(store_path(settings.dataset_path, settings.dataset_type)).fingerprint()
-    more = {"seed": settings.random_seed, "data": data, "shortened": settings.debug}
-    return settings_hash({**settings.model_dump(), **more})[:8]
-
-
 def train_fold(given: dict[str, Any], protocol: str, fold: int, experiment: str) -> Curve:
     """Train one fold, or resume it, and return the metrics of its epochs. experiment: see experiment_hash."""
     settings = resolve({**given, "esc_fold": fold, "protocol": protocol}, facts=store_facts)
     name = f"cv_{settings.dataset_type}_{protocol}_fold{fold}_{experiment}"
     watch_test = protocol == "held_out"  # otherwise the test clips are the validation clips
     more = {"esc_fold": fold, "protocol": protocol, "exp_name": name, "resume": "auto", "watch_test": watch_test}
-    words = [word for key, value in {**given, **more}.items() for word in (f"--{key}", str(value))]
-    sys.stdout.flush()  # so that what the run prints comes after what is printed here
-    done = subprocess.run([sys.executable, str(MAIN), "train", *words], env={**os.environ, CHILD: "1"})
-    if done.returncode:
-        raise UserError(f"Training {name} ended with exit status {done.returncode}: see its error above.")
+    status = run_command("train", {**given, **more})
+    if status:
+        raise UserError(f"Training {name} ended with exit status {status}: see its error above.")
     metric = chosen_by(settings)
     columns = (metric, f"test_{metric}" if watch_test else metric)
     return read_curve(Path(settings.workspace) / "runs" / name, columns, settings.max_epoch)

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 from data_generator import load_test_data
 from model.registry import encoder_titles
-from runs.members import Member, check_alike, fit_together
+from runs.members import Member, check_alike, fit_together, member_paths
 from runs.records import print_first_page
 from runs.testing import run_test
 from sed_model import Ensemble_SEDWrapper
@@ -18,9 +18,10 @@ from settings import UserError, requested
 def run(given: dict[str, Any]) -> None:
     """Print the metrics of the ensemble of --esm_model_pathes A,B,... and write them into heatmap_dir.
 
-    The files are named ensemble_<8 hexadecimal digits of the members, in any order>, unless test_file is given.
+    A folder stands for its checkpoints: of a run, the epochs that it has kept. The files are named
+    ensemble_<8 hexadecimal digits of the members, in any order>, unless test_file is given.
     """
-    paths = requested("esm_model_pathes", given)
+    paths = member_paths(requested("esm_model_pathes", given))
     if not paths:
         raise UserError("esm_test needs checkpoints: --esm_model_pathes A.ckpt,B.ckpt")
     members = [Member.read(path, given) for path in paths]

@@ -183,7 +183,7 @@ def plan_schedule(settings: Config, plan: Plan, data: SEDDataModule, devices: in
     """Steps, warm-up, learning rates; warnings where they cannot do what they are for."""
     steps, clips = data.steps_per_epoch(devices), len(data.tables["train"])
     total = steps * settings.max_epoch
-    if settings.lr_schedule == "cosine":
+    if settings.lr_schedule != "epochs":
         warm_up = warm_up_steps(settings, total)
         written = f"{warm_up:,} steps, {warm_up / total:.0%} of the run"
     else:
@@ -212,9 +212,9 @@ def plan_schedule(settings: Config, plan: Plan, data: SEDDataModule, devices: in
 def learning_rates(settings: Config, steps: int = 0) -> list[str]:
     """As in `epochs 4-11: 0.001`: the epochs, counted from 1, that share a rate; the slow decay is one entry.
 
-    steps: of the whole training, for lr_schedule = cosine.
+    steps: of the whole training, for a schedule by steps.
     """
-    if settings.lr_schedule == "cosine":
+    if settings.lr_schedule != "epochs":
         scale, highest = rate_scale(settings, steps), min(warm_up_steps(settings, steps), steps - 1)
         shown = sorted({0, highest, steps - 1})
         return [f"step {step + 1:,}: {settings.learning_rate * scale(step):.2g}" for step in shown]

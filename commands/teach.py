@@ -13,7 +13,7 @@ from data.pseudo_labels import TeacherWriter
 from data_generator import SEDDataModule, load_test_data
 from evaluation.mapping import ClassMapping
 from model import Network
-from runs.members import Member, check_alike, fit_together
+from runs.members import Member, check_alike, fit_together, member_paths
 from runs.records import device_name
 from runs.test_plan import class_mapping
 from sed_model import Batch, Ensemble_SEDWrapper, at_rate_of, mean_on_finest
@@ -64,7 +64,7 @@ def run(given: dict[str, Any], teach_split: str, output: Optional[str] = None) -
 
 def read_members(given: dict[str, Any]) -> list[Member]:
     """The teachers. Raises UserError without a checkpoint, or where they could not be tested as one ensemble."""
-    single, several = requested("resume_checkpoint", given), requested("esm_model_pathes", given)
+    single, several = requested("resume_checkpoint", given), member_paths(requested("esm_model_pathes", given))
     if bool(single) == bool(several):
         raise UserError(
             f"teach needs a checkpoint, --resume_checkpoint PATH, or those of an ensemble, --esm_model_pathes "

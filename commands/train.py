@@ -6,14 +6,14 @@ from typing import Any, Optional
 import pytorch_lightning as pl
 from torch import nn
 
-from data.facts import store_facts
+from data.facts import measured_as, read_normalization, store_facts
 from data.files import FULL, check_writable, explained, sole_writer
 from data.labels import published_labels
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from model.checkpoint import Checkpoint, check_resumable, decided_settings, load_network, read_checkpoint
 from model.foreign import OWN
-from model.registry import encoder_titles
+from model.registry import ENCODERS, encoder_titles, read_options
 from runs.card import CARD, write_run_card
 from runs.records import print_first_page, save_provenance
 from runs.resume import best_checkpoint, find_resumed, resumes, say_changes, with_recorded
@@ -57,6 +57,9 @@ def train(settings: Config, performance: Performance) -> None:
             if not (settings.run_folder / CARD).is_file():  # it was killed at its end
                 finish(settings, data, best[1] if best else None)
         return
+    if not resumed:
+        settings, taken = normalized(settings, data)
+        more |= taken
     start = None if resumed else starting_weights(settings)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
     network = build_model(settings)
@@ -100,6 +103,23 @@ def train(settings: Config, performance: Performance) -> None:
         print(f"Trained {trainer.global_step} steps; {wrapper.main_metric} of the last epoch {value:.4f}.")
         score = getattr(trainer.checkpoint_callback, "best_model_score", None)
         finish(settings, data, None if score is None else float(score))
+
+
+def normalized(settings: Config, data: SEDDataModule) -> tuple[Config, dict[str, str]]:
+    """With what `normalize` has measured on these clips, where the encoder takes it and no option says another.
+
+    Returns the settings, and a row for the first page.
+    """
+    options, taken = settings.encoder_options, ENCODERS[settings.encoder].options
+    if "mean" not in taken or {"mean", "deviation"} & options.keys():
+        return settings, {}
+    frontend = str(read_options(settings.encoder, options).get("frontend", settings.encoder))
+    found = read_normalization(settings.dataset_path, measured_as(settings, frontend, data.tables["train"]))
+    if found is None:
+        return settings, {}
+    mean, deviation = (f"{value:.9g}" for value in found)
+    settings = settings.model_copy(update={"encoder_options": {**options, "mean": mean, "deviation": deviation}})
+    return settings, {"normalization": f"mean {mean}, deviation {deviation}, as measured on these clips"}
 
 
 def finish(settings: Config, data: SEDDataModule, score: Optional[float]) -> None:

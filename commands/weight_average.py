@@ -1,10 +1,8 @@
 """python main.py weight_average: the mean of several checkpoints' weights, as one checkpoint."""
 
-import glob
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +18,13 @@ from model.network import Network
 from model.opening import open_network
 from runs.card import recorded_data, write_card
 from runs.ledger import file_sha256
-from runs.members import Member, differing
+from runs.members import Member, differing, find_checkpoints
 from runs.test_plan import reported_split
 from runs.testing import test_member
 from sed_model import at_rate_of
 from settings import TRAINED_SECTIONS, Config, UserError, resolve, section
 from training.devices import is_first_process
 from utils import int16_to_float32
-
-METRIC_IN_NAME = re.compile(r"-[A-Za-z_]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312
 
 
 def run(given: dict[str, Any]) -> None:
@@ -42,7 +38,8 @@ def run(given: dict[str, Any]) -> None:
     if is_first_process():
         check_writable(f"wa_model_path = {target}", target, target.with_suffix(".md"))
         with sole_writer(target, target.with_suffix(".md")):
-            paths = find_checkpoints(settings.wa_folder or str(settings.run_folder), settings.wa_top_k, target=target)
+            where, epochs = settings.wa_folder or str(settings.run_folder), settings.wa_epochs
+            paths = find_checkpoints(where, settings.wa_top_k, target=target, epochs=epochs)
             write_average(paths, target, given, reestimate=settings.wa_reestimate_bn)
             card = write_average_card(target, paths)
     if settings.wa_test:
@@ -96,48 +93,6 @@ def measured_on(member: Member) -> str:
     clips = f"Measured on the {reported_split(settings)} clips of {settings.dataset_type}"
     chosen = member.protocol == "paper" and reported_split(settings) == "test"
     return clips + (", on which the averaged checkpoints were chosen as well, as published." if chosen else ".")
-
-
-def find_checkpoints(where: str, top_k: int = 0, *, target: Optional[Path] = None) -> list[Path]:
-    """The checkpoints of a run's folder, of a folder, or those that a glob like runs/*/best.ckpt names.
-
-    Where there are those of single epochs, their second names best.ckpt and last.ckpt do not count, and no file counts
-    twice. target: a file that is left out, as an earlier average in its place. top_k: only so many, those with the
-    highest metric in their names; 0: all. Raises UserError where there are none, or too few.
-    """
-    if glob.has_magic(where) and not Path(where).exists():
-        found = sorted(Path(name) for name in glob.glob(where))
-    else:
-        folder = Path(where)
-        folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-        found = sorted(folder.glob("epoch_*.ckpt")) or sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
-    with_epochs = {path.parent for path in found if path.name.startswith("epoch_")}
-    found = [path for path in found if path.stem not in ("best", "last") or path.parent not in with_epochs]
-    found = _without_doubles(found, target)
-    if not found:
-        raise UserError(
-            f"There are no .ckpt files in {where}: --wa_folder names a run's folder, a folder of checkpoints or a glob."
-        )
-    if not top_k:
-        return found
-    metrics = {path: float(match[1]) for path in found if (match := METRIC_IN_NAME.search(path.stem))}
-    if len(metrics) < top_k:
-        raise UserError(
-            f"{where} has {len(metrics)} checkpoints with a metric in their name, wa_top_k = {top_k} asks for more: "
-            f"lower wa_top_k, or train with a higher save_top_k."
-        )
-    return sorted(sorted(metrics, key=lambda path: metrics[path])[-top_k:])
-
-
-def _without_doubles(paths: Sequence[Path], target: Optional[Path]) -> list[Path]:
-    """Each file once, by its first name, and without `target`."""
-    seen = [target] if target is not None and target.is_file() else []
-    kept = []
-    for path in paths:
-        if not any(path.samefile(other) for other in seen):
-            seen.append(path)
-            kept.append(path)
-    return kept
 
 
 def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:

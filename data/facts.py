@@ -1,4 +1,4 @@
-"""What prepared data say of themselves, so that nobody types it: number of classes, task, sample rate."""
+"""What prepared data say of themselves, so that nobody types it: number of classes, task, sample rate, loudness."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import Any, Optional, get_args
 
 import h5py
 
-from data.clip_store import Task, open_store, read_rate, store_path
+from data.clip_store import ClipTable, Task, open_store, read_rate, store_path
+from data.files import read_json, write_json
 from data.hdf5 import read_column, reading
-from settings import UserError
+from settings import Config, UserError
+
+NORMALIZATION = "normalization.json"  # beside a store: what `normalize` has measured, by front-end and clips
 
 
 def store_facts(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,3 +58,37 @@ def _task(file: h5py.File, dataset_type: str) -> Optional[Task]:
     if (read_column(file, "target").sum(axis=1) == 1).all():
         return "single_label"
     return None if single else "multilabel"
+
+
+def measured_as(settings: Config, frontend: str, table: ClipTable) -> dict[str, Any]:
+    """What a log-mel spectrogram's mean and deviation depend on. table: the training clips."""
+    return {
+        "frontend": frontend,
+        "clip_samples": settings.clip_samples,
+        "short_clips": settings.short_clips,
+        "clips": table.fingerprint(),
+    }
+
+
+def read_normalization(folder: str | Path, how: Mapping[str, Any]) -> Optional[tuple[float, float]]:
+    """Mean and deviation that were measured so (measured_as); None where none were.
+
+    Raises UserError for a damaged file.
+    """
+    path = Path(folder) / NORMALIZATION
+    for entry in read_json(path, list) if path.is_file() else []:
+        if isinstance(entry, dict) and how.items() <= entry.items():
+            mean, deviation = entry.get("mean"), entry.get("deviation")
+            if not (isinstance(mean, float) and isinstance(deviation, float) and deviation > 0):
+                raise UserError(f"{path} is damaged: it has mean = {mean!r}, deviation = {deviation!r}. Remove it.")
+            return mean, deviation
+    return None
+
+
+def write_normalization(folder: str | Path, how: Mapping[str, Any], **found: Any) -> Path:
+    """Add what was measured, in place of what was measured so before; returns the file."""
+    path = Path(folder) / NORMALIZATION
+    entries = read_json(path, list) if path.is_file() else []
+    kept = [entry for entry in entries if not (isinstance(entry, dict) and how.items() <= entry.items())]
+    write_json(path, [*kept, {**how, **found}])
+    return path

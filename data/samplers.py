@@ -79,6 +79,27 @@ class BalancedSampler(EpochSampler):
         return drawn
 
 
+class WeightedSampler(EpochSampler):
+    """Independent draws with replacement, each clip in proportion to its weight.
+
+    The weight is the sum over its classes of 1000 / (clips of the class + 0.01) + `added`, as AudioTagging Done Right
+    has it (Li et al., Interspeech 2022, arXiv 2203.13448).
+    """
+
+    def __init__(self, targets: np.ndarray, added: np.ndarray, **share: int) -> None:
+        """targets: (N, K) bool; added: (K,); share: as EpochSampler."""
+        super().__init__(len(targets), **share)
+        clips, _, counts = class_index(targets)
+        of_class = 1000 / (counts + 0.01) + added
+        self.upto = np.cumsum(np.bincount(clips, weights=np.repeat(of_class, counts), minlength=len(targets)))
+        if not self.upto[-1] > 0:
+            raise UserError("No clip has a class: balanced_data cannot draw from them; set --balanced_data False.")
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        place = np.searchsorted(self.upto, rng.random(self.length) * self.upto[-1], side="right")
+        return np.minimum(place, len(self.upto) - 1)
+
+
 class FrameBalancedSampler(EpochSampler):
     """Draws in which the classes sound equally long: a clip is drawn in proportion to its weight.
 

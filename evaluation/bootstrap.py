@@ -8,6 +8,7 @@ clips is then a matrix product: with counts (N, M) per clip, such as true positi
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -15,6 +16,7 @@ from scipy.sparse import csr_array
 from evaluation.metrics import Interval, Metric
 from settings import UserError
 
+Task = Literal["multilabel", "single_label"]
 Statistic = Callable[[np.ndarray], np.ndarray]  # weights (N, R) -> values (..., R), one or several for each resample
 
 BLOCK = 64  # resamples at once: 20,000 clips have 5 MB of weights, which a processor's cache holds
@@ -114,6 +116,9 @@ class WeightedAccuracy:
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         return (self.right @ weights).astype(np.float64) / len(self.right)  # a resample has N clips as well
 
+    def affordable_resamples(self) -> int:
+        return RESAMPLES
+
 
 @dataclass(frozen=True)
 class RankedClass:
@@ -172,6 +177,26 @@ class WeightedMeanAveragePrecision:
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         return mean_of_known(np.array([ranked.average_precision(weights) for ranked in self.classes]))
+
+
+ClipStatistic = WeightedAccuracy | WeightedMeanAveragePrecision
+
+
+def clip_statistic(task: Task, scores: np.ndarray, targets: np.ndarray) -> ClipStatistic:
+    """The main metric of a task as a statistic of (N, K) scores and (N, K) bool targets."""
+    if task == "single_label":
+        return WeightedAccuracy(scores.argmax(axis=1) == targets.argmax(axis=1))
+    return WeightedMeanAveragePrecision(scores, targets)
+
+
+class MeanStatistic:
+    """The mean of several statistics of the same clips, as of the runs of several seeds."""
+
+    def __init__(self, parts: Sequence[Statistic]) -> None:
+        self.parts = parts
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        return np.asarray(np.mean([part(weights) for part in self.parts], axis=0))
 
 
 def mean_of_known(values: np.ndarray) -> np.ndarray:

@@ -13,9 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from data.files import whole_file
 from data.names import score_text, shown
+from evaluation.metrics import Interval
 from evaluation.postprocess import frame_edges
 from evaluation.psds import MOST_FALSE_ALARMS, PsdRoc
 from evaluation.scores import EventList
@@ -266,6 +268,42 @@ def confusion_figure(counts: np.ndarray, labels: Sequence[str]) -> Figure:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axis.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
         figure.colorbar(image, ax=axis, label="clips of the true class (%)", shrink=0.8, pad=0.02)
+    return figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """A system in cost_figure. multiply_adds: of a clip; interval: of the metric's value."""
+
+    name: str
+    multiply_adds: float
+    value: float
+    interval: Interval
+
+
+def cost_figure(points: Sequence[Point], metric: str) -> Figure:
+    """A metric against the arithmetic that it takes, with intervals. The line joins those that none dominates."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+        axis = figure.subplots()
+        ordered = sorted(points, key=lambda point: (point.multiply_adds, -point.value))
+        best = np.maximum.accumulate([point.value for point in ordered])
+        front = [point for point, most in zip(ordered, [-np.inf, *best], strict=False) if point.value > most]
+        axis.plot([p.multiply_adds for p in front], [p.value for p in front], color="#8a8f99", linewidth=0.8, zorder=1)
+        for point in points:
+            axis.vlines(point.multiply_adds, point.interval.low, point.interval.high, color=SCORE_COLOUR, linewidth=0.8)
+            axis.plot(point.multiply_adds, point.value, marker="o", markersize=4, color=SCORE_COLOUR)
+            axis.annotate(
+                point.name, (point.multiply_adds, point.value), xytext=(4, 3), textcoords="offset points", fontsize=7
+            )
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.15)
+        axis.set_xlabel("multiply-adds a clip (10⁹)")
+        axis.set_ylabel(f"{metric} (95 % interval)")
+        axis.grid(alpha=0.3)
     return figure
 
 

@@ -11,6 +11,7 @@ from data.clip_store import LEAST_SECONDS, SPLITS, Task, store_path
 from data.finding import find_audio
 from data.tables import Row, read_table, require_columns
 from prepare.adapters import Flags
+from prepare.lists import read_class_table, read_lists
 from prepare.report import PrepareReport
 from prepare.stratify import stratified_split
 from prepare.tables import (
@@ -25,7 +26,7 @@ from prepare.tables import (
     require_folder,
     write_entries,
 )
-from settings import Config, UserError
+from settings import Config, UserError, split_list
 
 NAME = "folder"
 SOURCE = "{folder}"  # its name
@@ -43,6 +44,16 @@ FLAGS: Flags = {
         "metavar": "SECONDS",
         "help": "with a table of events: cut recordings into clips so long",
     },
+    "lists": {
+        "type": str,
+        "metavar": "FILES",
+        "help": "JSON lists with wav and labels, in place of a table: train.json,test.json or with validation between",
+    },
+    "class_table": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "with --lists: CSV of the classes in their order, index,mid,display_name",
+    },
 }
 
 MAX_SECONDS = 600.0  # each clip takes the room of the longest one in the store
@@ -56,6 +67,8 @@ def prepare(
     raw: Path,
     table: Optional[Path] = None,
     segment_seconds: Optional[float] = None,
+    lists: Optional[str] = None,
+    class_table: Optional[Path] = None,
     task: Optional[Task] = None,
 ) -> PrepareReport:
     """Write the store of the audio below `raw`, in any format and rate, with the classes of `table`.
@@ -67,20 +80,28 @@ def prepare(
     random_seed. A filename is a path below `raw`, or the end of such a path where only one file has it; audio that the
     table does not name is left out. Files that are missing or cannot be read are skipped and reported. segment_seconds:
     cut recordings with a table of events into clips of so many seconds, named as media fragments (forest.wav#t=10,20),
-    all of a recording in one split. task: None for single_label where each clip has exactly one class and no times.
+    all of a recording in one split. lists, class_table: see prepare/lists.py; the classes of the table are those of the
+    store, in its order. task: None for single_label where each clip has exactly one class and no times.
     Raises UserError for a wrong table, events beyond their clip, clips over 10 minutes that are not to be cut, no
     audio, and single_label where a clip has not exactly one class.
     """
     require_folder(raw, "the folder of the audio")
     report = PrepareReport(store_path(settings.dataset_path, NAME))
-    entries = read_class_folders(raw, report) if table is None else read_entries(table)
+    if (lists and table) or (class_table and not lists):
+        raise UserError("--lists takes the place of --table, and --class_table belongs to --lists: leave one out.")
+    names = read_class_table(class_table) if class_table else None
+    if lists:
+        entries = read_lists([Path(path) for path in split_list(lists)], raw, names)
+    else:
+        entries = read_class_folders(raw, report) if table is None else read_entries(table)
     entries = join_spellings(measure(entries, raw, report))
-    labels = sorted(set().union(*(entry.labels for entry in entries)))
+    labels = list(names.values()) if names else sorted(set().union(*(entry.labels for entry in entries)))
     if not labels:
         raise UserError(f"{table} names no class: at least one event of {LEAST_SECONDS:g} s is needed.\n{report}")
-    if table is not None:
+    if table is not None or lists:
         report.add_left_out(find_audio(raw), raw, used=len(entries))
-    _note_separators(labels, report)
+    if names is None:
+        _note_separators(labels, report)
     if segment_seconds is None:
         _check_lengths(entries)
     elif not lasts(segment_seconds) or table is None or any(entry.labels and not entry.events for entry in entries):
@@ -88,7 +109,7 @@ def prepare(
             f"--segment_seconds {segment_seconds:g} needs {LEAST_SECONDS:g} s or more and a table of events (filename, "
             f"onset, offset, event_label), so that each part of a recording has its own classes."
         )
-    report.split_by = f"as {table} says"
+    report.split_by = f"as {lists or table} says"
     if not any(entry.split or entry.fold for entry in entries):
         report.split_by = f"stratified by class, random_seed {settings.random_seed}"
         targets = np.array([[label in entry.labels for label in labels] for entry in entries])
@@ -96,7 +117,7 @@ def prepare(
             entry.split = str(split)
     write_entries(
         entries, labels, settings.sample_rate, report,
-        segment_seconds=segment_seconds, used_labels=True, dataset_type=NAME,
+        segment_seconds=segment_seconds, used_labels=names is None, dataset_type=NAME,
         task=_task(entries, task), source=SOURCE.format(folder=raw.resolve().name), licence=LICENCE,
     )  # fmt: skip
     return report

@@ -1,9 +1,11 @@
 """Checkpoints to test, each with its settings, and which of them may be tested together."""
 
+import glob
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -21,6 +23,9 @@ from runs.test_plan import class_mapping
 from settings import Config, UserError, section
 from training.devices import is_first_process, on_gpu
 from training.performance import settle
+
+METRIC_IN_NAME = re.compile(r"-[A-Za-z_]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312
+EPOCH_IN_NAME = re.compile(r"epoch_(\d+)-")  # counted from 0
 
 
 @dataclass(frozen=True)
@@ -145,3 +150,76 @@ def fit_together(networks: Sequence[nn.Module], settings: Config) -> bool:
         return True
     size = sum(t.numel() * t.element_size() for network in networks for t in network.state_dict().values())
     return size <= torch.cuda.mem_get_info()[0] / 2
+
+
+def find_checkpoints(
+    where: str, top_k: int = 0, *, target: Optional[Path] = None, epochs: Sequence[int] = ()
+) -> list[Path]:
+    """The checkpoints of a run's folder, of a folder, or those that a glob like runs/*/best.ckpt names.
+
+    Where there are those of single epochs, their second names best.ckpt and last.ckpt do not count, and no file counts
+    twice. target: a file that is left out, as an earlier average in its place. top_k: only so many, those with the
+    highest metric in their names; 0: all. epochs: the first and the last that count, from 1; empty: all. Raises
+    UserError where there are none, or too few.
+    """
+    if glob.has_magic(where) and not Path(where).exists():
+        found = sorted(Path(name) for name in glob.glob(where))
+    else:
+        folder = Path(where)
+        folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+        found = sorted(folder.glob("epoch_*.ckpt")) or sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
+    with_epochs = {path.parent for path in found if path.name.startswith("epoch_")}
+    found = [path for path in found if path.stem not in ("best", "last") or path.parent not in with_epochs]
+    found = _without_doubles(found, target)
+    if not found:
+        raise UserError(
+            f"There are no .ckpt files in {where}: --wa_folder, as --esm_model_pathes, takes a run's folder, a folder "
+            f"of checkpoints or a glob."
+        )
+    if epochs:
+        found = _of_epochs(found, where, epochs)
+    if not top_k:
+        return found
+    metrics = {path: float(match[1]) for path in found if (match := METRIC_IN_NAME.search(path.stem))}
+    if len(metrics) < top_k:
+        raise UserError(
+            f"{where} has {len(metrics)} checkpoints with a metric in their name, wa_top_k = {top_k} asks for more: "
+            f"lower wa_top_k, or train with a higher save_top_k."
+        )
+    return sorted(sorted(metrics, key=lambda path: metrics[path])[-top_k:])
+
+
+def _of_epochs(paths: Sequence[Path], where: str, epochs: Sequence[int]) -> list[Path]:
+    """Those of a range of epochs, all of which must be there."""
+    if len(epochs) != 2 or epochs[0] > epochs[1]:
+        raise UserError(f"wa_epochs = {list(epochs)} is not allowed: give the first and the last epoch, as 6,25.")
+    numbers = {int(match[1]) + 1: path for path in paths if (match := EPOCH_IN_NAME.match(path.name))}
+    wanted = range(epochs[0], epochs[1] + 1)
+    missing = [number for number in wanted if number not in numbers]
+    if missing:
+        raise UserError(
+            f"{where} has no checkpoint of epoch {missing[0]}, which wa_epochs = {list(epochs)} asks for; it has "
+            f"{', '.join(map(str, sorted(numbers))) or 'none with an epoch in its name'}. A training keeps all epochs "
+            f"with save_top_k as high as max_epoch."
+        )
+    return [numbers[number] for number in wanted]
+
+
+def _without_doubles(paths: Sequence[Path], target: Optional[Path]) -> list[Path]:
+    """Each file once, by its first name, and without `target`."""
+    seen = [target] if target is not None and target.is_file() else []
+    kept = []
+    for path in paths:
+        if not any(path.samefile(other) for other in seen):
+            seen.append(path)
+            kept.append(path)
+    return kept
+
+
+def member_paths(given: Sequence[str]) -> list[str]:
+    """Checkpoints to be scored together: files and known names as they are, of a folder or a glob all that it holds."""
+    found: list[str] = []
+    for path in given:
+        several = Path(path).is_dir() or glob.has_magic(path)
+        found += map(str, find_checkpoints(path)) if several else [path]
+    return found

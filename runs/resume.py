@@ -55,7 +55,9 @@ def with_recorded(given: Mapping[str, Any]) -> dict[str, Any]:
     recorded = {name: value for name, value in _recorded(folder, resume).items() if name in known}
     left_out = {*section(*OTHER_SECTIONS), "resume"}
     kept = {name: value for name, value in fewest(recorded).items() if name not in left_out}
-    chosen = {**kept, **here, **given}
+    options = {name: value for name, value in kept.items() if isinstance(value, dict) and name in given}
+    joined = {name: {**value, **known[name].check(given[name])} for name, value in options.items()}
+    chosen = {**kept, **here, **given, **joined}
     of_data = store_facts(resolve(chosen).model_dump())
     return {name: value for name, value in chosen.items() if name in given or name not in of_data}
 

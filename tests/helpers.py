@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import main
 from model import build_model
 from model.registry import ENCODERS
 from prepare.demo import LABELS
+from runs import experiments
 from settings import Config, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +86,19 @@ def tiny(folder: Path | None = None, **changes: Any) -> Config:
 def call(*words: str | Path) -> None:
     """`python main.py words...` in this process; it must succeed."""
     assert main.main(list(map(str, words))) == 0, words
+
+
+def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Let commands that start others run them in this process; the list has the words of each that was started."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        assert Path(command[1]).name == "main.py"
+        started.append(command[2:])
+        return subprocess.CompletedProcess(command, main.main(command[2:]))
+
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run))
+    return started
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:

@@ -277,6 +277,14 @@ def with_style(logmel: Tensor, mixing: Mixing, *, unbiased: bool) -> Tensor:
     return torch.where(weight == 1, logmel, mixed)
 
 
+def add_noise(features: Tensor, largest: float) -> Tensor:
+    """Add noise from U(0, 1) to each cell, times a strength of each clip from U(0, largest). Gong et al. 2021, AST."""
+    generator = torch.Generator(device=features.device)
+    generator.manual_seed(int(torch.randint(2**62, ())))  # of the device: a batch's features are too many for the CPU
+    noise = torch.rand(features.shape, generator=generator, device=features.device, dtype=features.dtype)
+    return features + noise * (largest * torch.rand(len(features), 1, 1)).to(features)
+
+
 def mask_time(logmel: Tensor, count: int = 2, longest: int = 64) -> tuple[Tensor, Tensor]:
     """SpecAugment's masks over time (Park et al. 2019): each of `count` sets 0 to longest - 1 frames of a clip to 0.
 

@@ -28,6 +28,8 @@ from model.checkpoint import write_checkpoint
 from settings import FRAME_LOSSES, Config
 from training.devices import on_gpu
 
+SECONDS = "epoch_seconds"  # column of a run's logs
+
 
 def checkpoint_folder(settings: Config) -> Path:
     return settings.run_folder / "checkpoints"
@@ -55,7 +57,7 @@ def build_callbacks(settings: Config) -> list[Callback]:
         dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
     callbacks: list[Callback] = [
-        best, last, BestLink(best), Progress(), EpochLine(metric), LearningRate(),
+        best, last, BestLink(best), Progress(), EpochLine(metric), EpochLog(),
     ]  # fmt: skip
     if settings.checkpoint_every_steps:
         callbacks.append(MidEpoch(folder, settings.checkpoint_every_steps))
@@ -186,14 +188,26 @@ class Progress(TQDMProgressBar):
         return {**shown, "left": line.left(trainer)} if line and trainer.training else shown
 
 
-class LearningRate(Callback):
-    """Logs each epoch's learning rate, its own and not the next one's."""
+class EpochLog(Callback):
+    """Logs each epoch's learning rate, its own and not the next one's, and its seconds, validation included.
+
+    Of an epoch that is resumed in its middle, the seconds of the rest.
+    """
+
+    rate = started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = time.monotonic()  # Lightning does not call on_train_epoch_start for an epoch that is resumed
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         self.rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)  # the schedule moves it afterwards
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.log("learning_rate", self.rate, sync_dist=True)
+        pl_module.log(SECONDS, time.monotonic() - self.started, sync_dist=True)
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from commands import weight_average
-from commands.weight_average import average_checkpoints, average_path, estimate_statistics, find_checkpoints
+from commands.weight_average import average_checkpoints, average_path, estimate_statistics
 from data_generator import load_training_data
 from evaluation.metrics import Metric
 from model import build_model
 from model.checkpoint import read_checkpoint
 from runs.ledger import read_results
-from runs.members import Member
+from runs.members import Member, find_checkpoints, member_paths
 from sed_model import Ensemble_SEDWrapper
 from settings import UserError, resolve, section
 from tests.helpers import LEAN_FLAGS, call, last_checkpoint, refused, save_network, tiny
@@ -41,8 +41,8 @@ def first_epoch() -> Path:
     return find_checkpoints(str(RUN))[0]
 
 
-def names(where: str | Path, top_k: int = 0, **target: Path) -> list[str]:
-    return [path.name for path in find_checkpoints(str(where), top_k, **target)]
+def names(where: str | Path, top_k: int = 0, target: Path | None = None) -> list[str]:
+    return [path.name for path in find_checkpoints(str(where), top_k, target=target)]
 
 
 def test_what_names_checkpoints(tmp_path: Path) -> None:
@@ -54,6 +54,10 @@ def test_what_names_checkpoints(tmp_path: Path) -> None:
     assert names(tmp_path / "run") == names(folder) == names(f"{tmp_path}/run/checkpoints/*.ckpt") == made
     assert names(folder, 2) == made[1:]
     assert names(f"{tmp_path}/run/checkpoints/*t.ckpt") == ["best.ckpt", "last.ckpt"]
+    assert [path.name for path in find_checkpoints(str(folder), epochs=[2, 3])] == made[1:]
+    for wrong in ([3, 2], [2], [2, 4]):
+        with pytest.raises(UserError, match="wa_epochs"):
+            find_checkpoints(str(folder), epochs=wrong)
     with pytest.raises(UserError, match="wa_top_k = 4"):
         find_checkpoints(str(folder), 4)
     with pytest.raises(UserError, match="--wa_folder"):
@@ -220,6 +224,7 @@ def test_ensembles(capsys: pytest.CaptureFixture[str]) -> None:
     assert made == [f"{stem}{end}" for stem in (name, "test") for end in (".h5", ".json", "_classes.tsv")]
     with h5py.File(f"ensembles/{name}.h5") as file:
         together = {column: file[column][:] for column in ("clipwise", "framewise")}
+    assert member_paths([str(RUN), members[0]]) == [*members, members[0]]  # a run's folder: its epochs
     call("esm_test", "--esm_model_pathes", ",".join(members[::-1]), *words, "--esm_together", "False")
     assert sorted(path.name for path in Path("ensembles").iterdir()) == made
     with h5py.File(f"ensembles/{name}.h5") as file:

@@ -1,21 +1,18 @@
 """Cross-validation: which epoch counts under which rule, and the folds of a tiny data set from end to end."""
 
 import json
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
-import main
-from commands import cross_validate
-from commands.cross_validate import experiment_hash, judge, read_curve
+from commands.cross_validate import judge, read_curve
 from data.clip_store import Clip, ClipStoreWriter
+from runs.experiments import experiment_hash
 from settings import UserError, resolve
-from tests.helpers import SMALL, SMALL_FLAGS, TINY, call
+from tests.helpers import SMALL, SMALL_FLAGS, TINY, call, here
 
 
 def test_rules() -> None:
@@ -73,11 +70,7 @@ def test_another_experiment_has_other_runs() -> None:
 def test_every_fold_under_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folds train in this process."""
 
-    def train(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        assert Path(command[1]).name == "main.py"
-        return subprocess.CompletedProcess(command, main.main(command[2:]))
-
-    monkeypatch.setattr(cross_validate, "subprocess", SimpleNamespace(run=train))
+    here(monkeypatch)
     words = ["cross_validate", "--dataset_type", "esc-50", "--protocols", "held_out", "--max_epoch", "1"]
     call(*words, *SMALL_FLAGS)
     experiment = experiment_hash(resolve({"dataset_type": "esc-50", "max_epoch": "1", **SMALL}))

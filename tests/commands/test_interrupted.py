@@ -19,7 +19,7 @@ from commands.command_line import COMMANDS
 from data.workers import raise_at_sigterm
 from tests.helpers import LEAN_FLAGS, last_checkpoint, run_python
 
-NEEDED = {"predict": ["a.wav"], "import_legacy": ["--legacy", "a.npy"]}
+NEEDED = {"predict": ["a.wav"], "compare": ["--encoders", "ast"], "import_legacy": ["--legacy", "a.npy"]}
 
 
 def test_without_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +47,7 @@ def test_what_an_interruption_leaves(
     assert said.count("\n") == 1
     assert ("--resume auto" in said) == (command == "train")
     assert ("resumes: recordings" in said) == (command == "predict")
-    assert ("starts anew" in said) == (command not in ("train", "cross_validate", "predict", "compress"))
+    assert ("starts anew" in said) == (command not in ("train", "cross_validate", "compare", "predict", "compress"))
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.clip_store import UNREADABLE, Clip, ClipStoreWriter, Event, Waveforms, read_events, read_store_table
-from data.samplers import BalancedSampler, EpochSampler, ShardSampler
+from data.labels import weak_class_precision
+from data.samplers import BalancedSampler, EpochSampler, ShardSampler, WeightedSampler
 from data_generator import ClipDataset, keep_batch, load_table, load_training_data
 from prepare.compress import compress_store
 from prepare.demo import LABELS
@@ -244,6 +245,22 @@ def test_balanced_sampler_draws_classes_equally_often() -> None:
     assert [clip for pair in zip(*halves, strict=True) for clip in pair] == drawn.tolist()
     with pytest.raises(UserError, match="--balanced_data"):
         BalancedSampler(np.zeros((3, 2), dtype=bool), seed=1)
+
+
+def test_weighted_sampler() -> None:
+    """In proportion to 1000 / (clips of the class + 0.01) + added, summed over a clip's classes."""
+    targets = np.array([[1, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]], dtype=bool)
+    sampler = WeightedSampler(targets, np.array([0, 500, 7]), seed=1, draws=60000)
+    weights = np.array([1000 / 3.01, 1000 / 3.01, 1000 / 3.01 + 1000 / 1.01 + 500, 0])
+    shares = np.bincount(sampler.draw(np.random.default_rng(0)), minlength=4) / 60000
+    np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.01)
+    with pytest.raises(UserError, match="--balanced_data"):
+        WeightedSampler(targets[3:], np.zeros(3), seed=1)
+    added = 0.4 / weak_class_precision()
+    assert (added > 0).sum() == 77
+    assert added[447] == pytest.approx(0.4 / 0.03202)
+    with pytest.raises(UserError, match="oversample_weak"):
+        resolve({"oversample_weak": 0.4})
 
 
 def test_a_process_without_clips_takes_the_first() -> None:

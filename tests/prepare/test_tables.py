@@ -1,5 +1,6 @@
 """A user's own folder, and the tables that adapters share: labels, events, splits, folds, files that are found."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,36 @@ def test_a_table_of_clips(raw: Path, tmp_path: Path, delimiter: str) -> None:
     assert classes(table) == [["bee", "owl"], ["bee"], ["ant"]]
     assert lengths(table) == [2400, 800, 3200, 3200]
     assert labelling(table).tolist() == [WEAK] * 3
+
+
+def test_json_lists(raw: Path, tmp_path: Path) -> None:
+    """Two lists are train and test; the table of classes gives names and order, and keeps classes without clips."""
+    classes_of = {"0.wav": "/m/b,/m/a", "/home/them/1.wav": "/m/a", "gone.wav": "/m/a", str(raw / "3.wav"): "/m/b"}
+    clips = [{"wav": wav, "labels": labels, "video_id": 1} for wav, labels in classes_of.items()]
+    lists = [
+        write_text(tmp_path / f"{name}.json", json.dumps({"data": part}))
+        for name, part in (("train", clips[:3]), ("eval", clips[3:]))
+    ]
+    table = 'index,mid,display_name\n1,/m/a,"Bee, wild"\n0,/m/b,Owl\n2,/m/c,Ant\n'
+    named: dict[str, Any] = {
+        "raw": raw,
+        "lists": ",".join(map(str, lists)),
+        "class_table": write_text(tmp_path / "classes.csv", table),
+    }
+    report, store = prepare("folder", tmp_path, **named)
+    assert [name for name, _ in report.skipped] == ["gone.wav"]
+    assert store.labels == ["Owl", "Bee, wild", "Ant"]
+    assert classes(store) == [["Owl", "Bee, wild"], ["Bee, wild"], ["Owl"]]
+    assert (names(store), store.split.tolist()) == (["0.wav", "1.wav", "3.wav"], [b"train", b"train", b"test"])
+
+    _, store = prepare("folder", tmp_path / "plain", raw=raw, lists=str(lists[0]))
+    assert store.labels == ["/m/a", "/m/b"]
+    for content, match in (("[]", "list"), ('{"data": []}', "data"), ('{"data": [{"wav": "0.wav"}]}', "clip 1")):
+        refused(match, "folder", tmp_path / "x", raw=raw, lists=str(write_text(tmp_path / "x.json", content)))
+    refused("/m/d", "folder", tmp_path / "x", **{
+        **named, "lists": str(write_text(tmp_path / "x.json", '{"data": [{"wav": "0.wav", "labels": "/m/d"}]}'))
+    })  # fmt: skip
+    refused("--class_table", "folder", tmp_path / "x", raw=raw, class_table=named["class_table"])
 
 
 def test_folds(raw: Path, tmp_path: Path) -> None:

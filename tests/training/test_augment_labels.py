@@ -68,6 +68,18 @@ def loudest(logmel: Tensor) -> tuple[Tensor, Tensor]:
     return (place % logmel.shape[2] + 0.5) / logmel.shape[2] * SECONDS, place // logmel.shape[2]
 
 
+def test_noise_on_features() -> None:
+    """Each clip has a strength of its own; a seed gives the same noise."""
+    torch.manual_seed(0)
+    noise = augment.add_noise(torch.zeros(200, 8, 50), 0.1)
+    assert 0 <= noise.min() <= noise.max() <= 0.1
+    largest = noise.amax(dim=(1, 2))
+    assert 0.04 < largest.mean() < 0.06
+    assert largest.min() < 0.01
+    torch.manual_seed(0)
+    assert torch.equal(augment.add_noise(torch.zeros(200, 8, 50), 0.1), noise)
+
+
 def test_a_burst_is_where_its_target_is() -> None:
     """Without any augmentation: what the tests below measure with."""
     for seed in range(5):

@@ -289,7 +289,7 @@ def test_mixup_mixes_what_is_known_alike(demo_workspace: Path, waveforms: bool) 
 def test_a_mask_lies_over_both_sounds_that_were_mixed(demo_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of each clip is masked, another half than its partner's: of mixed waveforms, nothing is left there."""
 
-    def mask_halves(features: Tensor) -> tuple[Tensor, Tensor]:
+    def mask_halves(features: Tensor, count: int, longest: int) -> tuple[Tensor, Tensor]:
         kept = torch.ones(4, features.shape[2], dtype=torch.bool)
         kept[:2, :63], kept[2:, 63:] = False, False
         return features * kept[:, None], kept

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.clip_store import STRONG, UNLABELLED, WEAK
-from sed_model import cosine_scale, learning_rate_scale, schedule_warnings
+from sed_model import cosine_scale, learning_rate_scale, rate_scale, schedule_warnings
 from settings import resolve
 from training import losses
 from training.losses import (
@@ -54,6 +54,18 @@ def test_cosine_schedule() -> None:
     assert "11,730" in warning
     assert "4.1e-05" in warning
     assert schedule_warnings(resolve({"lr_schedule": "cosine"}), 10) == []
+
+
+def test_milestones() -> None:
+    """AST on AudioSet: 1000 steps of warm-up, two epochs at the full rate, then half of it after each further one."""
+    settings = resolve({"lr_schedule": "milestones", "lr_milestones": "2,3", "warm_up": 1000, "max_epoch": 5})
+    scale = rate_scale(settings, 50000)
+    assert [scale(step) for step in (0, 500, 1000, 19999)] == [0, 0.5, 1, 1]
+    assert [scale(step) for step in (20000, 29999, 30000, 49999)] == [0.5, 0.5, 0.25, 0.25]
+    without = rate_scale(settings.model_copy(update={"warm_up": 0.0, "lr_factor": 0.85}), 50)
+    assert [without(0), without(20), without(30)] == pytest.approx([1, 0.85, 0.85**2])
+    assert schedule_warnings(settings, 50000) == []
+    assert "warm_up" in schedule_warnings(settings, 500)[0]
 
 
 def test_mixup() -> None:
