@@ -264,8 +264,8 @@ def print_plan(systems: Sequence[System]) -> None:
     Console().print(table)
     if len({clip_seconds(system.runs[0].settings) for system in systems}) > 1:
         print(
-            "warning: the encoders are given clips of different lengths. clip_samples counts at each encoder's own rate: "
-            "give it with --flags_of."
+            "warning: the encoders are given clips of different lengths. clip_samples counts at each encoder's own "
+            "rate: give it with --flags_of."
         )
 
 
@@ -347,11 +347,13 @@ def judge(systems: Sequence[System], settings: Config) -> None:
         system.values = [clip_metrics(settings.task, each.clipwise, each.targets)[0].value for each in runs]
         found.append(MeanStatistic(parts))
     resamples = max(resamples, FEWEST_RESAMPLES)
+    correct = settings.task == "multilabel"
     for system, statistic in zip(systems, found, strict=True):
-        correct = settings.task == "multilabel"
         system.interval = bootstrap(statistic, clips, resamples=resamples, correct_bias=correct, seed=seed)
         if system is not systems[0]:
-            system.to_first = paired_bootstrap(statistic, found[0], clips, resamples=resamples, seed=seed)
+            system.to_first = paired_bootstrap(
+                statistic, found[0], clips, resamples=resamples, correct_bias=correct, seed=seed
+            )
 
 
 def check_same_clips(scores: Sequence[Scores]) -> None:

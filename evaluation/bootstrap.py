@@ -87,21 +87,31 @@ def bootstrap(
 
 
 def paired_bootstrap(
-    first: Statistic, second: Statistic, clips: int, *, resamples: int = RESAMPLES, level: float = 0.95, seed: int
+    first: Statistic,
+    second: Statistic,
+    clips: int,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    correct_bias: bool = False,
+    seed: int,
 ) -> Comparison:
     """Compare two systems, each scored on the same clips, by the difference first - second in the same resamples.
 
     The p value is twice the smaller share of differences on one side of zero, the observed one included (so that it
     is never 0), and at most 1. It agrees with the interval: where it is below 1 - level, zero lies outside.
+    correct_bias: as bootstrap; two systems may have different biases, as one whose scores are all equal has none.
     """
 
     def difference(weights: np.ndarray) -> np.ndarray:
         return first(weights) - second(weights)
 
+    observed = difference(np.ones((clips, 1), dtype=np.float32))
     values = bootstrap_values(difference, clips, resamples=resamples, seed=seed)
+    if correct_bias:
+        values = values + (observed[0] - np.nanmean(values))
     known = values[~np.isnan(values)]
     tail = min((known <= 0).sum(), (known >= 0).sum())
-    observed = difference(np.ones((clips, 1), dtype=np.float32))
     return Comparison(
         float(observed[0]), percentile_interval(values, level), min(1.0, float(2 * (tail + 1) / (len(known) + 1)))
     )

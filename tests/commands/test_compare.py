@@ -8,7 +8,7 @@ import pytest
 
 import main
 from commands.compare import flags_for, own_flags, plan_systems
-from evaluation.bootstrap import MeanStatistic, clip_statistic
+from evaluation.bootstrap import MeanStatistic, clip_statistic, paired_bootstrap
 from evaluation.metrics import clip_metrics
 from settings import UserError
 from tests.helpers import SMALL, SMALL_FLAGS, call, here, refused
@@ -53,6 +53,19 @@ def test_mean_over_seeds() -> None:
     statistic = MeanStatistic([clip_statistic("multilabel", each, targets) for each in scores])
     expected = np.mean([clip_metrics("multilabel", each, targets)[0].value for each in scores])
     assert statistic(np.ones((40, 1), np.float32)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_constant_system_is_not_found_worse_for_lack_of_bias() -> None:
+    """Resampled mAP is too high for random scores and right for equal ones: uncorrected, their difference is biased."""
+    rng = np.random.default_rng(0)
+    targets = rng.random((12, 6)) < 0.4
+    random, equal = (clip_statistic("multilabel", each, targets) for each in (rng.random((12, 6)), np.ones((12, 6))))
+    plain, corrected = (
+        paired_bootstrap(equal, random, 12, resamples=400, correct_bias=correct, seed=0) for correct in (False, True)
+    )
+    assert corrected.difference == plain.difference
+    middles = [(found.interval.low + found.interval.high) / 2 for found in (plain, corrected)]
+    assert abs(middles[1] - corrected.difference) < abs(middles[0] - corrected.difference)
 
 
 @pytest.mark.slow
