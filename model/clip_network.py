@@ -160,6 +160,7 @@ def frame_count(frontend: str, samples: int) -> int:
 def clip_options(settings: Config) -> dict[str, Any]:
     """What a ClipNetwork is built with: the options of its row, and the settings. Raises UserError for wrong ones."""
     row = ENCODERS[settings.encoder]
+    options: dict[str, Any] = read_options(settings.encoder, settings.encoder_options)
     if settings.sequence_head != "none":
         raise UserError(
             f"sequence_head = {settings.sequence_head} is not allowed: {row.title} has "
@@ -167,7 +168,6 @@ def clip_options(settings: Config) -> dict[str, Any]:
         )
     if settings.sample_rate != SAMPLE_RATE:
         raise UserError(f"sample_rate = {settings.sample_rate} is not allowed: {row.title} takes {SAMPLE_RATE} Hz.")
-    options: dict[str, Any] = read_options(settings.encoder, settings.encoder_options)
     for name, value in options.items():
         if name.endswith("dropout") and not 0 <= value < 1:
             raise UserError(f"encoder_options: {name} = {value} must be 0 or more, and below 1.")
