@@ -4,7 +4,7 @@ from typing import Any
 
 from model.registry import ENCODERS
 
-COLUMNS = ("`--encoder`", "paper", "parameters", "sample rate", "frame", "licence", "published weights")
+COLUMNS = ("`--encoder`", "paper", "parameters", "clips/s", "sample rate", "frame", "licence", "published weights")
 
 
 def run(given: dict[str, Any]) -> None:
@@ -17,7 +17,7 @@ def run(given: dict[str, Any]) -> None:
 
 
 def encoder_table() -> str:
-    """Markdown, one row an encoder; parameters are those with 527 classes."""
+    """Markdown, one row an encoder; parameters with 527 classes, clips of 10 s a second on one core of a CPU."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for name, encoder in ENCODERS.items():
         rows.append(
@@ -25,6 +25,7 @@ def encoder_table() -> str:
                 f"`{name}`",
                 f"{encoder.title}: {encoder.paper}",
                 f"{encoder.parameters / 1e6:.1f} M",
+                "" if encoder.clips_per_second is None else f"{encoder.clips_per_second:.2g}",
                 f"{encoder.sample_rate / 1000:g} kHz",
                 "none" if encoder.frame_seconds is None else f"{encoder.frame_seconds * 1000:g} ms",
                 encoder.licence,

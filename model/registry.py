@@ -31,7 +31,7 @@ class Encoder:
     module: file in model/encoders/. frame_seconds: its time axis for 10 s clips, None: it has none. parameters: with
     527 classes and the default sizes. keys: regular expressions, one of which a key of its published files begins with,
     without the prefixes of wrappers. images: the same of networks of images that it can begin from, where it is wanted.
-    published: names of assets/checkpoints.json.
+    published: names of assets/checkpoints.json. clips_per_second: of 10 s, on one core (benchmarks/RESULTS.md).
     """
 
     module: str
@@ -46,6 +46,7 @@ class Encoder:
     images: tuple[str, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict)
     published: tuple[str, ...] = ()
+    clips_per_second: Optional[float] = None
 
 
 KNOWN = Path(__file__).parents[1] / "assets" / "checkpoints.json"
@@ -103,6 +104,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="MIT",
         keys=(r"layers\.0\.blocks\.", r"audio_branch\.", r"(audio_model\.)?audio_encoder\.layers\."),
         published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
+        clips_per_second=3.3,
     ),
     "atst-f": Encoder(
         module="atst_f",
@@ -121,6 +123,7 @@ ENCODERS: dict[str, Encoder] = {
             ),
         },
         published=("atst-f-strong", "atst-f-weak", "atst-f-ssl"),
+        clips_per_second=1,
     ),
     "beats": Encoder(
         module="beats",
@@ -134,6 +137,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"beats\.", r"patch_embedding\.", r"post_extract_proj\."),
         options=TRANSFORMER_OPTIONS,
         published=("beats-strong", "beats-weak", "beats-ssl"),
+        clips_per_second=0.47,
     ),
     "fpasst": Encoder(
         module="fpasst",
@@ -148,6 +152,7 @@ ENCODERS: dict[str, Encoder] = {
         images=(r"dist_token",),
         options=TRANSFORMER_OPTIONS,
         published=("fpasst-strong", "fpasst-weak", "fpasst-ssl"),
+        clips_per_second=1.1,
     ),
     "m2d": Encoder(
         module="m2d",
@@ -161,6 +166,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"m2d\.", r"backbone\.(norm_stats|pos_embed|blocks\.)"),
         options=TRANSFORMER_OPTIONS,
         published=("m2d-strong", "m2d-weak", "m2d-ssl"),
+        clips_per_second=0.95,
     ),
     "ast": Encoder(
         module="ast",
@@ -185,6 +191,7 @@ ENCODERS: dict[str, Encoder] = {
             "heads": Option(int, 12, "attention heads"),
         },
         published=("ast-audioset",),
+        clips_per_second=0.32,
     ),
     "asit": Encoder(
         module="asit",
@@ -198,6 +205,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"asit\.", r"pos_embed"),
         options=TRANSFORMER_OPTIONS,
         published=("asit-strong", "asit-weak", "asit-ssl"),
+        clips_per_second=0.79,
     ),
     "psla": Encoder(
         module="psla",
@@ -215,6 +223,7 @@ ENCODERS: dict[str, Encoder] = {
             "heads": Option(int, 4, "of the attention pooling; 0: mean over time"),
             **WIDTH,
         },
+        clips_per_second=6.4,
     ),
     "resnet50": Encoder(
         module="resnet50",
@@ -227,6 +236,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="BSD 3-Clause",
         keys=(r"layer4\.\d+\.conv3\.",),
         options={**FBANK, **WIDTH},
+        clips_per_second=3.1,
     ),
     "mobilenetv2": Encoder(
         module="mobilenetv2",
@@ -239,6 +249,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="BSD 3-Clause",
         keys=(r"(mobilenet\.)?features\.\d+\.conv\.",),
         options={**FBANK, **WIDTH},
+        clips_per_second=13,
     ),
     "cnn14": Encoder(
         module="cnn14",
@@ -260,6 +271,7 @@ ENCODERS: dict[str, Encoder] = {
             **WIDTH,
         },
         published=("cnn14-audioset", "cnn14-max-audioset"),
+        clips_per_second=1.7,
     ),
     "mn10": Encoder(  # before frame_mn: its files have keys of those, too
         module="mn10",
@@ -273,6 +285,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"mn\.features\.", r"classifier\.5\."),
         options=WIDTH,
         published=("mn10-audioset",),
+        clips_per_second=18,
     ),
     "frame_mn06": Encoder(
         module="frame_mn",
@@ -286,6 +299,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
         options={**HEAD_OPTIONS, "width": Option(float, 0.6, "factor of the channels")},
         published=("frame_mn06-strong",),
+        clips_per_second=25,
     ),
     "frame_mn10": Encoder(
         module="frame_mn",
@@ -299,6 +313,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
         options={**HEAD_OPTIONS, "width": Option(float, 1.0, "factor of the channels")},
         published=("frame_mn10-strong",),
+        clips_per_second=16,
     ),
     "tal": Encoder(
         module="tal",
@@ -311,6 +326,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="BSD 3-Clause",
         keys=(r"gru\.weight_ih_l0",),
         options={**FBANK, **POOLING, **CONVOLUTIONS, **AROUND},
+        clips_per_second=1.3,
     ),
     "taltrans": Encoder(
         module="taltrans",
@@ -331,6 +347,7 @@ ENCODERS: dict[str, Encoder] = {
             **AROUND,
             **INSIDE,
         },
+        clips_per_second=1.2,
     ),
     "transformer": Encoder(
         module="transformer",
@@ -350,6 +367,7 @@ ENCODERS: dict[str, Encoder] = {
             **AROUND,
             **INSIDE,
         },
+        clips_per_second=4.9,
     ),
     "fnet": Encoder(
         module="fnet",
@@ -367,6 +385,7 @@ ENCODERS: dict[str, Encoder] = {
             "layers": Option(int, 50, "Fourier layers"),
             "dropout": Option(float, 0.1, "of the input and of each MLP, in training"),
         },
+        clips_per_second=2,
     ),
     "linear": Encoder(
         module="linear",
@@ -384,6 +403,7 @@ ENCODERS: dict[str, Encoder] = {
             "dim": Option(int, 128, "channels"),
             "dropout": Option(float, 0.1, "before each layer, in training"),
         },
+        clips_per_second=64,
     ),
 }
 
