@@ -39,7 +39,7 @@ from training.performance import settle
 
 SET_HERE = ("encoder", "random_seed", "exp_name", "resume", "heatmap_dir", "test_file", "test_shard")
 FOR_TESTS = ("workspace", "dataset_path", "results_path", "debug", "batch_size")  # what test takes of the flags, beside
-INTERRUPTED = (130, 143)  # exit statuses of a command that was told to end
+INTERRUPTED = (130, 143)  # exit statuses after SIGINT and SIGTERM
 COST = "cost.json"  # file in the folder of a run
 
 
@@ -272,7 +272,7 @@ def print_plan(systems: Sequence[System]) -> None:
 def train_and_test(run: Run) -> str:
     """Train a run or the rest of it, and test its best checkpoint; returns what went wrong, or an empty text.
 
-    Raises KeyboardInterrupt where the training was told to end.
+    Raises KeyboardInterrupt where a command was interrupted by SIGINT or SIGTERM.
     """
     if run.tested():
         print(f"{run.name} is complete.")

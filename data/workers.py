@@ -1,4 +1,4 @@
-"""How a process ends: with the one that it works for, and in order where it is told to."""
+"""How a process ends: with its parent, and after SIGTERM as after Ctrl-C."""
 
 import os
 import signal

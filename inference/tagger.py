@@ -310,7 +310,7 @@ class Tagger:
     ) -> Iterator[tuple[str | Path, Tagged | UserError]]:
         """Tag files one after another, in order; windows of several share a batch. A bad file gives its error.
 
-        progress: called with the seconds of sound that each batch has gone on.
+        progress: called with the seconds of sound that each batch has added.
         """
         rate = self.settings.sample_rate
         found = ((path, list[Remark]()) for path in paths)
