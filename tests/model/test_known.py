@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -148,8 +149,10 @@ def test_a_folder_that_cannot_be_made(server: Server, tmp_path: Path, monkeypatc
         registry.find_checkpoint("whole")
 
 
-def fetch(known: Path) -> None:
+def fetch(known: Path, folder: Path) -> None:
+    """In a process of its own; a fork server has the environment of its start, so the folder is handed over."""
     registry.KNOWN = known
+    os.environ["HTSAT_CHECKPOINTS"] = str(folder)
     assert registry.find_checkpoint("whole")[0].read_bytes() == CONTENT
 
 
@@ -157,7 +160,7 @@ def fetch(known: Path) -> None:
 def test_two_processes_fetch_it_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of a training on several GPUs: the second waits for the first."""
     file = know(server, tmp_path, monkeypatch, "whole")
-    processes = [forkserver().Process(target=fetch, args=(registry.KNOWN,)) for _ in range(2)]
+    processes = [forkserver().Process(target=fetch, args=(registry.KNOWN, file.parent)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
