@@ -13,8 +13,8 @@ from data.facts import store_facts
 from data.names import markup, shown, terminal_text
 from data_generator import SEDDataModule, hopeless, load_table
 from prepare.check import CheckReport, SplitReport, check_tables
-from sed_model import schedule_warnings
 from settings import Config, UserError, resolve
+from training.schedule import schedule_warnings
 
 TELLING = 0.05  # half an interval that needs no remark: that of 380 clips
 NUMBER_COLUMN: dict[str, Any] = {"justify": "right"}

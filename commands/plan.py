@@ -32,18 +32,17 @@ from runs.measure import (
 )
 from runs.records import BYTES_PER_TRAINED_PARAMETER, device_name
 from runs.resume import find_resumed
-from sed_model import (
+from sed_model import SEDWrapper, build_wrapper
+from settings import Config, UserError, resolve
+from training.devices import device_count, on_gpu, total_memory
+from training.performance import settle
+from training.schedule import (
     WARM_UP_EPOCHS,
-    SEDWrapper,
-    build_wrapper,
     learning_rate_scale,
     rate_scale,
     schedule_warnings,
     warm_up_steps,
 )
-from settings import Config, UserError, resolve
-from training.devices import device_count, on_gpu, total_memory
-from training.performance import settle
 
 RECIPE_RATE, RECIPE_BATCH = 1e-3, 128  # paper, section 3.1
 FLOAT32, MOMENTS = 4, 2  # bytes of a number; AdamW keeps two for each weight

@@ -17,11 +17,12 @@ from model.registry import ENCODERS, encoder_titles, read_options
 from runs.card import CARD, write_run_card
 from runs.records import print_first_page, save_provenance
 from runs.resume import best_checkpoint, find_resumed, resumes, say_changes, with_recorded
-from sed_model import build_wrapper, schedule_warnings
+from sed_model import build_wrapper
 from settings import Config, UserError, place_flags, resolve
 from training.callbacks import checkpoint_folder, chosen_by, draw_curves, read_curves, restore_best
 from training.devices import is_first_process, process_count
 from training.performance import Performance, compile_network, settle
+from training.schedule import schedule_warnings
 from training.trainer import build_trainer, interruptible
 
 

@@ -1,13 +1,15 @@
-"""Losses of clips, by their names in config.py, and of frames. All return a scalar."""
+"""Losses of clips, by their names in config.py, and of frames, all scalars; and the mean teacher of one of them."""
 
 from collections.abc import Callable
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 WEAK, STRONG = 1, 2  # of `labelling`, as data.clip_store has them; any other number: not labelled
 
@@ -84,6 +86,31 @@ def consistency(student_probabilities: Tensor, teacher_probabilities: Tensor) ->
     Tarvainen and Valpola 2017. The teacher gets no gradient.
     """
     return F.mse_loss(student_probabilities, teacher_probabilities.detach())
+
+
+class MeanTeacher(AveragedModel):
+    """A copy of a network that follows it slowly; `module` is the copy, update_parameters(network) moves it.
+
+    Tarvainen and Valpola: Mean teachers are better role models, NeurIPS 2017, arXiv 1703.01780. The baselines of DCASE
+    task 4 train with it on clips without labels.
+
+    Update n, from 0, keeps min(1 - 1 / (n + 1), decay) of the old average: at first a mean over all steps, so that the
+    initial weights are soon forgotten. Buffers are copied. Make it when the network's own weights have been loaded.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        """decay: largest share of the old average that an update keeps, from 0 to below 1."""
+
+        def average(ours: Tensors, theirs: Tensors, updates: Tensor | int) -> None:
+            get_ema_multi_avg_fn(min(1 - 1 / (int(updates) + 1), decay))(ours, theirs, updates)
+
+        super().__init__(network, multi_avg_fn=average)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "MeanTeacher":
+        """Always in eval mode: the parent's train() has no effect."""
+        return super().train(False)
 
 
 def _clip_means(logits: Tensor, targets: Tensor) -> Tensor:

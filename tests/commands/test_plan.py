@@ -18,9 +18,10 @@ from commands.plan import (
 from data_generator import load_training_data
 from model import build_model
 from runs.measure import saved_for_backward
-from sed_model import SEDWrapper, schedule_warnings
+from sed_model import SEDWrapper
 from settings import Config, resolve
 from tests.helpers import SMALL, SMALL_FLAGS, call, last_checkpoint
+from training.schedule import schedule_warnings
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from model import build_model
-from sed_model import SEDWrapper, parameter_groups
+from sed_model import SEDWrapper
 from settings import resolve
 from tests.helpers import SMALL, SMALL_FLAGS, TINY, call, last_checkpoint, save_network
+from training.schedule import parameter_groups
 from utils import int16_to_float32
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from data.clip_store import STRONG, UNLABELLED, WEAK
-from sed_model import cosine_scale, learning_rate_scale, rate_scale, schedule_warnings
 from settings import resolve
 from training import losses
 from training.losses import (
@@ -19,6 +18,7 @@ from training.losses import (
     frame_bce,
     weak_strong_bce,
 )
+from training.schedule import cosine_scale, learning_rate_scale, rate_scale, schedule_warnings
 from utils import d_prime, do_mixup, float32_to_int16, get_mix_lambda, int16_to_float32
 
 

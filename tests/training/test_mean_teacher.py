@@ -13,7 +13,8 @@ from model.checkpoint import load_network, read_checkpoint
 from sed_model import FrameSEDWrapper
 from settings import resolve
 from tests.networks import SMALL, htsat, noise
-from training.mean_teacher import MeanTeacher, ramp_up
+from training.losses import MeanTeacher
+from training.schedule import ramp_up
 
 
 def small_network() -> nn.Sequential:
