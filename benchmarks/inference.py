@@ -17,6 +17,7 @@ the same turn.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -46,6 +47,7 @@ from data.labels import published_labels
 from inference.onnx_runtime import load_onnx
 from model import Network, build_model
 from model.export import build_onnx, join, quantize, save_onnx
+from model.layers.packed import pack_linear_layers
 from model.opening import open_network
 from model.registry import ENCODERS
 from runs.measure import count_flops, peak_flops, peak_memory, release_and_reset_peak
@@ -283,6 +285,7 @@ def measure_encoder(name: str, clips: int, batch: int, turns: int) -> Figures:
         del weights
         start = time.perf_counter()
         network = open_network(path).network.eval()
+        pack_linear_layers(network)
         load_seconds = time.perf_counter() - start
     work, samples = count_flops(settings, training=False), settings.clip_samples
     sounds = 0.1 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(0))
@@ -355,7 +358,9 @@ def main() -> None:
         keep_freed_memory()
     clips, turns = (8, 2) if arguments.quick else (64, 5)
     settings, network, plain = make_networks()
-    sides: dict[str, Listen] = {"eager": network.probabilities}
+    packed = copy.deepcopy(network)  # as a Tagger packs it on a CPU
+    pack_linear_layers(packed)
+    sides: dict[str, Listen] = {"eager": packed.probabilities}
     if arguments.compile:
         torch._inductor.config.freezing = True
         sides["compiled"] = torch.compile(network.probabilities)

@@ -18,6 +18,7 @@ from inference.onnx_runtime import load_onnx
 from inference.windows import OverlapAverage, Window, cut_windows, into_bins, pool_sound
 from model import Network
 from model.checkpoint import LoadReport
+from model.layers.packed import pack_linear_layers
 from model.opening import open_network
 from settings import Config, UserError
 
@@ -241,6 +242,8 @@ class Tagger:
             except RuntimeError as error:  # an unknown name, a number that no GPU has, a GPU without room
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"The device {device} cannot be used ({reason}): use cpu or auto.") from None
+            if device == "cpu":
+                pack_linear_layers(self.network)
         return self
 
     def encoder(self) -> Network:

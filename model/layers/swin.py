@@ -47,10 +47,11 @@ class Mlp(nn.Module):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
+        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -181,7 +182,7 @@ class WindowAttention(nn.Module):
 
     def _make_term(self, mask: Optional[Tensor]) -> Tensor:
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
-        return bias.contiguous() if mask is None else bias + MASK_SCALE * mask[:, None]
+        return (bias if mask is None else bias + MASK_SCALE * mask[:, None]).contiguous()
 
     def forward(
         self, x: Tensor, windows: int, mask: Optional[Tensor], need_weights: bool = False

@@ -17,6 +17,7 @@ from model import Network, build_model
 from model.checkpoint import load_network, read_checkpoint
 from model.export import Probabilities, build_onnx, join, save_onnx
 from model.foreign import WRAPPERS
+from model.layers.packed import pack_linear_layers
 from model.opening import open_network
 from model.registry import ENCODERS, encoder_module, read_options
 from sed_model import at_rate_of, build_wrapper
@@ -333,6 +334,28 @@ def test_eight_clips_are_learned_by_heart(name: str) -> None:
         torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
         optimizer.step()
     assert loss.item() < 0.02
+
+
+@every_case
+def test_packed_layers_compute_the_same(case: str) -> None:
+    """Scores, and after other weights were loaded; gradients, which the layers compute as before; bfloat16 as well."""
+    network = tiny(case)
+    packed, waveform = copy.deepcopy(network), sound(network)
+    pack_linear_layers(packed)
+    assert list(packed.state_dict()) == list(network.state_dict())
+    for factor in (1.0, 0.9):
+        weights = {key: factor * value if "weight" in key else value for key, value in network.state_dict().items()}
+        for module in (packed, network):
+            module.load_state_dict(weights)
+        with torch.inference_mode():
+            for ours, wanted in zip(packed.probabilities(waveform), network.probabilities(waveform), strict=True):
+                torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+    for module in (packed, network):
+        module(waveform).clip_logits.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in packed.named_parameters()}
+    torch.testing.assert_close(gradients, {name: parameter.grad for name, parameter in network.named_parameters()})
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(packed.probabilities(waveform), network.probabilities(waveform))
 
 
 @every_case
