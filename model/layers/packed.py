@@ -41,11 +41,13 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linear_layers(network: nn.Module) -> None:
-    """Put a PackedLinear in the place of each linear layer, where this build of torch has oneDNN's operators.
+    """Put a PackedLinear in the place of each linear layer, where that gains: on CPUs with AVX-512.
 
-    They are those that torch.compile calls for a CPU; torch has no public name for them.
+    With AVX2 it gains nothing (benchmarks/RESULTS.md). The operators are those that torch.compile calls on a CPU; torch
+    has no public name for them, so a build without them keeps its layers.
     """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if not (capable and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
