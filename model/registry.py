@@ -91,6 +91,9 @@ CONVOLUTIONS = {
 AROUND = {"dropout": Option(float, 0.0, "around the layers, in training")}
 INSIDE = {"transformer_dropout": Option(float, 0.25, "in the transformer layers, in training")}
 WIDTH = {"width": Option(float, 1.0, "factor of the channels")}
+MOMENTUM = {
+    "norm_momentum": Option(float, 0.01, "share of a step in BatchNorm's statistics; from scratch in few steps: 0.1")
+}
 
 ENCODERS: dict[str, Encoder] = {
     "htsat": Encoder(
@@ -222,6 +225,7 @@ ENCODERS: dict[str, Encoder] = {
             "variant": Option(str, "b2", "of EfficientNet", tuple(f"b{number}" for number in range(8))),
             "heads": Option(int, 4, "of the attention pooling; 0: mean over time"),
             **WIDTH,
+            **MOMENTUM,
         },
         clips_per_second=6.4,
     ),
@@ -283,7 +287,7 @@ ENCODERS: dict[str, Encoder] = {
         parameters=4_876_831,
         licence="MIT",
         keys=(r"mn\.features\.", r"classifier\.5\."),
-        options=WIDTH,
+        options={**WIDTH, **MOMENTUM},
         published=("mn10-audioset",),
         clips_per_second=18,
     ),
@@ -297,7 +301,7 @@ ENCODERS: dict[str, Encoder] = {
         parameters=1_403_263,
         licence="MIT",
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
-        options={**HEAD_OPTIONS, "width": Option(float, 0.6, "factor of the channels")},
+        options={**HEAD_OPTIONS, "width": Option(float, 0.6, "factor of the channels"), **MOMENTUM},
         published=("frame_mn06-strong",),
         clips_per_second=25,
     ),
@@ -311,7 +315,7 @@ ENCODERS: dict[str, Encoder] = {
         parameters=3_478_111,
         licence="MIT",
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
-        options={**HEAD_OPTIONS, "width": Option(float, 1.0, "factor of the channels")},
+        options={**HEAD_OPTIONS, **WIDTH, **MOMENTUM},
         published=("frame_mn10-strong",),
         clips_per_second=16,
     ),

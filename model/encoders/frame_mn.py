@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.foreign import Weights
 from model.frame_network import FrameNetwork, builders, described, find
 from model.frontend import CentredLogMel, kaldi_filterbank
+from model.layers.cnn import NORM_MOMENTUM
 from model.layers.mobilenet import LAST, Shape, build_features, divisible
 from model.network import Layer
 from settings import UserError
@@ -42,16 +43,16 @@ BLOCKS = (
 
 
 class FrameMobileNet(FrameNetwork):
-    """The published network. width: factor of the channels."""
+    """The published network. width: factor of the channels; norm_momentum: of the BatchNorms."""
 
     mean, scale = -4.5, 5.0
 
-    def __init__(self, *, width: float = 1.0, **shared: Any) -> None:
+    def __init__(self, *, width: float = 1.0, norm_momentum: float = NORM_MOMENTUM, **shared: Any) -> None:
         if not 0 < width <= 10:
             raise UserError(f"encoder_options: width = {width} must be above 0, up to 10.")
         out = divisible(width * BLOCKS[-1].out)
         super().__init__(build_bank(), LAST * out, **shared)
-        self.frame_mn = nn.ModuleDict({"features": build_features(width, BLOCKS)})
+        self.frame_mn = nn.ModuleDict({"features": build_features(width, BLOCKS, norm_momentum)})
 
     def encode(self, features: Tensor) -> Tensor:
         x = features[:, None].contiguous(memory_format=torch.channels_last)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.foreign import Weights
 from model.frame_network import Padded
 from model.frontend import Analysis, CentredLogMel, kaldi_filterbank
+from model.layers.cnn import NORM_MOMENTUM
 from model.layers.mobilenet import LAST, Shape, build_features, divisible
 from model.network import Layer, Network, Outputs
 from model.registry import ENCODERS, read_options
@@ -58,6 +59,7 @@ class MobileNetV3(Network):
         num_classes: int = 527,
         clip_samples: int = 10 * SAMPLE_RATE,
         width: float = 1.0,
+        norm_momentum: float = NORM_MOMENTUM,
         softmax: bool = False,
     ) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class MobileNetV3(Network):
         classifier = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), layers[0], nn.Hardswish(), nn.Dropout(0.2), layers[1]
         )
-        self.mn = nn.ModuleDict({"features": build_features(width, BLOCKS), "classifier": classifier})
+        self.mn = nn.ModuleDict({"features": build_features(width, BLOCKS, norm_momentum), "classifier": classifier})
         for layer in layers:
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)

@@ -19,6 +19,7 @@ from model import clip_network
 from model.clip_network import SAMPLE_RATE, ClipNetwork, clip_options
 from model.foreign import Weights
 from model.heads import AttentionPooling
+from model.layers.cnn import NORM_MOMENTUM, set_norm_momentum
 from model.network import Layer, Outputs
 from settings import Config, UserError
 
@@ -60,11 +61,20 @@ class PSLA(ClipNetwork):
     not_in_images = ("effnet.conv_stem.",)
     effnet: Any  # timm's EfficientNet
 
-    def __init__(self, *, variant: str = "b2", width: float = 1.0, heads: int = 4, **shared: Any) -> None:
+    def __init__(
+        self,
+        *,
+        variant: str = "b2",
+        width: float = 1.0,
+        heads: int = 4,
+        norm_momentum: float = NORM_MOMENTUM,
+        **shared: Any,
+    ) -> None:
         super().__init__(**shared)
         if not 0 < width <= 10 or not 0 <= heads <= 64:
             raise UserError(f"encoder_options: width = {width} must be above 0, up to 10, and heads = {heads} 0 to 64.")
         self.effnet = build_effnet(variant, width)
+        set_norm_momentum(self.effnet, norm_momentum)
         self.channels = self.effnet.num_features
         self.attention = AttentionPooling(self.channels, self.num_classes, heads)
         strided = pad_as_images(self.effnet, VARIANTS[variant].side)
@@ -94,7 +104,7 @@ class PSLA(ClipNetwork):
 
 
 def build_effnet(variant: str, width: float) -> EfficientNet:
-    """timm's tf_efficientnet of a variant for one channel, with the BatchNorm and stochastic depth of the training."""
+    """timm's tf_efficientnet of a variant for one channel, with the stochastic depth of the training."""
     stages = [
         [f"{'ds' if expansion == 1 else 'ir'}_r{blocks}_k{kernel}_s{stride}_e{expansion}_c{channels}_se0.25"]
         for blocks, kernel, stride, expansion, channels in STAGES
@@ -107,7 +117,7 @@ def build_effnet(variant: str, width: float) -> EfficientNet:
         in_chans=1,
         round_chs_fn=rounded,
         act_layer=nn.SiLU,
-        norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01),
+        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
         drop_path_rate=0.2,
     )
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.misc import Conv2dNormActivation
 
+from model.layers.cnn import set_norm_momentum
+
 DIVISOR = 8  # of every number of channels
 LAST = 6  # channels of the last convolution, in those of the last block
-NORM = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+NORM = partial(nn.BatchNorm2d, eps=1e-3)
 
 
 class Shape(NamedTuple):
@@ -28,7 +30,7 @@ class Shape(NamedTuple):
     activation: type[nn.Module]
 
 
-def build_features(width: float, blocks: Sequence[Shape]) -> nn.Sequential:
+def build_features(width: float, blocks: Sequence[Shape], norm_momentum: float) -> nn.Sequential:
     """(B, 1, F, T) -> (B, 6 C, F', T'): a strided convolution, the blocks, and LAST times the channels of the last."""
     channels = divisible(width * blocks[0].out)
     parts: list[nn.Module] = [convolution(1, channels, 3, stride=2, activation=nn.Hardswish)]
@@ -37,6 +39,7 @@ def build_features(width: float, blocks: Sequence[Shape]) -> nn.Sequential:
         channels = divisible(width * shape.out)
     parts.append(convolution(channels, LAST * channels, 1, activation=nn.Hardswish))
     features = nn.Sequential(*parts).apply(_init)
+    set_norm_momentum(features, norm_momentum)
     for parameter in features.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)  # a fifth faster on CPUs

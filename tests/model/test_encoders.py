@@ -442,6 +442,16 @@ def test_wrong_options_are_named(name: str) -> None:
             build_model(resolve({**SIZES[name], "encoder": name, "encoder_options": f"{key}={value}"}))
 
 
+@pytest.mark.parametrize("name", [name for name, row in ENCODERS.items() if "norm_momentum" in row.options])
+def test_momentum_of_the_norms(name: str) -> None:
+    case = {**CASES[name], "encoder_options": {**resolve(CASES[name]).encoder_options, "norm_momentum": "0.2"}}
+    norms = [module for module in build_model(resolve(case)).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) > 20
+    assert {norm.momentum for norm in norms} == {0.2}
+    with pytest.raises(UserError, match="norm_momentum"):
+        build_model(resolve({**case, "encoder_options": "norm_momentum=0"}))
+
+
 @every_encoder
 def test_settings_of_other_encoders_are_refused_by_name(name: str) -> None:
     theirs = {other: resolve({"encoder": other}) for other in ENCODERS}
