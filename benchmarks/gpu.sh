@@ -11,7 +11,7 @@ store=$(mktemp -d "${TMPDIR:-/tmp}/clips.XXXXXX")
 trap 'rm -rf "$store"' EXIT
 
 if [ "${2:-}" = --dry ]; then
-    batch=4 plain=2 clips=24 workers=1 steps=2 slower=5
+    batch=4 plain=1 clips=24 workers=1 steps=2 slower=20
     trainer=(--tiny) compile=off
     network=(--accelerator cpu --clip_samples 8000 --htsat_dim 16 --htsat_depth 1,1 --htsat_num_head 1,2 --htsat_spec_size 64 --mel_bins 32)
     samples=8000

@@ -49,6 +49,7 @@ from runs.measure import (
 )
 from settings import Config, resolve
 from training.performance import keep_freed_memory, settle
+from training.trainer import build_trainer
 
 BATCH_SIZE, CLIP_SAMPLES, CLASSES = 4, 320_000, 527
 TINY: dict[str, Any] = {  # clips of a quarter of a second, and some milliseconds a step
@@ -159,6 +160,7 @@ def compare_trainer(settings: Config, turns: int, steps: int, plain_clips: int) 
 
     One network serves the first two. overhead: how much longer a step takes through the Trainer; the median over turns.
     """
+    build_trainer(settings, steps_per_epoch=None)  # its switches hold for the process, and so for all sides and turns
     module = measured_module(settings)
     batches = Repeated(synthetic_batch(settings, settings.batch_size), UNCOUNTED + steps)
     bare, through, plain_seconds = [], [], []
@@ -185,12 +187,14 @@ def compare_trainer(settings: Config, turns: int, steps: int, plain_clips: int) 
 
 
 def exact_step(plain: Side, waveform: Tensor, targets: Tensor) -> float:
-    """Seconds of a step in float32, without TF32, the second of two."""
+    """Seconds of a step in float32, without TF32, the second of two. Its bicubic stretch is not deterministic."""
     allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(False)
     plain.step(waveform, targets)
     seconds = plain.step(waveform, targets)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+    torch.use_deterministic_algorithms(True)
     return seconds
 
 

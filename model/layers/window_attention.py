@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 LONGEST_SIDE = 8  # of a window, in tokens: their scores stay in registers
 LARGEST_HEAD = 64  # channels
@@ -251,6 +252,19 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.htsat.window_attention)
+def _flops(qkv: tuple[int, ...], table: Any, heads: int, height: int, width: int, side: int, *_: Any, **__: Any) -> int:
+    """FLOP of two products, (N, d) by (d, N) and (N, N) by (N, d), of each head and window. qkv: its shape."""
+    clips, tokens, channels = qkv
+    return 2 * 2 * clips * tokens * side**2 * (channels // 3)
+
+
+@register_flop_formula(torch.ops.htsat.window_attention_backward)
+def _backward_flops(gradient: Any, *words: Any, **more: Any) -> int:
+    """Of four products: weights that are computed again are no progress."""
+    return 2 * _flops(*words, **more)
 
 
 def attend_windows(qkv: Tensor, table: Tensor, heads: int, windows: Windows) -> Tensor:
