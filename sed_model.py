@@ -294,8 +294,9 @@ class SEDWrapper(Evaluation):
         self.unreadable += batch["unreadable"]
         self._count_what_was_before()
         self.losses.add(self.global_step, len(batch["waveform"]), loss)
-        last = self._trainer is None or self._trainer.is_last_batch
-        if last or (batch_idx + 1) % self._trainer.log_every_n_steps == 0:
+        trainer = self._trainer
+        last = trainer is None or trainer.is_last_batch
+        if trainer is None or last or (batch_idx + 1) % trainer.log_every_n_steps == 0:
             self._read_losses(wait=last)
         if last:
             self.log("train_loss_epoch", self.losses.mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)

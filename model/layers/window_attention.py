@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 LONGEST_SIDE = 8  # of a window, in tokens: their scores stay in registers
+LONGEST_EXACT_SIDE = 4
 LARGEST_HEAD = 64  # channels
 PROGRAMS = 2048  # at most, about: each loads its bias once, and leaves one gradient of it
 TOGETHER = tl.constexpr(16)  # programs whose gradients of the bias are read together
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -38,14 +39,15 @@ class Windows(NamedTuple):
 
 
 def fits(qkv: Tensor, heads: int, windows: Windows) -> bool:
-    """Whether the kernel takes these projections (B, W * N, 3 * C)."""
-    head = qkv.shape[2] // (3 * heads)
-    return (
-        (qkv.is_cuda or INTERPRETED.value)
-        and qkv.dtype in DTYPES
-        and windows.side <= LONGEST_SIDE
-        and head <= LARGEST_HEAD
-    )
+    """Whether the kernels take these projections (B, W * N, 3 * C).
+
+    A GPU takes float32 with small windows alone: its exact products have no tensor cores, need too many registers with
+    64 tokens, and take a minute to compile.
+    """
+    if not (qkv.is_cuda or INTERPRETED.value) or windows.side > LONGEST_SIDE:
+        return False
+    exact = qkv.dtype == torch.float32 and (INTERPRETED.value or windows.side <= LONGEST_EXACT_SIDE)
+    return (exact or qkv.dtype in HALVES) and qkv.shape[2] <= 3 * heads * LARGEST_HEAD
 
 
 @triton.jit
@@ -213,7 +215,7 @@ def _attention(qkv: Tensor, table: Tensor, heads: int, height: int, width: int, 
 
 
 @_attention.register_fake
-def _(qkv: Tensor, table: Tensor, heads: int, height: int, width: int, side: int, shift: int) -> Tensor:
+def _shape(qkv: Tensor, table: Tensor, heads: int, height: int, width: int, side: int, shift: int) -> Tensor:
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
@@ -234,7 +236,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(
+def _shapes(
     gradient: Tensor, qkv: Tensor, table: Tensor, heads: int, height: int, width: int, side: int, shift: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(table)
