@@ -25,6 +25,7 @@ LONGEST_EXACT_SIDE = 4
 LARGEST_HEAD = 64  # channels
 PROGRAMS = 2048  # at most, about: each loads its bias once, and leaves one gradient of it
 TOGETHER = tl.constexpr(16)  # programs whose gradients of the bias are read together
+MASKED = tl.constexpr(-1e30)  # score between tokens that were no neighbours before the shift
 HALVES = (torch.bfloat16, torch.float16)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -86,7 +87,8 @@ def _weights(query, key, bias, region, scale, shift: tl.constexpr, precision: tl
     """(block, block) float32: the softmax over the keys."""
     scores = _product(query, tl.trans(key), precision) * scale + bias
     if shift > 0:
-        scores = tl.where(region[:, None] == region[None, :], scores, float("-inf"))
+        # Finite, as a row beyond the window may have no key in its region: it would be NaN, and NaN times 0 is NaN.
+        scores = tl.where(region[:, None] == region[None, :], scores, MASKED)
     weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     return weights / tl.sum(weights, axis=1)[:, None]
 
