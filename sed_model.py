@@ -25,9 +25,11 @@ from model.checkpoint import EPOCH_SO_FAR
 from model.network import resample
 from settings import FRAME_LOSSES, Config, UserError, section
 from training import augment
+from training.devices import copy_stream, to_device
 from training.losses import (
     LOSSES,
     MeanTeacher,
+    StepLosses,
     clip_bce,
     consistency,
     distillation_bce,
@@ -40,7 +42,6 @@ from utils import do_mixup, get_mix_lambda, int16_to_float32
 Batch = dict[str, Any]
 FeatureStep = Callable[[Tensor, Targets], tuple[Tensor, Targets]]
 ScoreMapping = Callable[[np.ndarray], np.ndarray]  # scores (..., K) of a network's classes -> of the data's
-CHECK_LOSS_EVERY = 50  # steps: it makes the CPU wait for a GPU, and a loss that is not finite stays so
 
 
 class Evaluation(pl.LightningModule):
@@ -74,6 +75,20 @@ class Evaluation(pl.LightningModule):
     def sample_rate_of(self, batch: Batch) -> int:
         """Of a batch's waveforms, in Hz."""
         return int(batch.get("sample_rate", self.settings.sample_rate))
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """The copy of a batch in pinned memory goes on beside the step before, which the GPU is still computing."""
+        if device.type != "cuda":
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        copies, work = copy_stream(device), torch.cuda.current_stream(device)
+        with torch.cuda.stream(copies):
+            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        work.wait_stream(copies)
+        events = moved.get("events")
+        for value in (*moved.values(), *(vars(events).values() if events else ())):
+            if isinstance(value, Tensor):
+                value.record_stream(work)  # so that its memory is not given away while the step needs it
+        return moved
 
     def on_test_epoch_start(self) -> None:
         self.collected = []
@@ -137,8 +152,6 @@ class SEDWrapper(Evaluation):
     weights are saved under the prefix sed_model.
     """
 
-    diverged_at: Tensor
-    epoch_loss: Tensor
     masks_silence = False  # whether SpecAugment's masks over time count as silence in the targets
 
     def __init__(self, network: Network, settings: Config, labels: Sequence[str]) -> None:
@@ -147,12 +160,9 @@ class SEDWrapper(Evaluation):
         self.loss_func = LOSSES[settings.loss_type]
         self.watched: list[tuple[Tensor, ...]] = []  # of the test clips, with watch_test
         self.unreadable = 0  # clips of this epoch, in this process
-        # Of this epoch, in this process: the sum of the clips' losses, and clips. On the device, as diverged_at.
-        self.register_buffer("epoch_loss", torch.zeros(2), persistent=False)
+        self.losses = StepLosses()
         self.before: Optional[list[Any]] = None  # of an epoch that is resumed: see EPOCH_SO_FAR
         self.batch_in_epoch = 0
-        # Step since which the loss has not been finite, -1 while it is: on the device, where each step updates it.
-        self.register_buffer("diverged_at", torch.tensor(-1), persistent=False)
         ontology = settings.class_map_path if settings.enable_label_enhance else None
         self.ontology = read_ontology(Path(ontology)) if ontology else None
         if settings.freeze_backbone:
@@ -175,43 +185,55 @@ class SEDWrapper(Evaluation):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Random numbers of their own for each step and process: a resumed run draws what an unbroken one draws."""
         place = [self.settings.random_seed, self.current_epoch, batch_idx, self.global_rank]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed costs a millisecond where there is no GPU
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch_in_epoch = batch_idx
         loss = self.training_loss(batch)
         self.unreadable += batch["unreadable"]
-        since = torch.where(self.diverged_at < 0, self.global_step, self.diverged_at)
-        self.diverged_at = torch.where(loss.detach().isfinite(), -1, since)
-        if self.global_step % CHECK_LOSS_EVERY == 0 or (self._trainer and self._trainer.is_last_batch):
-            self.check_loss()
         self._count_what_was_before()
-        self._log_loss(loss, len(batch["waveform"]))
+        self.losses.add(self.global_step, len(batch["waveform"]), loss)
+        trainer = self._trainer
+        last = trainer is None or trainer.is_last_batch
+        if trainer is None or last or (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            self._read_losses(wait=last)
+        if last:
+            self.log("train_loss_epoch", self.losses.mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
-
-    def _log_loss(self, loss: Tensor | float, clips: int) -> None:
-        """The loss of a step, and a part of its epoch's mean."""
-        self.epoch_loss[0] += clips * (loss.detach() if isinstance(loss, Tensor) else loss)
-        self.epoch_loss[1] += clips
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=clips, sync_dist=True)
 
     def _count_what_was_before(self) -> None:
         """The part of a resumed epoch before its checkpoint: each process takes its share of the clips."""
         if self.before and self.before[0] == self.current_epoch:
             _, loss, clips, unreadable = self.before
             self.unreadable += unreadable if self.global_rank == 0 else 0
-            self._log_loss(loss, round(clips / self._world_size()))
+            self.losses.count(loss, round(clips / self._world_size()))
         self.before = None
 
-    def check_loss(self) -> None:
-        """Raise UserError where the loss is not finite, with the step since when."""
-        step = self.diverged_at
-        if self._world_size() > 1:  # so that all processes end
-            reduced = self.trainer.strategy.reduce(step.clone(), reduce_op="max")
-            assert isinstance(reduced, Tensor)
-            step = reduced
-        if step >= 0:
-            raise self._diverged(f"the loss is no finite number since step {int(step)}")
+    def _read_losses(self, *, wait: bool) -> None:
+        """Log the losses of the steps that have come from the device. wait: of all steps.
+
+        Raises UserError where one is not finite, in all processes.
+        """
+        every, loggers = (self._trainer.log_every_n_steps, self._trainer.loggers) if self._trainer else (1, [])
+        logged = {}
+        for step, _, loss in self.losses.read(self._mean_of_processes, wait=wait):
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss is no finite number since step {step}")
+            if (step + 1) % every == 0:
+                logged[step] = loss  # of a step in parts, the last one's
+        for step, loss in logged.items():  # not by self.log, which would log it as of the step that is at work
+            for logger in loggers:
+                logger.log_metrics({"train_loss_step": loss, "epoch": self.current_epoch}, step=step)
+
+    def _mean_of_processes(self, values: Tensor) -> Tensor:
+        if self._world_size() == 1:
+            return values
+        reduced = self.trainer.strategy.reduce(values, reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     def _diverged(self, why: str) -> BaseException:
         """What to raise, in all processes: the first one says why."""
@@ -263,7 +285,7 @@ class SEDWrapper(Evaluation):
         """Of clips of `whole` seconds, rolled by (B,) `shifts` seconds, then cut to `seconds` from (B,) `begin` on."""
         clips = batch["target"]
         if self.ontology is not None:
-            ancestors = torch.from_numpy(self.ontology.ancestors).to(clips.device)
+            ancestors = to_device(torch.from_numpy(self.ontology.ancestors), clips.device)
             clips = augment.enhance_labels(clips, ancestors, self.ontology.children)
         return Targets(clips)
 
@@ -296,7 +318,7 @@ class SEDWrapper(Evaluation):
     def _where_alike(self, targets: Targets, partner: Tensor, weight: Tensor) -> augment.Mixing:
         """On the device; the weight is 1 where a clip's partner has labels of another kind."""
         device = targets.clips.device
-        partner, weight = partner.to(device), weight.to(device)
+        partner, weight = to_device(partner, device), to_device(weight, device)
         alike = targets.mixable(partner)
         return augment.Mixing(partner, weight if alike is None else torch.where(alike, weight, 1.0))
 
@@ -372,7 +394,7 @@ class SEDWrapper(Evaluation):
             )
         self.log("unreadable_clips", float(self.unreadable), sync_dist=True, reduce_fx="sum")
         self.unreadable = 0
-        self.epoch_loss.zero_()
+        self.losses = StepLosses()
 
     def on_validation_epoch_start(self) -> None:
         self.collected, self.watched = [], []
@@ -466,13 +488,11 @@ class SEDWrapper(Evaluation):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SEDDataModule):
             checkpoint["data"] = {**data.identity, "processes": self.trainer.world_size}
-        sums = torch.cat([self.epoch_loss, self.epoch_loss.new_tensor([self.unreadable])])
-        if self._world_size() > 1:
-            reduced = self.trainer.strategy.reduce(sums, reduce_op="sum")
-            assert isinstance(reduced, Tensor)
-            sums = reduced
-        loss, clips, unreadable = sums.tolist()
-        checkpoint[EPOCH_SO_FAR] = [self.current_epoch, loss / max(clips, 1), int(clips), int(unreadable)]
+        self._read_losses(wait=True)
+        world = self._world_size()
+        counts = torch.tensor([self.losses.clips, self.unreadable], dtype=torch.float64, device=self.device)
+        clips, unreadable = (round(mean * world) for mean in self._mean_of_processes(counts).tolist())
+        checkpoint[EPOCH_SO_FAR] = [self.current_epoch, self.losses.mean, clips, unreadable]
 
 
 class FrameSEDWrapper(SEDWrapper):
@@ -492,7 +512,7 @@ class FrameSEDWrapper(SEDWrapper):
     def targets(self, batch: Batch, shifts: Tensor, begin: Tensor, whole: float, seconds: float) -> Targets:
         events: Events = batch["events"]
         device = batch["target"].device
-        shifts, begin = shifts.to(device), begin.to(device)
+        shifts, begin = to_device(shifts, device), to_device(begin, device)
         if self.settings.enable_time_shift:
             events = augment.shift_events(events, shifts, whole)
         if self.settings.crop_size is not None:

@@ -145,6 +145,20 @@ def write_parts(root: Path, clips: int, rng: np.random.Generator) -> None:
             file.create_dataset("waveform", (len(rows), CLIP_SAMPLES), "int16")
 
 
+def write_repeated(root: Path, *, clips: int, clip_samples: int, block: int = 64) -> None:
+    """AudioSet's packed training clips: noise, the same `block` clips again and again, each with its own place."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(-3000, 3000, (block, clip_samples), dtype=np.int16)
+    path = root / "hdf5s" / "waveforms" / "full_train.h5"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["audio_name"] = clip_names(0, clips)
+        file["target"] = sparse_targets(clips, rng)
+        waveform = file.create_dataset("waveform", (clips, clip_samples), "int16")
+        for first in range(0, clips, block):
+            waveform[first : first + block] = noise[: clips - first]
+
+
 def run_save_idc(given: dict[str, Any]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         save_idc.run(given)

@@ -1,10 +1,15 @@
 """A training step of the full network: this repository against the plain implementation of benchmarks/plain.py.
 
     python benchmarks/training.py [--quick] [--json FILE]
+    python benchmarks/training.py --trainer [--batch CLIPS] [--precision bf16-mixed] [--compile default] [--tiny]
 
 Batch 4, float32, on the CPU or, where there is one, the GPU: forwards, backwards, clipping and AdamW, without drop path
 and SpecAugment, which are random. Both sides begin with the same weights and take turns, so that a busy machine slows
 both. The ratio is the median of the turns' ratios. Memory is measured in a process of each side's own.
+
+--trainer measures what the Trainer costs: the steps of `python main.py train` against the same loss, backward pass,
+clipping and optimizer in a bare loop, with the same network, in turns; and the plain implementation in float32, of
+which a turn is fewer steps. --tiny: a network of some milliseconds a step, so that a CPU shows the difference.
 """
 
 import argparse
@@ -16,7 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,11 +34,28 @@ from torch.nn import functional as F
 from benchmarks.plain import PlainHTSAT
 from model import Outputs
 from model.encoders.htsat import HTSAT_Swin_Transformer
-from runs.measure import count_flops, peak_flops, peak_memory, release_and_reset_peak
-from settings import resolve
-from training.performance import keep_freed_memory
+from runs.measure import WARM_UP as UNCOUNTED
+from runs.measure import (
+    Repeated,
+    count_flops,
+    measured_module,
+    one_device,
+    peak_flops,
+    peak_memory,
+    release_and_reset_peak,
+    synthetic_batch,
+    time_bare_loop,
+    time_training,
+)
+from settings import Config, resolve
+from training.performance import keep_freed_memory, settle
+from training.trainer import build_trainer
 
 BATCH_SIZE, CLIP_SAMPLES, CLASSES = 4, 320_000, 527
+TINY: dict[str, Any] = {  # clips of a quarter of a second, and some milliseconds a step
+    "htsat_dim": 16, "htsat_depth": [1, 1], "htsat_num_head": [1, 2], "htsat_spec_size": 64, "mel_bins": 32,
+    "clip_samples": 8000,
+}  # fmt: skip
 TARGET = 1.45
 TURNS, QUICK_TURNS, WARM_UP = 9, 2, 2
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,11 +107,11 @@ def plain_side() -> Side:
 SIDES = {"plain": plain_side, "ours": our_side}
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """Noise (4, 320,000) and targets (4, 527) of which about a hundredth is 1."""
+def batch(clips: int = BATCH_SIZE) -> tuple[Tensor, Tensor]:
+    """Noise (clips, 320,000) and targets (clips, 527) of which about a hundredth is 1."""
     generator = torch.Generator().manual_seed(0)
-    waveform = 0.1 * torch.randn(BATCH_SIZE, CLIP_SAMPLES, generator=generator)
-    targets = (torch.rand(BATCH_SIZE, CLASSES, generator=generator) < 0.01).float()
+    waveform = 0.1 * torch.randn(clips, CLIP_SAMPLES, generator=generator)
+    targets = (torch.rand(clips, CLASSES, generator=generator) < 0.01).float()
     return waveform.to(DEVICE), targets.to(DEVICE)
 
 
@@ -126,6 +148,56 @@ def compare(turns: int) -> dict[str, Any]:
     }
 
 
+def trainer_settings(arguments: argparse.Namespace) -> Config:
+    """AudioSet's, with what performance = auto takes where the flags do not say it."""
+    given: dict[str, Any] = {"dataset_type": "audioset", "batch_size": arguments.batch, "devices": 1}
+    given |= {name: value for name in ("precision", "compile") if (value := getattr(arguments, name))}
+    return one_device(settle(resolve(given | (TINY if arguments.tiny else {})), training=True)[0])
+
+
+def compare_trainer(settings: Config, turns: int, steps: int, plain_clips: int) -> dict[str, Any]:
+    """Clips/s of the bare loop, through the Trainer, and of the plain implementation in float32 (0 clips: left out).
+
+    One network serves the first two. overhead: how much longer a step takes through the Trainer; the median over turns.
+    """
+    build_trainer(settings, steps_per_epoch=None)  # its switches hold for the process, and so for all sides and turns
+    module = measured_module(settings)
+    batches = Repeated(synthetic_batch(settings, settings.batch_size), UNCOUNTED + steps)
+    bare, through, plain_seconds = [], [], []
+    plain, given = (plain_side(), batch(plain_clips)) if plain_clips else (None, None)
+    for _ in range(turns):
+        bare.append(time_bare_loop(settings, batches, module))
+        through.append(time_training(settings, batches, module))
+        if plain and given:
+            plain_seconds.append(exact_step(plain, *given))
+    found: dict[str, Any] = {
+        "bare_loop": statistics.median(timing.clips_per_second for timing in bare),
+        "trainer": statistics.median(timing.clips_per_second for timing in through),
+        "overhead": statistics.median(
+            t.step_seconds / b.step_seconds - 1 for b, t in zip(bare, through, strict=True)
+        ),
+        "memory": through[-1].memory,
+        "batch_size": settings.batch_size, "precision": settings.precision, "compile": settings.compile,
+    }  # fmt: skip
+    if plain:
+        found["plain"] = plain_clips / statistics.median(plain_seconds)
+        found["plain_batch_size"] = plain_clips
+        found["ratio_to_plain"] = found["trainer"] / found["plain"]
+    return found
+
+
+def exact_step(plain: Side, waveform: Tensor, targets: Tensor) -> float:
+    """Seconds of a step in float32, without TF32, the second of two. Its bicubic stretch is not deterministic."""
+    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(False)
+    plain.step(waveform, targets)
+    seconds = plain.step(waveform, targets)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+    torch.use_deterministic_algorithms(True)
+    return seconds
+
+
 def print_memory(side: str) -> None:
     """Peak of three steps, in bytes: of a CPU's process with all libraries, of a GPU's tensors."""
     one, given = SIDES[side](), batch()
@@ -159,28 +231,55 @@ def print_results(results: dict[str, Any]) -> None:
     )
 
 
+def print_trainer(found: dict[str, Any]) -> None:
+    print(f"{found['precision']}, compile {found['compile']}, {found['batch_size']} clips a step, {DEVICE.type}")
+    print(f"bare loop {found['bare_loop']:,.1f} clips/s, through the Trainer {found['trainer']:,.1f}")
+    print(f"A step takes {found['overhead']:+.1%} through the Trainer (target: at most +3 %)")
+    if "plain" in found:
+        print(f"plain, float32, {found['plain_batch_size']} clips: {found['plain']:,.1f} clips/s; the Trainer", end=" ")
+        print(f"is {found['ratio_to_plain']:.2f} times as fast")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two turns: to see whether it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
+    parser.add_argument("--trainer", action="store_true", help="measure what the Trainer costs instead")
+    parser.add_argument("--batch", type=int, default=BATCH_SIZE, help="clips a step, of --trainer")
+    parser.add_argument("--precision", help="of --trainer; without it what performance = auto takes")
+    parser.add_argument("--compile", help="of --trainer; without it what performance = auto takes")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a turn, of --trainer")
+    parser.add_argument("--plain_batch", type=int, default=0, help="clips a step of the plain side of --trainer")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network, of --trainer")
     parser.add_argument("--memory_of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # float32 on both sides
     if arguments.memory_of:
         print_memory(arguments.memory_of)
         return
+    turns = QUICK_TURNS if arguments.quick else TURNS
+    if arguments.trainer:
+        found = compare_trainer(trainer_settings(arguments), turns, arguments.steps, arguments.plain_batch)
+        print_trainer(found)
+        write(arguments.json, found)
+        return
     memory = {"plain_memory": memory_of("plain"), "our_memory": memory_of("ours")}
     if platform.libc_ver()[0] == "glibc":
         keep_freed_memory()  # on both sides, which share a process here
-    results = {**compare(QUICK_TURNS if arguments.quick else TURNS), **memory}
+    results = {**compare(turns), **memory}
     settings = resolve({"dataset_type": "audioset", "precision": "32", "compile": "off"})
     results["floor_seconds"] = BATCH_SIZE * count_flops(settings, training=True) / peak_flops(settings)
     print_results(results)
-    if arguments.json:
-        name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor()
-        machine = {"device": name, "cores": os.cpu_count(), "python": platform.python_version()}
-        content = {"machine": {**machine, "torch": torch.__version__}, "results": results}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    write(arguments.json, results)
+
+
+def write(path: Optional[Path], results: dict[str, Any]) -> None:
+    if path is None:
+        return
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor()
+    machine = {"device": name, "cores": os.cpu_count(), "python": platform.python_version()}
+    content = {"machine": {**machine, "torch": torch.__version__}, "results": results}
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

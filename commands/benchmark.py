@@ -2,8 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
@@ -12,13 +12,16 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
 
 from data.facts import store_facts
 from data.files import check_writable, whole_file, write_json
 from data_generator import SEDDataModule, load_training_data
+from model.registry import ENCODERS
 from runs.measure import (
     WARM_UP,
     Batches,
+    OutOfMemoryError,
     Repeated,
     Timing,
     WholeBatches,
@@ -37,65 +40,99 @@ from training.devices import on_gpu
 from training.performance import settle
 
 PROFILED_STEPS = 3
-TRACE = "training.json"  # file in the folder of --profile
 HEAVIEST = 10  # operations of a profile that are printed
+LONGEST_NAME = 60  # of an operation, in the printed table
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
+FIGURES = {  # column of the table: of a Row, its scale and format
+    "clips/s": ("clips_per_second", 1, "{:,.1f}"),
+    "ms a step": ("step_seconds", 1000, "{:,.1f}"),
+    "first s": ("first_step_seconds", 1, "{:.2f}"),
+    "GiB": ("memory", 2**-30, "{:.2f}"),
+    "waiting": ("waiting", 1, "{:.1%}"),
+    "GFLOP/s": ("flops_per_second", 1e-9, "{:,.0f}"),
+    "of peak": ("share_of_peak", 1, "{:.1%}"),
+}
 COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report. memory in bytes; waiting and share_of_peak as shares of 1."""
+    """One line of the report. memory in bytes; waiting and share_of_peak as shares of 1; None: out of memory."""
 
+    encoder: str
     work: str
     data: str
     precision: str
     compile: str
-    clips_per_second: float
-    step_seconds: float
-    first_step_seconds: float
-    memory: int
-    waiting: float
-    flops_per_second: float
-    share_of_peak: float
+    clips_per_second: Optional[float] = None
+    step_seconds: Optional[float] = None
+    first_step_seconds: Optional[float] = None
+    memory: Optional[int] = None
+    waiting: Optional[float] = None
+    flops_per_second: Optional[float] = None
+    share_of_peak: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Of a profile: a GPU's kernel, copy or fill, or a CPU's operator; its own time alone."""
+
+    name: str
+    calls: int
+    milliseconds: float
+    share: float
 
 
 def run(
     given: dict[str, Any],
     precisions: Optional[str] = None,
     compile_modes: Optional[str] = None,
+    encoders: Optional[str] = None,
     steps: int = 20,
     json_file: Optional[str] = None,
-    profile: Optional[str] = None,
+    profile: bool = False,
+    trace: Optional[str] = None,
 ) -> None:
-    """Measure every precision with every compile mode, print a table, and write it to json_file.
+    """Measure every encoder and precision with every compile mode, print a table, and write it to json_file.
 
-    precisions, compile_modes: as in 32,bf16-mixed; None: what the settings say, or take where they say auto. profile:
-    folder for a trace of training steps. Raises UserError for unknown names, and for steps below 1.
+    precisions, compile_modes: as in 32,bf16-mixed; None: what the settings say, or take where they say auto. encoders:
+    names or all; None: the settings'. profile: also the heaviest operations of training steps; trace: a file for all
+    of them. What was measured is in json_file at once. Raises UserError for unknown names, and for steps below 1.
     """
     if steps < 1:
         raise UserError(f"--steps {steps} is not allowed: it must be 1 or more.")
-    settings = resolve(given, facts=store_facts)
     wanted_precisions = chosen("precisions", precisions, PRECISIONS)
     modes = chosen("compile_modes", compile_modes, COMPILE_MODES)
+    names = list(ENCODERS) if encoders == "all" else chosen("encoders", encoders, tuple(ENCODERS))
+    every = [resolve({**given, **({"encoder": name} if name else {})}, facts=store_facts) for name in names or [""]]
+    settings = every[0]
     if "16-mixed" in (wanted_precisions or [settings.precision]) and not on_gpu(settings):
         raise UserError("Precision 16-mixed needs a GPU: on a CPU use 32 or bf16-mixed.")
-    if json_file:
-        check_writable(f"--json {json_file}", json_file)
-    if profile:
-        check_writable(f"--profile {profile}", Path(profile) / TRACE)
+    for flag, path in (("json", json_file), ("trace", trace)):
+        if path:
+            check_writable(f"--{flag} {path}", path)
     pl.seed_everything(settings.random_seed, workers=True, verbose=False)
-    data = prepared_data(settings)
     rows: list[Row] = []
-    for precision, mode in itertools.product(wanted_precisions or [settings.precision], modes or [settings.compile]):
-        rows += measure(settings.model_copy(update={"precision": precision, "compile": mode}), data, steps)
+    operations: list[Operation] = []
+
+    def write() -> None:
+        if json_file:
+            write_json(Path(json_file), report(rows, operations, settings, steps))
+
+    for each in every:
+        data = prepared_data(each)
+        for precision, mode in itertools.product(wanted_precisions or [each.precision], modes or [each.compile]):
+            for row in measure(each.model_copy(update={"precision": precision, "compile": mode}), data, steps):
+                rows.append(row)
+                write()
     print_rows(rows, settings)
-    if json_file:
-        write_json(Path(json_file), report(rows, settings, steps))
-        print(f"Written: {json_file}")
-    if profile:
+    if profile or trace:
         first = {"precision": rows[0].precision, "compile": rows[0].compile}
-        print_heaviest(settings.model_copy(update=first), Path(profile))
+        operations = profile_training(settings.model_copy(update=first), Path(trace) if trace else None)
+        print_operations(operations, settings)
+        write()
+    for path in filter(None, (json_file, trace)):
+        print(f"Written: {path}")
 
 
 def chosen(flag: str, words: Optional[str], allowed: tuple[str, ...]) -> list[str]:
@@ -122,7 +159,10 @@ def prepared_data(settings: Config) -> Optional[SEDDataModule]:
 
 
 def measure(settings: Config, data: Optional[SEDDataModule], steps: int) -> Iterator[Row]:
-    """Training and inference of one case, each with a batch in memory and, where there are data, from the store."""
+    """Training and inference of one case, each with a batch in memory and, where there are data, from the store.
+
+    Where a GPU has not enough memory, the row says so, and the next one follows.
+    """
     for work, timed in (("training", time_training), ("inference", time_inference)):
         training = work == "training"
         taken = one_device(settle(settings, training=training)[0])
@@ -132,17 +172,19 @@ def measure(settings: Config, data: Optional[SEDDataModule], steps: int) -> Iter
         if data:
             sources["store"] = WholeBatches(data.train_dataloader(), WARM_UP + steps)  # type: ignore[arg-type]
         for source, batches in sources.items():
-            yield row(work, source, taken, timed(taken, batches), flops, peak)
+            empty = Row(taken.encoder, work, source, taken.precision, taken.compile)
+            try:
+                yield filled(empty, timed(taken, batches), flops, peak)
+            except OutOfMemoryError as error:
+                print(f"{taken.encoder}, {work} from {source}: {error}")
+                yield empty
 
 
-def row(work: str, data: str, settings: Config, timing: Timing, flops: float, peak: float) -> Row:
-    """flops: of one clip; peak: FLOP/s of the device."""
+def filled(row: Row, timing: Timing, flops: float, peak: float) -> Row:
+    """A row with its figures. flops: of one clip; peak: FLOP/s of the device."""
     achieved = flops * timing.clips_per_second
-    return Row(
-        work=work,
-        data=data,
-        precision=settings.precision,
-        compile=settings.compile,
+    return replace(
+        row,
         clips_per_second=timing.clips_per_second,
         step_seconds=timing.step_seconds,
         first_step_seconds=timing.first_step,
@@ -164,20 +206,24 @@ def print_rows(rows: list[Row], settings: Config) -> None:
         title_justify="left",
         caption_justify="left",
     )
-    for column in ("", "data", "precision", "compile"):
+    for column in ("encoder", "", "data", "precision", "compile"):
         table.add_column(column, no_wrap=True)
-    for column in ("clips/s", "ms a step", "first s", "GiB", "waiting", "GFLOP/s", "of peak"):
+    for column in FIGURES:
         table.add_column(column, justify="right")
     for r in rows:
-        table.add_row(
-            r.work, r.data, r.precision, r.compile, f"{r.clips_per_second:,.1f}", f"{1000 * r.step_seconds:,.1f}",
-            f"{r.first_step_seconds:.2f}", f"{r.memory / 2**30:.2f}", f"{r.waiting:.1%}",
-            f"{r.flops_per_second / 1e9:,.0f}", f"{r.share_of_peak:.1%}",
-        )  # fmt: skip
+        table.add_row(r.encoder, r.work, r.data, r.precision, r.compile, *figures(r))
     Console(width=120).print(table)
 
 
-def report(rows: list[Row], settings: Config, steps: int) -> dict[str, Any]:
+def figures(r: Row) -> list[str]:
+    """Of a printed line."""
+    values = asdict(r)
+    if r.clips_per_second is None:
+        return ["out of memory"]
+    return [shown.format(scale * values[name]) for name, scale, shown in FIGURES.values()]
+
+
+def report(rows: list[Row], operations: list[Operation], settings: Config, steps: int) -> dict[str, Any]:
     """What --json writes."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -188,6 +234,7 @@ def report(rows: list[Row], settings: Config, steps: int) -> dict[str, Any]:
         "batch_size": one_device(settings).batch_size,
         "steps": steps,
         "rows": [asdict(r) for r in rows],
+        "operations": [asdict(operation) for operation in operations],
         "settings": settings.model_dump(),
     }
 
@@ -206,8 +253,8 @@ class ProfiledSteps(pl.Callback):
         self.profiler.stop()
 
 
-def print_heaviest(settings: Config, folder: Path) -> None:
-    """Profile training steps with a batch in memory: write folder/training.json, print the heaviest operations."""
+def profile_training(settings: Config, trace: Optional[Path]) -> list[Operation]:
+    """The operations of some training steps with a batch in memory, heaviest first; trace: a file for all of them."""
     settings = one_device(settle(settings, training=True)[0])
     activities = [torch.profiler.ProfilerActivity.CPU]
     gpu = device_of(settings).type == "cuda"
@@ -215,20 +262,39 @@ def print_heaviest(settings: Config, folder: Path) -> None:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities, acc_events=True)
     batch = synthetic_batch(settings, settings.batch_size)
-    fit(settings, Repeated(batch, WARM_UP + PROFILED_STEPS), ProfiledSteps(profiler))
-    path = folder / TRACE
-    with whole_file(path) as partial:
-        profiler.export_chrome_trace(str(partial))
+    try:
+        fit(settings, Repeated(batch, WARM_UP + PROFILED_STEPS), ProfiledSteps(profiler))
+    except OutOfMemoryError as error:
+        print(f"Nothing is profiled: {error}")
+        return []
+    if trace:
+        with whole_file(trace) as partial:
+            profiler.export_chrome_trace(str(partial))
+    return operations_of(profiler.key_averages(), gpu=gpu)
 
-    found = profiler.key_averages()
-    taken = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in found}
-    total = sum(taken.values())
-    device = "GPU" if gpu else "CPU"
+
+def operations_of(events: Iterable[Any], *, gpu: bool) -> list[Operation]:
+    """Of a profiler's averages, heaviest first: those of the device, without ranges.
+
+    A range, as Optimizer.step, covers operations that are counted themselves; on a GPU it covers pauses, too.
+    """
+    device = DeviceType.CUDA if gpu else DeviceType.CPU
+    found = [event for event in events if event.device_type == device and not event.is_user_annotation]
+    taken = [event.self_device_time_total if gpu else event.self_cpu_time_total for event in found]
+    total = sum(taken) or 1.0
+    operations = [
+        Operation(event.key, event.count, microseconds / 1000, microseconds / total)
+        for event, microseconds in zip(found, taken, strict=True)
+    ]
+    return sorted(operations, key=lambda operation: -operation.milliseconds)
+
+
+def print_operations(operations: list[Operation], settings: Config) -> None:
+    device = "GPU" if on_gpu(settings) else "CPU"
     table = Table(title=f"The heaviest operations of {PROFILED_STEPS} training steps", title_justify="left")
     for column in ("operation", "calls", f"{device} ms", "share"):
         table.add_column(column, justify="left" if column == "operation" else "right")
-    for event in sorted(found, key=lambda event: -taken[event.key])[:HEAVIEST]:
-        microseconds = taken[event.key]
-        table.add_row(event.key, f"{event.count:,}", f"{microseconds / 1000:,.1f}", f"{microseconds / total:.1%}")
+    for each in operations[:HEAVIEST]:
+        name = each.name if len(each.name) <= LONGEST_NAME else f"{each.name[:LONGEST_NAME]}..."
+        table.add_row(name, f"{each.calls:,}", f"{each.milliseconds:,.1f}", f"{each.share:.1%}")
     Console(width=120).print(table)
-    print(f"Trace, for chrome://tracing or ui.perfetto.dev: {path}")

@@ -149,9 +149,11 @@ COMMANDS: dict[str, Command] = {
         [
             ("--precisions", {"help": "32,bf16-mixed,16-mixed; without it what performance takes", "metavar": "LIST"}),
             ("--compile_modes", {"help": "off,default,...; without it what performance takes", "metavar": "LIST"}),
+            ("--encoders", {"help": "names, or all; without it that of the settings", "metavar": "LIST"}),
             ("--steps", {"help": "steps of each measurement", "type": int, "default": 20}),
             ("--json", {"help": "file to write the figures into as well", "dest": "json_file", "metavar": "FILE"}),
-            ("--profile", {"help": "folder for a trace of training steps", "metavar": "FOLDER"}),
+            ("--profile", {"help": "print the heaviest operations of training steps", "action": "store_true"}),
+            ("--trace", {"help": "file for a trace of training steps; with the table of --profile", "metavar": "FILE"}),
         ],
         TRAINING,
     ),

@@ -31,8 +31,16 @@ class Events:
             raise ValueError(f"Events need a clip, a label, an onset and an offset each, not {lengths} of them.")
 
     def to(self, device: torch.device | str) -> "Events":
-        """The same events on another device."""
-        return Events(self.clip.to(device), self.label.to(device), self.onset.to(device), self.offset.to(device))
+        """The same events on another device. The CPU does not wait for the copy to a GPU."""
+        to_gpu = torch.device(device).type == "cuda"
+        return self._each(lambda part: part.to(device, non_blocking=to_gpu))
+
+    def pin_memory(self) -> "Events":
+        """The same events in pinned memory, for a DataLoader."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Events":
+        return Events(*map(change, (self.clip, self.label, self.onset, self.offset)))
 
 
 def rasterize(

@@ -10,10 +10,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytorch_lightning as pl
 import torch
@@ -208,10 +208,10 @@ def measured_module(settings: Config) -> SEDWrapper:
     return build_wrapper(network, settings, [f"class {k}" for k in range(settings.classes_num)])
 
 
-def fit(settings: Config, batches: Batches, callback: pl.Callback) -> None:
-    """Train a new network on the batches, by the Trainer of a run, without its logs and checkpoints.
+def fit(settings: Config, batches: Batches, callback: pl.Callback, module: Optional[SEDWrapper] = None) -> None:
+    """Train a network, a new one unless it is given, by the Trainer of a run, without its logs and checkpoints.
 
-    Raises UserError where a GPU has not enough memory.
+    Raises OutOfMemoryError where a GPU has not enough.
     """
     trainer = build_trainer(settings, steps_per_epoch=None)
     trainer.callbacks.append(callback)  # type: ignore[attr-defined]
@@ -219,24 +219,54 @@ def fit(settings: Config, batches: Batches, callback: pl.Callback) -> None:
         # Nothing is validated, and how many processes read is what is being measured.
         warnings.filterwarnings("ignore", message=r".*but have no `val_dataloader`.*")
         warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-        try:
-            trainer.fit(measured_module(settings), batches)
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(too_large(settings, error)) from None
+        with memory_checked(settings):
+            trainer.fit(module or measured_module(settings), batches)
 
 
-def too_large(settings: Config, error: Exception) -> str:
-    first = str(error).partition(". ")[0]
-    return (
-        f"The GPU has not enough memory for {settings.batch_size} clips at once ({first}): lower batch_size, raise "
-        f"accumulate_batches, or set gradient_checkpointing."
-    )
+class OutOfMemoryError(UserError):
+    """A GPU has not enough memory for a batch."""
 
 
-def time_training(settings: Config, batches: Batches) -> Timing:
-    """Training steps on the batches, of which the first WARM_UP do not count. settings: see one_device."""
+@contextmanager
+def memory_checked(settings: Config) -> Iterator[None]:
+    """Raise OutOfMemoryError, with what can be done about it, where a GPU has not enough for the work inside."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        raise OutOfMemoryError(
+            f"The GPU has not enough memory for {settings.batch_size} clips at once ({first}): lower batch_size, raise "
+            f"accumulate_batches, or set gradient_checkpointing."
+        ) from None
+
+
+def time_training(settings: Config, batches: Batches, module: Optional[SEDWrapper] = None) -> Timing:
+    """Training steps on the batches, of which the first WARM_UP do not count. settings: see one_device.
+
+    module: in place of a new network. Raises OutOfMemoryError.
+    """
     laps = Laps(device_of(settings))
-    fit(settings, batches, LapCallback(laps))
+    fit(settings, batches, LapCallback(laps), module)
+    return laps.timing()
+
+
+def time_bare_loop(settings: Config, batches: Batches, module: SEDWrapper) -> Timing:
+    """The steps of time_training without a Trainer: loss, backward pass, clipping and AdamW, and no hooks or logs."""
+    device = device_of(settings)
+    laps = Laps(device)
+    module = module.to(device).train()
+    optimizer = module.configure_optimizers()["optimizer"]
+    with memory_checked(settings):
+        for batch in batches:
+            moved = module.transfer_batch_to_device(batch, device, 0)
+            laps.begin()
+            optimizer.zero_grad()
+            with autocast(settings):
+                loss = module.training_loss(moved)
+            loss.backward()
+            module.configure_gradient_clipping(optimizer, settings.gradient_clip)
+            optimizer.step()
+            laps.end(len(batch["waveform"]))
     return laps.timing()
 
 
@@ -245,15 +275,12 @@ def time_inference(settings: Config, batches: Batches) -> Timing:
     device = device_of(settings)
     laps = Laps(device)
     module = measured_module(settings).to(device).eval()
-    try:
-        with torch.inference_mode(), autocast(settings):
-            for batch in batches:
-                waveform = batch["waveform"].to(device, non_blocking=True)
-                laps.begin()
-                module.clip_and_frame_scores(int16_to_float32(waveform), settings.sample_rate)
-                laps.end(len(waveform))
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(too_large(settings, error)) from None
+    with memory_checked(settings), torch.inference_mode(), autocast(settings):
+        for batch in batches:
+            waveform = module.transfer_batch_to_device(batch, device, 0)["waveform"]
+            laps.begin()
+            module.clip_and_frame_scores(int16_to_float32(waveform), settings.sample_rate)
+            laps.end(len(waveform))
     return laps.timing()
 
 

@@ -1,8 +1,9 @@
 """Augmentation of waveforms and their labels, and of features (B, F, T): normalized log-mel spectrograms.
 
 Shapes: B clips, F bands, T frames, K classes. Random numbers are drawn on the CPU: a run is reproducible from its seed
-on any device, and no device has to wait. A strength of 0 changes nothing. of_batch: the form of PretrainedSED (Schmid
-et al., ICASSP 2025, arXiv 2409.09546), which draws more for the whole batch and less for each clip.
+on any device, and neither waits for the other (to_device). A strength of 0 changes nothing. of_batch: the form of
+PretrainedSED (Schmid et al., ICASSP 2025, arXiv 2409.09546), which draws more for the whole batch and less for each
+clip.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from data.frame_targets import Events, step_shares
 from settings import UserError
+from training.devices import to_device
 from utils import do_mixup, get_mix_lambda
 
 NARROWEST_BAND = 6  # of filter_augment, in mel bands: as in the FilterAugment paper's code
@@ -83,7 +85,7 @@ def crop_events(events: Events, begin: Tensor, seconds: float) -> Events:
 
 def _stretches(waveform: Tensor, starts: Tensor, length: int) -> Tensor:
     """(B, samples), (B,) -> (B, length): of each clip, the samples from its start on, round the end."""
-    place = starts.to(waveform.device)[:, None] + torch.arange(length, device=waveform.device)
+    place = to_device(starts, waveform.device)[:, None] + torch.arange(length, device=waveform.device)
     return waveform.gather(1, place.remainder_(waveform.shape[1]))
 
 
@@ -93,7 +95,7 @@ def random_gain(waveform: Tensor, range_db: float, generator: Optional[torch.Gen
     The gain is the same all through a clip. The samples may leave [-1, 1].
     """
     decibels = (2 * torch.rand(len(waveform), 1, generator=generator) - 1) * range_db
-    return waveform * (10 ** (decibels / 20)).to(waveform.device)
+    return waveform * to_device(10 ** (decibels / 20), waveform.device)
 
 
 def mix_waveforms(waveform: Tensor, mixing: Mixing) -> Tensor:
@@ -113,7 +115,7 @@ def enhance_labels(targets: Tensor, ancestors: Tensor, children: Sequence[Sequen
         if children[label]:
             enhanced[clip, children[label][int(torch.randint(len(children[label]), ()))]] = 1
     chosen = torch.rand(len(targets), 1) < 0.5
-    return torch.where(chosen.to(targets.device), enhanced, targets)
+    return torch.where(to_device(chosen, targets.device), enhanced, targets)
 
 
 def replace_stretch(waveform: Tensor, targets: Tensor, steps: int, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -127,9 +129,9 @@ def replace_stretch(waveform: Tensor, targets: Tensor, steps: int, shares: Seque
     length = (share * samples).long()
     start = (torch.rand(clips, 1) * (samples - length + 1)).long()
     position = torch.arange(samples)
-    inside = ((position >= start) & (position < start + length)).to(waveform.device)
+    inside = to_device((position >= start) & (position < start + length), waveform.device)
     middle = (torch.arange(steps) + 0.5) * samples / steps
-    steps_inside = ((middle >= start) & (middle < start + length)).to(waveform.device)
+    steps_inside = to_device((middle >= start) & (middle < start + length), waveform.device)
     mixed = torch.where(inside, waveform.flip(0), waveform)
     return mixed, torch.where(steps_inside[:, :, None], targets.flip(0)[:, None], targets[:, None])
 
@@ -179,7 +181,7 @@ def zoom(logmel: Tensor, height: int, offset: int) -> Tensor:
 def _blend(weights: Tensor, logmel: Tensor) -> Tensor:
     """(F', F) or (B, F', F), (B, F, T) -> (B, F', T), in float32."""
     with torch.autocast(logmel.device.type, enabled=False):
-        return weights.to(logmel.device) @ logmel.float()
+        return to_device(weights, logmel.device) @ logmel.float()
 
 
 def filter_augment(
@@ -204,14 +206,14 @@ def filter_augment(
             )
         inner = torch.randint(spare + 1, (pieces - 1,))
         curve = joined_bands(inner, torch.rand(len(logmel), pieces + 1) * 2 - 1, logmel.shape[1])
-        return logmel * (10 ** (curve * range_db / 20)).to(logmel.device)[:, :, None]
+        return logmel * to_device(10 ** (curve * range_db / 20), logmel.device)[:, :, None]
     if not 1 <= bands[0] <= bands[1] < logmel.shape[1]:
         raise UserError(
             f"filter_augment cuts the mel bands in {bands[0]} to {bands[1]} pieces: {logmel.shape[1]} bands are too "
             f"few. Give more mel_bins, or filter_augment 0."
         )
     curve = _random_curves(logmel.shape[0], logmel.shape[1], bands) * range_db
-    return logmel + (curve.to(logmel.device) * scale)[:, :, None]
+    return logmel + (to_device(curve, logmel.device) * scale)[:, :, None]
 
 
 def _random_curves(clips: int, width: int, bands: tuple[int, int]) -> Tensor:
@@ -267,7 +269,8 @@ def mix_style(logmel: Tensor, probability: float, alpha: float = 0.1, *, of_batc
 
 def with_style(logmel: Tensor, mixing: Mixing, *, unbiased: bool) -> Tensor:
     """As mix_style, with given partners and weights. unbiased: of the variance."""
-    partner, weight = mixing.partner.to(logmel.device), mixing.weight.to(logmel.device)[:, None, None]
+    partner, weight = (to_device(part, logmel.device) for part in mixing)
+    weight = weight[:, None, None]
     values = logmel.detach()
     mean = values.mean(dim=2, keepdim=True)
     deviation = (values.var(dim=2, keepdim=True, unbiased=unbiased) + STYLE_FLOOR).sqrt()
@@ -282,7 +285,7 @@ def add_noise(features: Tensor, largest: float) -> Tensor:
     generator = torch.Generator(device=features.device)
     generator.manual_seed(int(torch.randint(2**62, ())))  # of the device: a batch's features are too many for the CPU
     noise = torch.rand(features.shape, generator=generator, device=features.device, dtype=features.dtype)
-    return features + noise * (largest * torch.rand(len(features), 1, 1)).to(features)
+    return features + noise * to_device(largest * torch.rand(len(features), 1, 1), features.device)
 
 
 def mask_time(logmel: Tensor, count: int = 2, longest: int = 64) -> tuple[Tensor, Tensor]:
@@ -290,7 +293,7 @@ def mask_time(logmel: Tensor, count: int = 2, longest: int = 64) -> tuple[Tensor
 
     Returns the features and (B, T) bool, the frames that are left.
     """
-    keep = _keep(logmel.shape[0], logmel.shape[2], longest, count).to(logmel.device)
+    keep = to_device(_keep(logmel.shape[0], logmel.shape[2], longest, count), logmel.device)
     return logmel * keep[:, None, :], keep
 
 
@@ -307,7 +310,7 @@ def mask_stretch(logmel: Tensor, first: int, width: int, steps: int) -> tuple[Te
     features, left = logmel.clone(), torch.ones(1, steps, dtype=torch.bool)
     features[:, :, round(first * scale) : round((first + width) * scale)] = 0
     left[:, first : first + width] = False
-    return features, left.to(logmel.device)
+    return features, to_device(left, logmel.device)
 
 
 def left_of_steps(keep: Tensor, steps: int) -> Tensor:
@@ -320,7 +323,7 @@ def left_of_steps(keep: Tensor, steps: int) -> Tensor:
 
 def mask_bands(logmel: Tensor, count: int = 2, widest: int = 8) -> Tensor:
     """SpecAugment's masks over frequency: each of `count` sets 0 to widest - 1 mel bands of a clip to 0."""
-    return logmel * _keep(logmel.shape[0], logmel.shape[1], widest, count).to(logmel.device)[:, :, None]
+    return logmel * to_device(_keep(logmel.shape[0], logmel.shape[1], widest, count), logmel.device)[:, :, None]
 
 
 def _keep(clips: int, length: int, longest: int, count: int) -> Tensor:

@@ -57,7 +57,7 @@ def build_callbacks(settings: Config) -> list[Callback]:
         dirpath=str(folder), filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
     callbacks: list[Callback] = [
-        best, last, BestLink(best), Progress(), EpochLine(metric), EpochLog(),
+        best, last, BestLink(best), Progress(gpu=on_gpu(settings)), EpochLine(metric), EpochLog(),
     ]  # fmt: skip
     if settings.checkpoint_every_steps:
         callbacks.append(MidEpoch(folder, settings.checkpoint_every_steps))
@@ -179,11 +179,15 @@ def link_or_copy(source: Path, target: Path) -> None:
 class Progress(TQDMProgressBar):
     """A bar on a terminal, nothing elsewhere: a log file gets EpochLine's lines."""
 
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 0)
+    def __init__(self, *, gpu: bool = False) -> None:
+        """gpu: drawn anew every 20 steps, as the steps of a GPU are many."""
+        super().__init__(refresh_rate=(20 if gpu else 1) if sys.stderr.isatty() else 0)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         shown = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        losses = getattr(pl_module, "losses", None)
+        if losses and losses.latest is not None:
+            shown["train_loss"] = losses.latest
         line = next((c for c in trainer.callbacks if isinstance(c, EpochLine)), None)  # type: ignore[attr-defined]
         return {**shown, "left": line.left(trainer)} if line and trainer.training else shown
 

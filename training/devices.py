@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import pytorch_lightning as pl
@@ -67,6 +68,19 @@ def process_count(settings: Config) -> int:
 
 def on_gpu(settings: Config) -> bool:
     return settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. From the CPU to a GPU by pinned memory: else the CPU waits for all of the GPU's work."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=8)
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU on which batches are copied to it, beside its work."""
+    return torch.cuda.Stream(device)
 
 
 def is_first_process() -> bool:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
@@ -31,6 +32,8 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     # Of a run that is resumed: find_resumed tells a new one from it.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    # The wrapper's is meant: no data module has one.
+    warnings.filterwarnings("ignore", message=r"You have overridden `transfer_batch_to_device`")
     devices = device_count(settings)
     gpu = on_gpu(settings)
     strategy: str | Strategy = "auto"
@@ -41,6 +44,9 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.signal_connector"):
         # print_first_page prints device and processes, main what an interruption leaves
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
+    # With `deterministic` torch fills every new tensor before it is written: some 500 launches a step. No result
+    # depends on it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=devices,
@@ -58,7 +64,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         log_every_n_steps=min(10, steps_per_epoch or 1, DEBUG_BATCHES if settings.debug else 10),
         enable_model_summary=False,
         logger=_loggers(settings) if training else False,
-        callbacks=[EndTogether(), *(build_callbacks(settings) if training else [Progress()])],
+        callbacks=[EndTogether(), *(build_callbacks(settings) if training else [Progress(gpu=gpu)])],
         enable_checkpointing=training,
         limit_train_batches=DEBUG_BATCHES if settings.debug else 1.0,
         limit_val_batches=DEBUG_BATCHES if settings.debug else 1.0,

@@ -7,6 +7,7 @@ but attention looks at each token alone, so only the change between shifted and 
 gather, where the published code rolls, cuts and joins the map in every block.
 """
 
+import os
 from typing import Any, Optional, Union
 
 import torch
@@ -17,6 +18,11 @@ from torch.nn import functional as F
 # The attn_mask of published checkpoints holds -100 between tokens that are no neighbours. exp(-100) is a subnormal
 # number, which CPUs are slow with; 100 times as much gives an exact 0 and the same outputs.
 MASK_SCALE = 100.0
+
+# Attention by the kernels of window_attention.py, on a GPU: off until it is measured to win (benchmarks/gpu.sh).
+TRITON_ATTENTION = os.environ.get("HTSAT_TRITON_ATTENTION") == "1"
+if TRITON_ATTENTION:
+    from model.layers.window_attention import Windows, attend_windows, fits
 
 Size = Union[int, tuple[int, int]]
 
@@ -154,7 +160,8 @@ class WindowAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, window: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.window = heads, window
+        self.map: tuple[int, int, int] = (0, 0, 0)  # height, width and shift, for TRITON_ATTENTION: SwinBlock sets it
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
@@ -191,7 +198,14 @@ class WindowAttention(nn.Module):
 
         Returns the same shape, and with need_weights the attention (B * W, heads, N, N), else None.
         """
-        qkv = rearrange(self.qkv(x), "b (w n) (three h d) -> three (b w) h n d", w=windows, three=3, h=self.heads)
+        projected = self.qkv(x)
+        if TRITON_ATTENTION and not need_weights and self.map[0]:
+            height, width, shift = self.map
+            cut = Windows(height, width, self.window, shift)
+            if fits(projected, self.heads, cut):
+                mixed = attend_windows(projected, self.relative_position_bias_table, self.heads, cut)
+                return self.proj(mixed), None
+        qkv = rearrange(projected, "b (w n) (three h d) -> three (b w) h n d", w=windows, three=3, h=self.heads)
         query, key, value = qkv.unbind(0)
         term = self.term(mask).to(query.dtype)
         if need_weights or (self.training and query.device.type == "cpu"):
@@ -258,6 +272,7 @@ class SwinBlock(nn.Module):
         self.windows = (height // window) * (width // window)
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
+        self.attn.map = (height, width, shift)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, 4 * channels)
         self.drop_path = DropPath(drop_path)

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
 
+from commands.benchmark import operations_of
 from data_generator import load_training_data
 from runs.measure import (
     WARM_UP,
@@ -20,6 +24,7 @@ from runs.measure import (
     release_and_reset_peak,
     synthetic_batch,
 )
+from sed_model import SEDWrapper
 from settings import Config, resolve
 from tests.helpers import SMALL, SMALL_FLAGS, call
 
@@ -37,7 +42,7 @@ def test_report_and_profile(
 ) -> None:
     monkeypatch.chdir(demo_workspace)
     words = ["--steps", "2", "--precisions", "32,bf16-mixed", "--json", str(tmp_path / "b.json")]
-    call("benchmark", *SMALL_FLAGS, *words, "--profile", tmp_path / "trace")
+    call("benchmark", *SMALL_FLAGS, *words, "--trace", tmp_path / "trace" / "steps.json")
     report = json.loads((tmp_path / "b.json").read_text())
     rows = report["rows"]
     kinds = [(row["precision"], row["work"], row["data"]) for row in rows]
@@ -58,9 +63,13 @@ def test_report_and_profile(
     assert peaks[::2] == pytest.approx(peaks[1::2])  # one for the two sources of data
     assert 2 < flops[0] / flops[2] <= 3  # a training step: forwards, and twice as much backwards
 
-    events = json.loads((tmp_path / "trace" / "training.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "trace" / "steps.json").read_text())["traceEvents"]
     assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 3
-    assert [path.name for path in (tmp_path / "trace").iterdir()] == ["training.json"]
+    assert [path.name for path in (tmp_path / "trace").iterdir()] == ["steps.json"]
+    operations = report["operations"]
+    assert not any(each["name"].startswith("Optimizer.step") for each in operations)  # a range, of what is counted
+    assert sum(each["share"] for each in operations) == pytest.approx(1)
+    assert {"aten::mm", "aten::_fused_adamw_"} <= {each["name"] for each in operations}
     shown = capsys.readouterr().out
     assert shown.count("aten::") >= 5
     assert not (demo_workspace / "workspace" / "runs" / "htsat_demo").exists()  # it leaves no run behind
@@ -135,3 +144,44 @@ def test_synthetic_batches_are_a_loader_s(settings: Config) -> None:
     for name in ("waveform", "target", "index"):
         assert (made[name].shape, made[name].dtype) == (real[name].shape, real[name].dtype)
     assert len(list(Repeated(made, 3))) == len(Repeated(made, 3)) == 3
+
+
+def test_what_was_measured_stays_when_a_later_row_has_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two encoders, of which the second does not fit into memory in training."""
+    monkeypatch.chdir(tmp_path)
+    whole = SEDWrapper.training_loss
+
+    def training_loss(self: SEDWrapper, batch: dict[str, Any]) -> torch.Tensor:
+        if self.settings.encoder == "linear":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return whole(self, batch)
+
+    monkeypatch.setattr(SEDWrapper, "training_loss", training_loss)
+    words = ["--accelerator", "cpu", "--batch_size", "2", "--clip_samples", "16000", "--encoders", "fnet,linear"]
+    call("benchmark", *words, "--steps", "1", "--json", "b.json")
+    found = {(r["encoder"], r["work"]): r for r in json.loads(Path("b.json").read_text())["rows"]}
+    assert set(found) == {(encoder, work) for encoder in ("fnet", "linear") for work in ("training", "inference")}
+    assert [key for key, row in found.items() if row["clips_per_second"] is None] == [("linear", "training")]
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_a_gpu_s_profile_counts_its_kernels_alone() -> None:
+    """Neither what the CPU does, nor ranges, which the profiler gives the GPU's time of what they cover."""
+
+    def event(key: str, device: DeviceType, microseconds: float, *, marked: bool = False) -> SimpleNamespace:
+        times = {"self_device_time_total": microseconds, "self_cpu_time_total": microseconds}
+        return SimpleNamespace(key=key, device_type=device, count=3, is_user_annotation=marked, **times)
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 500.0),
+        event("Optimizer.step#AdamW.step", DeviceType.CUDA, 4000.0, marked=True),
+        event("Memcpy HtoD (Pinned -> Device)", DeviceType.CUDA, 1000.0),
+        event("ampere_gemm", DeviceType.CUDA, 3000.0),
+    ]
+    found = operations_of(events, gpu=True)
+    assert [(each.name, each.milliseconds, each.share) for each in found] == [
+        ("ampere_gemm", 3.0, 0.75),
+        ("Memcpy HtoD (Pinned -> Device)", 1.0, 0.25),
+    ]

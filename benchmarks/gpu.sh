@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The figures of a GPU, in at most 8 minutes: bash benchmarks/gpu.sh FOLDER [--dry]
+# FOLDER gets a log of each step, the figures as JSON, and table.md. A step that fails or takes too long is left behind.
+# --dry: the same lines on a CPU with a tiny network, to see that each works. PYTHON: .venv/bin/python unless set.
+set -uo pipefail
+folder=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh FOLDER [--dry]}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+[ -x "$python" ] || python=python
+store=$(mktemp -d "${TMPDIR:-/tmp}/clips.XXXXXX")
+trap 'rm -rf "$store"' EXIT
+
+if [ "${2:-}" = --dry ]; then
+    batch=4 plain=1 clips=24 workers=1 steps=2 slower=20
+    trainer=(--tiny) compile=off
+    network=(--accelerator cpu --clip_samples 8000 --htsat_dim 16 --htsat_depth 1,1 --htsat_num_head 1,2 --htsat_spec_size 64 --mel_bins 32)
+    samples=8000
+else
+    batch=128 plain=64 clips=${CLIPS:-20000} workers=8 steps=40 slower=1
+    trainer=() compile=default network=() samples=320000
+fi
+
+# step NAME SECONDS COMMAND...
+step() {
+    local name=$1 limit=$(($2 * slower)) began=$SECONDS status=0
+    shift 2
+    echo "== $name: $*"
+    timeout -k 5 "$limit" "$@" > "$folder/$name.log" 2>&1 || status=$?
+    tail -n 12 "$folder/$name.log"
+    printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - began))" >> "$folder/steps.tsv"
+}
+
+: > "$folder/steps.tsv"
+rm -f "$folder"/{trainer,triton,benchmark}.json
+step machine 10 bash -c "nvidia-smi; lscpu; git rev-parse HEAD; $python -c 'import torch; print(torch.__version__)'"
+# 12.8 GB of one block of clips, repeated: no clip is read twice in an epoch.
+step store 45 "$python" -c "import sys; sys.path.insert(0, '.')
+from pathlib import Path
+from benchmarks.data_stores import write_repeated
+write_repeated(Path('$store'), clips=$clips, clip_samples=$samples)"
+step tests 45 "$python" -m pytest -q -p no:cacheprovider -m gpu $(grep -rl "mark\.gpu" tests)
+step trainer 115 "$python" benchmarks/training.py --trainer "${trainer[@]}" --quick --batch $batch --steps $steps \
+    --precision bf16-mixed --compile $compile --plain_batch $plain --json "$folder/trainer.json"
+step triton 85 env HTSAT_TRITON_ATTENTION=1 "$python" benchmarks/training.py --trainer "${trainer[@]}" --quick \
+    --batch $batch --steps $steps --precision bf16-mixed --compile $compile --json "$folder/triton.json"
+step benchmark 165 "$python" main.py benchmark --dataset_type audioset --dataset_path "$store" --batch_size $batch \
+    --devices 1 "${network[@]}" --precisions bf16-mixed --compile_modes $compile --steps $steps --num_workers $workers \
+    --json "$folder/benchmark.json" --profile
+"$python" benchmarks/gpu_table.py "$folder" | tee "$folder/table.md"
