@@ -31,7 +31,8 @@ class Encoder:
     module: file in model/encoders/. frame_seconds: its time axis for 10 s clips, None: it has none. parameters: with
     527 classes and the default sizes. keys: regular expressions, one of which a key of its published files begins with,
     without the prefixes of wrappers. images: the same of networks of images that it can begin from, where it is wanted.
-    published: names of assets/checkpoints.json. clips_per_second: of 10 s, on one core (benchmarks/RESULTS.md).
+    published: names of assets/checkpoints.json. clips_per_second: of 10 s, on one core. bf16_difference: the largest
+    of a probability, by bfloat16 on a CPU, None: not measured (both in benchmarks/RESULTS.md).
     """
 
     module: str
@@ -47,6 +48,7 @@ class Encoder:
     options: Mapping[str, Option] = field(default_factory=dict)
     published: tuple[str, ...] = ()
     clips_per_second: Optional[float] = None
+    bf16_difference: Optional[float] = None
 
 
 KNOWN = Path(__file__).parents[1] / "assets" / "checkpoints.json"
@@ -105,6 +107,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"layers\.0\.blocks\.", r"audio_branch\.", r"(audio_model\.)?audio_encoder\.layers\."),
         published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
         clips_per_second=3.3,
+        bf16_difference=2.3e-3,
     ),
     "atst-f": Encoder(
         module="atst_f",
