@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
-from types import CodeType
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
@@ -338,7 +338,6 @@ def resolve(
     given. Raises UserError for unknown names, wrong values, values that do not fit together, and flags that contradict
     the checkpoint or the data. Of a dictionary (encoder_options) each key counts by itself.
     """
-    known = all_settings()
     given = check_values(given or {})
     session = check_values(_edited_in_session(_execute({})))
     trained = _trained(checkpoint or {}, given, {**session, **given}, fine_tuning)
