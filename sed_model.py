@@ -3,6 +3,7 @@
 Shapes: B clips, F bands, T frames, K classes.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace

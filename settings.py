@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
@@ -56,7 +57,7 @@ class UserError(ValueError):
 class Config(ConfigFields):
     """All settings of a run, checked and frozen. The fields are those of config.py, in its order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __reduce__(self) -> tuple[Any, ...]:  # its class is made from config.py: copies and processes make it again
         return _rebuild, (self.model_dump(),)
@@ -91,16 +92,24 @@ class Setting:
 
     def check(self, value: Any) -> Any:
         """`value` as this setting's type. Raises UserError that says what was given and what is allowed."""
-        if isinstance(value, str):
-            value = self._parse(value)
+        value = self.parsed(value)
         try:
-            return TypeAdapter(self.type, config=FINITE).validate_python(value)
+            return self._adapter.validate_python(value)
         except ValidationError as error:
             reasons = "; ".join(REASONS.get(e["type"], e["msg"]) for e in error.errors())
             raise UserError(f"{self.name} = {SHORT.repr(value)} is not allowed: {reasons}. ({self.comment})") from None
 
-    def _parse(self, text: str) -> Any:
-        """Text of the command line: None for an optional setting, a list as in `split_list`, a dict as a=1,b=2."""
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.type, config=FINITE)
+
+    def parsed(self, text: Any) -> Any:
+        """Text of the command line: None for an optional setting, a list as in `split_list`, a dict as a=1,b=2.
+
+        Other values stay as they are.
+        """
+        if not isinstance(text, str):
+            return text
         if self.is_optional and text in ("None", "none", ""):
             return None
         if get_origin(self.type) is dict:
@@ -149,13 +158,19 @@ def _assignments(tree: ast.Module) -> dict[str, ast.AnnAssign | ast.Assign]:
 
 def _execute(given: Mapping[str, Any]) -> dict[str, Any]:
     """Run config.py with the values of `given` in place of its own; returns its namespace."""
+    namespace: dict[str, Any] = {"_given": dict(given), "__name__": "config", "__file__": str(CONFIG_PATH)}
+    exec(_code(frozenset(given)), namespace)
+    return namespace
+
+
+@cache
+def _code(given: frozenset[str]) -> CodeType:
+    """config.py, which takes the settings of these names from _given."""
     tree = ast.parse(_source())
     for name, node in _assignments(tree).items():
         if name in given:
             node.value = ast.Subscript(ast.Name("_given", ast.Load()), ast.Constant(name), ast.Load())
-    namespace: dict[str, Any] = {"_given": dict(given), "__name__": "config", "__file__": str(CONFIG_PATH)}
-    exec(compile(ast.fix_missing_locations(tree), str(CONFIG_PATH), "exec"), namespace)
-    return namespace
+    return compile(ast.fix_missing_locations(tree), str(CONFIG_PATH), "exec")
 
 
 @cache
@@ -197,6 +212,15 @@ def fields_stub() -> str:
 def _config_class() -> type[Config]:
     fields: dict[str, Any] = {name: (setting.type, ...) for name, setting in all_settings().items()}
     return create_model("Config", __base__=Config, **fields)
+
+
+def _checked(values: Mapping[str, Any]) -> Config:
+    """All settings as one Config. Raises UserError, as Setting.check does, for the first value that is not allowed."""
+    known = all_settings()
+    try:
+        return _config_class()(**{name: setting.parsed(values[name]) for name, setting in known.items()})
+    except ValidationError:  # one by one, for a message that says which: together they are faster
+        return _config_class()(**{name: setting.check(values[name]) for name, setting in known.items()})
 
 
 def _rebuild(values: dict[str, Any]) -> Config:
@@ -314,7 +338,6 @@ def resolve(
     given. Raises UserError for unknown names, wrong values, values that do not fit together, and flags that contradict
     the checkpoint or the data. Of a dictionary (encoder_options) each key counts by itself.
     """
-    known = all_settings()
     given = check_values(given or {})
     session = check_values(_edited_in_session(_execute({})))
     trained = _trained(checkpoint or {}, given, {**session, **given}, fine_tuning)
@@ -324,7 +347,7 @@ def resolve(
         of_data = facts(values)
         _check_given({**session, **given}, of_data, f"the prepared data in {values['dataset_path']}, which have")
         values = _execute({**session, **of_data, **trained, **given})
-    config = _config_class()(**{name: known[name].check(values[name]) for name in known})
+    config = _checked(values)
     _check_encoder({**session, **given}, config.encoder)
     _check_together(config)
     if "loss_type" not in trained:  # else a checkpoint is evaluated, where settings of training have no effect

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import ndtri
 
 if TYPE_CHECKING:  # preparing data takes float32_to_int16 from here, and would wait seconds for torch
     import torch
@@ -44,4 +43,6 @@ def get_mix_lambda(alpha: float, batch_size: int, device: torch.device | str = "
 
 def d_prime(auc: float) -> float:
     """Sensitivity index d' = sqrt(2) z(AUC), z the inverse normal distribution function (Hershey et al. 2017)."""
+    from scipy.special import ndtri  # here: what prepares data and tags files takes the functions above alone
+
     return float(np.sqrt(2.0) * ndtri(auc))

@@ -191,7 +191,7 @@ COMMANDS: dict[str, Command] = {
         [
             ("files", {"nargs": "+", "help": "audio files, folders with all below them, - for standard input"}),
             ("--top_k", {"type": int, "default": 5, "help": "how many classes to print"}),
-            ("--runtime", {"default": "auto", "help": "torch, or onnx for an exported file; auto: what it is for"}),
+            ("--runtime", {"default": "auto", "help": "torch, onnx or int8; auto: the fastest that agrees [auto]"}),
             ("--classes", {"help": "only these: dog,cat or '[\"Speech, male\"]' [all]", "metavar": "LIST"}),
             ("--min_score", {"help": "leave out tags and events of a lower score [0]", "type": float}),
             ("--output", {"help": "all of the following, in a folder", "metavar": "FOLDER"}),

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -16,9 +17,10 @@ from torch import Tensor
 from data.files import check_writable, sole_writer, whole_file, write_each, write_json
 from data.names import markup
 from data_generator import SEDDataModule, Split, load_table
-from inference.onnx_runtime import load_onnx
+from inference.loading import made_up_sounds
+from inference.onnx_runtime import FILES, REPORT, export_folder, load_onnx
 from model import Network
-from model.checkpoint import save_safetensors
+from model.checkpoint import save_safetensors, weights_digest
 from model.export import build_onnx, join, quantize, save_onnx
 from model.network import resample
 from model.opening import open_network
@@ -28,12 +30,6 @@ from runs.records import git_revision
 from settings import TRAINED_SECTIONS, Config, UserError, requested, section
 from utils import int16_to_float32
 
-FILES = {
-    "safetensors": "model.safetensors",
-    "onnx": "model.onnx",
-    "onnx-mel": "model-mel.onnx",
-    "onnx-int8": "model-int8.onnx",
-}
 FLOAT_TOLERANCE = 1e-4  # largest difference of a probability
 LEAST_AGREEMENT = 0.95  # int8: share of the clips whose highest class stays the same
 BATCHES = (1, 2, 5)  # clips in a batch, in turn: a file must take any number
@@ -52,6 +48,7 @@ class Export:
     frame_difference: float  # largest, of a frame's
     embedding_difference: float  # largest, as a share of the network's largest value
     top1_agreement: float  # share of the clips with the same highest class
+    speed: float  # on the clips it was checked on, against the network in float32, here on the CPU
     kept: bool
 
 
@@ -62,6 +59,7 @@ class Reference:
     waveforms: Tensor  # (N, clip_samples)
     said: str  # what they are
     outputs: Outputs = field(repr=False)
+    seconds: float
 
 
 def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[str] = None, clips: int = 60) -> int:
@@ -78,12 +76,15 @@ def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[
         raise UserError("export needs a checkpoint: --resume_checkpoint PATH")
     member = Member.read(path, given)
     network = member.network().eval()
-    folder = Path(output) if output else export_folder(path, member)
+    settings, known_name = member.settings, not Path(path).is_file()
+    folder = (
+        Path(output) if output else export_folder(member.checkpoint.path, settings.workspace, known_name=known_name)
+    )
     check_writable(f"--output {folder}", *(folder / FILES[name] for name in wanted))
-    waveforms, said = clips_to_check(member.settings, clips)
-    reference = Reference(waveforms, said, in_batches(network.probabilities, waveforms))
-    about = describe(member)
-    writers = prepare_writers(wanted, network, member.settings.clip_samples, about)
+    waveforms, said = clips_to_check(settings, clips)
+    reference = Reference(waveforms, said, *timed(network.probabilities, waveforms))
+    about, weights = describe(member), weights_digest(network.state_dict())
+    writers = prepare_writers(wanted, network, settings.clip_samples, about, weights)
     exports: list[Export] = []
     refused: list[str] = []
     with sole_writer(folder):
@@ -93,16 +94,10 @@ def run(given: dict[str, Any], formats: str = ",".join(FILES), output: Optional[
             except UserError as error:  # a full disk: what is smaller may fit
                 refused.append(str(error))
         print_report(exports, reference, folder)
-        write_report(exports, reference, member, about, folder)
+        write_report(exports, reference, member, about, weights, folder)
     if refused:
         raise UserError(" ".join(refused))
     return 0 if all(export.kept for export in exports) else 1
-
-
-def export_folder(path: str, member: Member) -> Path:
-    """Beside the checkpoint; of a known name, whose file lies among other downloads, in <workspace>/runs/<file>."""
-    file = member.checkpoint.path
-    return (file.parent if Path(path).is_file() else Path(member.settings.workspace, "runs", file.stem)) / "export"
 
 
 def chosen_formats(text: str) -> list[str]:
@@ -155,16 +150,6 @@ def clips_to_check(settings: Config, count: int) -> tuple[Tensor, str]:
     return clips, f"{len(clips)} made-up sounds (tones in noise): there are no clips in {settings.dataset_path}"
 
 
-def made_up_sounds(count: int, samples: int, sample_rate: int) -> Tensor:
-    """(count, samples): in each, a tone of its own pitch that comes and goes, in noise of its own level."""
-    generator = torch.Generator().manual_seed(0)
-    seconds = torch.arange(samples) / sample_rate
-    pitch = sample_rate / 4 * 2 ** -torch.linspace(0, 5, count)[:, None]
-    swell = torch.sin(2 * torch.pi * torch.linspace(0.2, 2, count)[:, None] * seconds).clamp(min=0)
-    noise = torch.randn(count, samples, generator=generator) * torch.logspace(-3, -1, count)[:, None]
-    return 0.4 * swell * torch.sin(2 * torch.pi * pitch * seconds) + noise
-
-
 @torch.inference_mode()
 def in_batches(probabilities: Probabilities, waveforms: Tensor) -> Outputs:
     """The outputs for all clips, from batches of BATCHES clips in turn."""
@@ -178,8 +163,15 @@ def in_batches(probabilities: Probabilities, waveforms: Tensor) -> Outputs:
     return clipwise, framewise, embedding
 
 
+def timed(probabilities: Probabilities, waveforms: Tensor) -> tuple[Outputs, float]:
+    """The outputs for all clips, and the seconds that they took, after a first clip that does not count."""
+    in_batches(probabilities, waveforms[:1])
+    started = time.perf_counter()
+    return in_batches(probabilities, waveforms), time.perf_counter() - started
+
+
 def prepare_writers(
-    formats: Sequence[str], network: Network, clip_samples: int, about: dict[str, Any]
+    formats: Sequence[str], network: Network, clip_samples: int, about: dict[str, Any], weights: str
 ) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Each format, and a function that writes it to a path."""
     if "safetensors" in formats:
@@ -194,7 +186,7 @@ def prepare_writers(
     }
     for name in formats:
         if name in makers:
-            yield name, functools.partial(_save_made, makers[name], about=about)
+            yield name, functools.partial(_save_made, makers[name], about={**about, "weights": weights})
 
 
 def _save_made(make: Callable[[], Any], path: Path, about: dict[str, Any]) -> None:
@@ -210,7 +202,7 @@ def write_checked(name: str, path: Path, write: Callable[[Path], None], referenc
     with suppress(TooDifferentError), whole_file(path) as partial:
         write(partial)
         probabilities = load_safetensors(partial) if name == "safetensors" else load_onnx(partial).network.probabilities
-        outputs = in_batches(probabilities, reference.waveforms)
+        outputs, seconds = timed(probabilities, reference.waveforms)
         pairs = zip(outputs, reference.outputs, strict=True)
         differences = [float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs]  # without frames: 0
         agreement = float((outputs[0].argmax(dim=1) == reference.outputs[0].argmax(dim=1)).float().mean())
@@ -219,7 +211,10 @@ def write_checked(name: str, path: Path, write: Callable[[Path], None], referenc
         if not passed:
             raise TooDifferentError
     largest = float(reference.outputs[2].abs().max()) or 1.0
-    return Export(name, FILES[name], size, differences[0], differences[1], differences[2] / largest, agreement, passed)
+    return Export(
+        name, FILES[name], size, differences[0], differences[1], differences[2] / largest, agreement,
+        reference.seconds / seconds, passed,
+    )  # fmt: skip
 
 
 def load_safetensors(path: Path) -> Probabilities:
@@ -229,11 +224,12 @@ def load_safetensors(path: Path) -> Probabilities:
 
 def table_rows(exports: Sequence[Export]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the report, as text."""
-    columns = ["file", "MiB", "clip difference", "frame difference", "same top-1", "kept"]
+    columns = ["file", "MiB", "clip difference", "frame difference", "same top-1", "speed", "kept"]
     rows = [
         [
             export.file, f"{export.size / 2**20:.1f}", f"{export.clip_difference:.1e}",
-            f"{export.frame_difference:.1e}", f"{export.top1_agreement:.1%}", "yes" if export.kept else "no",
+            f"{export.frame_difference:.1e}", f"{export.top1_agreement:.1%}", f"{export.speed:.2f}",
+            "yes" if export.kept else "no",
         ]
         for export in exports
     ]  # fmt: skip
@@ -257,12 +253,18 @@ def print_report(exports: Sequence[Export], reference: Reference, folder: Path) 
 
 
 def write_report(
-    exports: Sequence[Export], reference: Reference, member: Member, about: dict[str, Any], folder: Path
+    exports: Sequence[Export],
+    reference: Reference,
+    member: Member,
+    about: dict[str, Any],
+    weights: str,
+    folder: Path,
 ) -> None:
     """Write export.json, and README.md: the checkpoint's card with the files in it."""
     checkpoint = member.checkpoint.path.name
     content = {
         "checkpoint": checkpoint,
+        "weights": weights,
         "clips": reference.said,
         "torch": torch.__version__,
         "git_revision": git_revision(),
@@ -274,14 +276,14 @@ def write_report(
     lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
     files = (
         f"## Files\n\nWritten from `{checkpoint}` and compared with it on {reference.said}; differences "
-        f"are the largest of any probability. The ONNX files take any number of clips of "
-        f"{about['settings']['clip_samples']} samples (`model-mel.onnx` their log-mel spectrograms in dB) and hold "
-        f"settings, labels and front-end, as JSON, in their metadata.\n\n" + "\n".join(lines)
+        f"are the largest of any probability, speed is against the network on one CPU. The ONNX files take any number "
+        f"of clips of {about['settings']['clip_samples']} samples (`model-mel.onnx` their log-mel spectrograms in dB) "
+        f"and hold settings, labels and front-end, as JSON, in their metadata.\n\n" + "\n".join(lines)
     )
     described = {**vars(member.checkpoint), **about}
     report, card = write_each(
         {
-            folder / "export.json": lambda path: write_json(path, content),
+            folder / REPORT: lambda path: write_json(path, content),
             folder / "README.md": lambda path: write_card(path, described, file=Path(loaded), more=files),
         }
     )

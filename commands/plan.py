@@ -89,10 +89,11 @@ def make_plan(settings: Config, plan: Plan, measure_steps: int) -> str:
     devices = plan.attempt(lambda: device_count(settings))
     if devices is None:
         return "no device"
-    settings, performance = settle(settings, training=True)
-    plan.rows.append(("performance", str(performance)))
     done = plan.attempt(lambda: complete_epochs(settings)) or 0
-    data = plan.attempt(lambda: training_data(settings, devices))
+    data: Optional[SEDDataModule] = plan.attempt(lambda: training_data(settings, devices))
+    steps = data.steps_per_epoch(devices) * (settings.max_epoch - done) if data else 0
+    settings, performance = settle(settings, training=True, steps=steps)
+    plan.rows.append(("performance", str(performance)))
     module = plan.attempt(lambda: build_wrapper(build_model(settings), settings, []))
     if module is None:
         return device_name(settings)
@@ -110,8 +111,8 @@ def make_plan(settings: Config, plan: Plan, measure_steps: int) -> str:
     if read:
         plan.rows.append(("disk", str(read)))
     if measure_steps and enough and len(data.tables["train"]) >= measured_part(settings).batch_size:
-        steps = data.steps_per_epoch(devices) * (settings.max_epoch - done)
-        plan.attempt(lambda: plan_duration(settings, plan, data, steps, settings.max_epoch - done, measure_steps, read))
+        epochs = settings.max_epoch - done
+        plan.attempt(lambda: plan_duration(settings, plan, data, steps, epochs, measure_steps, read))
     return device_name(settings)
 
 

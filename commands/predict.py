@@ -31,10 +31,10 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
     mistake in what was given.
     """
     path = requested("resume_checkpoint", given)
-    if path is not None:  # else load_tagger asks for one
-        check_runtime(runtime, path)
     chosen = Wanted(**{**wanted, "classes": tuple(dict.fromkeys(split_list(wanted.get("classes", ""))))})
-    tagger = load_tagger(given, "predict")
+    if chosen.frame_embeddings and runtime == "auto":  # which exports do not have
+        runtime = "torch"
+    tagger = load_tagger(given, "predict", runtime)
     labels = chosen.classes or tuple(tagger.labels)
     check_classes(labels, tagger.labels)
     chosen = chosen.named(has_frames=tagger.has_frames)
@@ -86,20 +86,6 @@ def check_classes(chosen: Sequence[str], labels: Sequence[str]) -> None:
                 f"--classes: the checkpoint has no class {label!r}; among its {len(labels)} are {', '.join(close)}. "
                 f"{WITH_COMMAS}"
             )
-
-
-def check_runtime(runtime: str, path: str) -> None:
-    """Raise UserError where the file is not for the runtime."""
-    if runtime not in ("auto", "torch", "onnx"):
-        raise UserError(f"--runtime {runtime} is not allowed: give auto, torch or onnx.")
-    exported = path.endswith(".onnx")
-    if runtime == "onnx" and not exported:
-        raise UserError(
-            f"--runtime onnx needs an exported network: `python main.py export --resume_checkpoint {path}` writes "
-            f"model.onnx and model-int8.onnx, which --resume_checkpoint then names."
-        )
-    if runtime == "torch" and exported:
-        raise UserError(f"{path} is run by onnxruntime: for --runtime torch give the checkpoint that it came from.")
 
 
 def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any, kinds: "Counter[str]") -> int:

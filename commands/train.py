@@ -21,7 +21,7 @@ from sed_model import build_wrapper
 from settings import Config, UserError, place_flags, resolve
 from training.callbacks import checkpoint_folder, chosen_by, draw_curves, read_curves, restore_best
 from training.devices import is_first_process, process_count
-from training.performance import Performance, compile_network, settle
+from training.performance import compile_network, settle
 from training.schedule import schedule_warnings
 from training.trainer import build_trainer, interruptible
 
@@ -30,17 +30,16 @@ def run(given: dict[str, Any]) -> None:
     """Train as the settings say, into <workspace>/runs/<exp_name>."""
     settings = resolve_with_frontend(with_recorded(given))
     process_count(settings)
-    settings, performance = settle(settings, training=True)
     if not is_first_process():
-        train(settings, performance)
+        train(settings)
         return
     said = f"workspace = {settings.workspace}, exp_name = {settings.exp_name}"
     check_writable(said, settings.run_folder / "config.json", checkpoint_folder(settings) / "last.ckpt")
     with sole_writer(settings.run_folder):
-        train(settings, performance)
+        train(settings)
 
 
-def train(settings: Config, performance: Performance) -> None:
+def train(settings: Config) -> None:
     """Train a new run, or the rest of one."""
     resumed = find_resumed(settings)
     if resumed:
@@ -48,6 +47,8 @@ def train(settings: Config, performance: Performance) -> None:
     done = (resumed.complete_epochs or 0) if resumed else 0
     splits: tuple[Split, ...] = ("train", "validation", "test") if settings.watch_test else ("train", "validation")
     data = load_training_data(settings, splits)
+    steps = data.steps_per_epoch(process_count(settings))
+    settings, performance = settle(settings, training=True, steps=steps * (settings.max_epoch - done))
     more = say_changes(resumed, settings, data.identity, process_count(settings)) if resumed else {}
     best = best_checkpoint(resumed.content) if resumed else None
     if best and is_first_process():
@@ -86,7 +87,6 @@ def train(settings: Config, performance: Performance) -> None:
     compile_network(network, performance.compile_mode)
     more["performance"] = str(performance)
     wrapper = build_wrapper(network, settings, labels)
-    steps = data.steps_per_epoch(process_count(settings))
     warnings = schedule_warnings(settings, steps * settings.max_epoch)
     if is_first_process():
         print(end="".join(f"warning: {message}\n" for message in warnings))

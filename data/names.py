@@ -2,8 +2,6 @@
 
 import unicodedata
 
-from rich.markup import escape
-
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # beginnings of a cell that spreadsheets compute
 JOINERS = "\u200c\u200d"  # between letters of Persian and Hindi, and between parts of an emoji
 
@@ -29,6 +27,8 @@ def terminal_text(text: str) -> str:
 
 def markup(text: str) -> str:
     """For a table that rich prints: as `shown`, and brackets stay brackets."""
+    from rich.markup import escape  # here: `--help` and messages do not wait for it
+
     return escape(shown(text))
 
 

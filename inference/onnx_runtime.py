@@ -1,7 +1,8 @@
-"""A network that `python main.py export` wrote as ONNX, run by onnxruntime: the same numbers without torch's graph."""
+"""A network that `python main.py export` wrote as ONNX, run by onnxruntime, and finding that of a checkpoint."""
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -9,12 +10,68 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from data.files import read_json as read_json_file
 from model.checkpoint import ENTRIES, check_entry, check_labels, read_json
 from model.registry import encoder_module
 from settings import Config, UserError, resolve
 
 INSTALL = "pip install onnxruntime"
 ABOUT = ("settings", "labels", "frontend")  # what the metadata of an exported file must hold
+REPORT = "export.json"  # what `export` writes beside its files
+FILES = {  # of the formats of an export
+    "safetensors": "model.safetensors",
+    "onnx": "model.onnx",
+    "onnx-mel": "model-mel.onnx",
+    "onnx-int8": "model-int8.onnx",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that `export` kept. difference: the largest of a probability from the network's. weights: their digest.
+
+    speed: against the network in float32 on a CPU, on the machine of the export.
+    """
+
+    path: Path
+    format: str
+    difference: float
+    speed: float
+    weights: str
+
+
+def export_folder(checkpoint: Path, workspace: str, *, known_name: bool) -> Path:
+    """Beside the checkpoint; of a known name, whose file lies among other downloads, <workspace>/runs/<file>/export."""
+    return (Path(workspace, "runs", checkpoint.stem) if known_name else checkpoint.parent) / "export"
+
+
+def find_exports(folder: Path, weights: Callable[[], str]) -> list[Exported]:
+    """The ONNX files in a folder that `export` made of these weights and kept, the fastest first.
+
+    weights: gives their digest (model.checkpoint.weights_digest), which takes a moment. Raises UserError where the
+    report of the export is damaged.
+    """
+    report = folder / REPORT
+    if not report.is_file():
+        return []
+    content = read_json_file(report, dict)
+    if "weights" not in content or content["weights"] != weights():
+        return []
+    try:
+        found = [
+            Exported(
+                folder / FILES[entry["format"]],
+                entry["format"],
+                max(entry["clip_difference"], entry["frame_difference"]),
+                float(entry["speed"]),
+                content["weights"],
+            )
+            for entry in content["exports"]
+            if entry["kept"] and entry["format"] != "safetensors"
+        ]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{report} is damaged: export the checkpoint again, or remove it.") from None
+    return sorted((each for each in found if each.path.is_file()), key=lambda each: -each.speed)
 
 
 class OnnxNetwork:
@@ -60,6 +117,7 @@ class LoadedOnnx:
     settings: Config
     labels: list[str]
     postprocessing: Optional[dict[str, Any]]  # thresholds and filters, as `calibrate` stored them
+    weights: str  # digest of those that it was made from; empty: an older file
 
 
 def load_onnx(path: str | Path, given: Optional[dict[str, Any]] = None, threads: int = 0) -> LoadedOnnx:
@@ -79,13 +137,15 @@ def load_onnx(path: str | Path, given: Optional[dict[str, Any]] = None, threads:
             f"{path} is no export of this project: its metadata has no {', '.join(missing)}. `python main.py export` "
             f"writes such files from a checkpoint."
         )
-    about = {name: read_json(path, name, found[name]) for name in (*ABOUT, "postprocessing") if name in found}
+    names = (*ABOUT, "postprocessing", "weights")
+    about = {name: read_json(path, name, found[name]) for name in names if name in found}
     for name, value in about.items():
-        check_entry(path, value, name, ENTRIES[name])
+        check_entry(path, value, name, ENTRIES.get(name, str))
     settings = resolve(given or {}, checkpoint={**about["settings"], **about["frontend"]})
     check_labels(path, about["labels"], settings.classes_num)
     _check_outputs(path, session, settings)
-    return LoadedOnnx(OnnxNetwork(session, settings), settings, about["labels"], about.get("postprocessing"))
+    network = OnnxNetwork(session, settings)
+    return LoadedOnnx(network, settings, about["labels"], about.get("postprocessing"), about.get("weights", ""))
 
 
 def _check_outputs(path: Path, session: Any, settings: Config) -> None:

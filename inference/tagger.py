@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from evaluation.postprocess import PostProcessing
 
-Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
+Precision = Literal["auto", "32", "bf16-mixed", "16-mixed", "tf32"]
 Name = TypeVar("Name")
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+TF32: Precision = "tf32"  # of products and convolutions on a GPU, float32 else
 WINDOWS_AT_ONCE = {"cpu": 4, "cuda": 32}
 
 
@@ -246,6 +247,12 @@ class Tagger:
                 pack_linear_layers(self.network)
         return self
 
+    @torch.inference_mode()
+    def probabilities(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, clip_samples) on the device -> as Runtime.probabilities, in the Tagger's precision."""
+        with self._arithmetic():
+            return self.network.probabilities(waveform)
+
     def encoder(self) -> Network:
         """The network. Raises UserError where an exported file is run in its place."""
         if not isinstance(self.network, Network):
@@ -416,8 +423,13 @@ class Tagger:
             with torch.autocast(self.device.type, dtype=HALF[self.precision]):
                 yield
         elif self.device.type == "cuda":
-            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-                yield
+            tf32, products = self.precision == TF32, torch.backends.cuda.matmul
+            before, products.allow_tf32 = products.allow_tf32, tf32
+            try:
+                with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
+                    yield
+            finally:
+                products.allow_tf32 = before
         else:
             yield
 

@@ -11,7 +11,7 @@ from torch.nn.modules.module import (
 
 from data.files import check_memory, memory_limit
 from model.network import Network, Outputs
-from model.registry import encoder_module
+from model.registry import ENCODERS, encoder_module, within_published_size
 from settings import Config, UserError
 
 __all__ = ["Network", "Outputs", "build_model"]
@@ -42,6 +42,10 @@ def _check_size(settings: Config) -> None:
             raise UserError(f"A network of these settings has more than {MOST_TENSORS} weights: lower its depth.")
 
     check_memory(f"clip_samples = {settings.clip_samples}", size)
+    if within_published_size(settings):  # on the meta device torch takes seconds, as it imports its compiler
+        known = 2 * ENCODERS[settings.encoder].parameters * torch.float32.itemsize  # with what is no parameter
+        check_memory(f"A network of these settings (encoder = {settings.encoder})", size + known)
+        return
     hooks = [register_module_parameter_registration_hook(add), register_module_buffer_registration_hook(add)]
     try:
         with torch.device("meta"):

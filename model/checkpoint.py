@@ -277,6 +277,11 @@ def _digests(content: Any) -> dict[str, str]:
     return found
 
 
+def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a network's weights, whatever file they came from."""
+    return _text_digest(json.dumps(_digests(dict(state_dict)), sort_keys=True))
+
+
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 

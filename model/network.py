@@ -4,6 +4,8 @@ Shapes: B clips, F bands, T frames, K classes, D channels.
 """
 
 import copy
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Layer = Sequence[nn.Module | nn.Parameter]
+
+PROBABILITY_TOLERANCE = 5e-3  # largest difference of a probability that automatic choices accept for speed
+ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"  # variable of the environment by which oneDNN leaves out newer instructions
 
 
 class Outputs(NamedTuple):
@@ -180,6 +185,16 @@ class Network(nn.Module, ABC):
         network = copy.deepcopy(self).cpu().eval().requires_grad_(False)
         network.set_gradient_checkpointing(False)
         return network
+
+
+def has_bf16(device_type: str) -> bool:
+    """Whether cuda or the cpu has instructions for bfloat16, without which it is slower than float32."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    limit = os.environ.get(ONEDNN_LIMIT, "ALL")
+    allowed = re.search("ALL|DEFAULT|BF16|FP16|AMX|AVX10", limit.upper()) is not None
+    found = torch.cpu.get_capabilities()
+    return allowed and any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _recomputed(block: nn.Module, *inputs: Any) -> Any:

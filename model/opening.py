@@ -1,15 +1,25 @@
 """A checkpoint, by path or published name, and its network for evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
+
+from torch import Tensor
+from torch.nn import init
 
 from data.labels import published_labels
 from model import build_model
 from model.checkpoint import Checkpoint, LoadReport, decided_settings, load_network, read_checkpoint
 from model.network import Network
 from settings import Config, Facts, requested, resolve
+
+# Of torch.nn.init: what draws weights.
+DRAWN = (
+    "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_",
+    "orthogonal_",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,5 +57,24 @@ def read_with_settings(
 
 def build_with_weights(checkpoint: Checkpoint, settings: Config) -> tuple[Network, LoadReport]:
     """The second half of open_network: the network with the weights of the file, all of which it needs."""
-    network, configured = build_model(settings), settings.model_dump()
+    with without_random_weights():
+        network = build_model(settings)
+    configured = settings.model_dump()
     return network, load_network(network, checkpoint, frontend_from=settings.frontend_from, configured=configured)
+
+
+@contextmanager
+def without_random_weights() -> Iterator[None]:
+    """Networks that are built meanwhile draw no random weights, which takes a second: a file replaces them."""
+    drawn = {name: getattr(init, name) for name in DRAWN}
+
+    def leave(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tensor
+
+    try:
+        for name in drawn:
+            setattr(init, name, leave)
+        yield
+    finally:
+        for name, function in drawn.items():
+            setattr(init, name, function)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Optional
 
 from data.files import download
-from settings import UserError, close_names
+from settings import Config, UserError, close_names
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Encoder:
     module: file in model/encoders/. frame_seconds: its time axis for 10 s clips, None: it has none. parameters: with
     527 classes and the default sizes. keys: regular expressions, one of which a key of its published files begins with,
     without the prefixes of wrappers. images: the same of networks of images that it can begin from, where it is wanted.
-    published: names of assets/checkpoints.json. clips_per_second: of 10 s, on one core (benchmarks/RESULTS.md).
+    published: names of assets/checkpoints.json. clips_per_second: of 10 s, on one core. bf16_difference: the largest
+    of a clip's probability, by bfloat16 on a CPU, None: not measured (both in benchmarks/RESULTS.md). at_most,
+    at_least: settings that bound the size of its networks, at those of the published one.
     """
 
     module: str
@@ -47,12 +49,16 @@ class Encoder:
     options: Mapping[str, Option] = field(default_factory=dict)
     published: tuple[str, ...] = ()
     clips_per_second: Optional[float] = None
+    bf16_difference: Optional[float] = None
+    at_most: Mapping[str, int | list[int]] = field(default_factory=dict)
+    at_least: Mapping[str, int] = field(default_factory=dict)
 
 
 KNOWN = Path(__file__).parents[1] / "assets" / "checkpoints.json"
 FOLDER_VARIABLE = "HTSAT_CHECKPOINTS"
 DEFAULT_FOLDER = "~/.cache/hts-at"
 LARGEST_OPTION = 2**20  # of a number in encoder_options
+NO_SIZES = {"head", "frontend", "mean", "deviation", "pooling"}  # encoder_options that change no size of the network
 UNNAMED = "htsat"  # encoder of checkpoints of this project that name none: there was no other
 
 PRETRAINED_SED = "https://github.com/fschmid56/PretrainedSED"
@@ -108,6 +114,18 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"layers\.0\.blocks\.", r"audio_branch\.", r"(audio_model\.)?audio_encoder\.layers\."),
         published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
         clips_per_second=3.3,
+        bf16_difference=2.3e-3,
+        at_most={
+            "htsat_dim": 96,
+            "htsat_depth": [2, 2, 6, 2],
+            "htsat_num_head": [4, 8, 16, 32],
+            "htsat_spec_size": 256,
+            "htsat_window_size": 8,
+            "htsat_patch_size": 4,
+            "mel_bins": 64,
+            "window_size": 1024,
+        },
+        at_least={"htsat_stride": 4, "htsat_time_stride": 4},
     ),
     "atst-f": Encoder(
         module="atst_f",
@@ -419,6 +437,24 @@ def encoder_module(name: str) -> ModuleType:
     rename(weights), which brings files of others to the names of the network.
     """
     return importlib.import_module(f"model.encoders.{ENCODERS[name].module}")
+
+
+def within_published_size(settings: Config) -> bool:
+    """Whether a network of these settings is at most as large as the encoder's published one (10 s, 527 classes)."""
+    row = ENCODERS[settings.encoder]
+    bounds = {**row.at_most, "clip_samples": 10 * row.sample_rate, "classes_num": 527}
+    for name, most in bounds.items():
+        value = getattr(settings, name)
+        if isinstance(most, list):
+            if len(value) > len(most) or any(a > b for a, b in zip(value, most, strict=False)):
+                return False
+        elif value > most:
+            return False
+    return (
+        all(getattr(settings, name) >= least for name, least in row.at_least.items())
+        and settings.encoder_options.keys() <= NO_SIZES
+        and settings.sequence_head == "none"
+    )
 
 
 def read_options(name: str, given: Mapping[str, str]) -> dict[str, int | float | str | None]:

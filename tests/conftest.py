@@ -9,8 +9,10 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-# Before torch is imported: the tests run on all cores side by side (make test), each on one.
+# Before torch is imported. The tests run on all cores side by side (make test), each on one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No bfloat16, whatever the CPU: what is compared with float32 is computed in it.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"
 
 import pytest
 from filelock import FileLock

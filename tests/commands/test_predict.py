@@ -196,7 +196,7 @@ def test_without_a_time_axis(
     predict: Predict, tagger: Tagger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frameless = FramelessTagger(tagger.network, tagger.settings, tagger.labels)
-    monkeypatch.setattr(predict_module, "load_tagger", lambda given, command: frameless)
+    monkeypatch.setattr(predict_module, "load_tagger", lambda given, command, runtime: frameless)
     assert predict("sounds", "--output", "out") == 0
     assert {path.name for path in Path("out").iterdir()} == {k.name for k in FORMATS.values() if not k.timed}
     assert [(line["file"], "events" in line) for line in read_lines("out/tags.jsonl")] == [(n, False) for n in NAMES]

@@ -1,18 +1,20 @@
 """What performance = auto takes, and that neither compiling nor cutting a batch into parts changes what is learned."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from model import build_model
+from model.network import ONEDNN_LIMIT
 from settings import UserError, resolve
 from tests.helpers import SMALL, SMALL_FLAGS, TINY, call, last_checkpoint
 from training.devices import device_count
 from training.performance import Performance, choose, compile_network, settle
 
 
-def test_a_cpu_stays_in_float32() -> None:
+def test_a_cpu_without_bfloat16_stays_in_float32() -> None:
     chosen = choose(resolve({"accelerator": "cpu"}), training=True)
     assert (chosen.precision, chosen.compile_mode, chosen.tf32) == ("32", None, False)
     assert choose(resolve({"accelerator": "cpu", "performance": "manual"}), training=True) == Performance(
@@ -22,14 +24,54 @@ def test_a_cpu_stays_in_float32() -> None:
     assert str(choose(resolve(given), training=True)).startswith("precision bf16-mixed, compiled (default)")
 
 
-def test_a_gpu_takes_bfloat16_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_with_bfloat16_trains_measured_encoders_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ONEDNN_LIMIT, "ALL")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    settings = resolve({"accelerator": "cpu"})
+    assert choose(settings, training=True).precision == "bf16-mixed"
+    assert choose(settings, training=False).precision == "32"
+    assert choose(resolve({"accelerator": "cpu", "precision": "32"}), training=True).precision == "32"
+    assert choose(resolve({"accelerator": "cpu", "encoder": "cnn14"}), training=True).precision == "32"
+    monkeypatch.setenv(ONEDNN_LIMIT, "AVX512_CORE_VNNI")
+    assert choose(settings, training=True).precision == "32"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU with bfloat16, as torch would show it."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_takes_bfloat16_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(resolve(), training=True) == Performance("bf16-mixed", "default", True, False)
     assert choose(resolve(), training=False) == Performance("32", None, False, False)
     assert choose(resolve({"precision": "32"}), training=True).tf32 is False
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
     assert choose(resolve(), training=True).precision == "32"
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("given", "steps", "mode"),
+    [
+        ({"batch_size": 128}, 60, None),
+        ({"batch_size": 128}, 100 * 15_000, "default"),  # AudioSet
+        ({"batch_size": 32}, 100 * 50, None),  # ESC-50
+        ({"batch_size": 128}, 3_000, "default"),
+        ({"batch_size": 32}, 3_000, None),
+        ({"batch_size": 128, "debug": True}, 100 * 15_000, None),
+        ({"batch_size": 128, "compile": "default"}, 60, "default"),
+        ({"batch_size": 128, "compile": "off"}, 100 * 15_000, None),
+    ],
+)
+def test_compiled_where_the_steps_pay_for_it(given: dict[str, Any], steps: int, mode: str | None) -> None:
+    chosen = choose(resolve(given), training=True, steps=steps)
+    assert chosen.compile_mode == mode
+    assert any("compiling" in reason for reason in chosen.reasons) == ("compile" not in given)
+    assert all(reason in str(chosen) for reason in chosen.reasons)
 
 
 def test_a_run_records_what_was_taken() -> None:
