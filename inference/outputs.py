@@ -39,6 +39,7 @@ from data.files import (
 )
 from data.finding import FoundAudio, counted, find_audio
 from data.names import score_text, shown, table_cell
+from inference.parquet import check_parquet, write_parquet
 from inference.tagger import Tagged
 from settings import Config, UserError, section
 
@@ -61,7 +62,7 @@ class Format:
     """An output of predict. name: below --output. folder: each recording has a file of its own, in a folder.
 
     endings: which its name may have, empty: any. timed: whether it needs an encoder with a time axis; events: whether
-    it has events where there is one.
+    it has events where there is one. optional: needs a package that is not required, and is none of --output's.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Format:
     endings: tuple[str, ...] = ()
     timed: bool = False
     events: bool = False
+    optional: bool = False
 
 
 FORMATS = {  # by their flags
@@ -77,6 +79,7 @@ FORMATS = {  # by their flags
     "events": Format("events.tsv", timed=True, events=True),
     "scores": Format("scores.h5", endings=HDF5_SUFFIXES),
     "embeddings": Format("embeddings.h5", endings=(*HDF5_SUFFIXES, ".npz")),
+    "parquet": Format("scores.parquet", endings=(".parquet",), optional=True),
     "audacity": Format("audacity", folder=True, timed=True, events=True),
     "raven": Format("raven", folder=True, timed=True, events=True),
     "plot": Format("pictures", folder=True, events=True),
@@ -92,6 +95,7 @@ class Wanted:
     events: Optional[str] = None
     scores: Optional[str] = None
     embeddings: Optional[str] = None
+    parquet: Optional[str] = None
     audacity: Optional[str] = None
     raven: Optional[str] = None
     plot: Optional[str] = None
@@ -127,9 +131,19 @@ class Wanted:
             self._check_time_axis()
         if self.output is None:
             return self
-        missing = {name for name, kind in FORMATS.items() if has_frames or not kind.timed} - self.paths().keys()
+        kinds = {name for name, kind in FORMATS.items() if (has_frames or not kind.timed) and not kind.optional}
+        missing = kinds - self.paths().keys()
         paths: dict[str, Any] = {name: str(Path(self.output, FORMATS[name].name)) for name in missing}
         return replace(self, output=None, **paths)
+
+    def of_share(self, number: int, count: int) -> "Wanted":
+        """With the names of the number-th of `count` shares (from 1): `tags.shard2of4.jsonl`, folders too."""
+        paths = {name: Path(path) for name, path in self.paths().items()}
+        names: dict[str, Any] = {
+            name: str(path.with_name(f"{path.stem}.shard{number}of{count}{path.suffix}"))
+            for name, path in paths.items()
+        }
+        return replace(self, **names)
 
     def _check_time_axis(self) -> None:
         asked = [f"--{name}" for name in self.paths() if FORMATS[name].timed]
@@ -143,6 +157,8 @@ class Wanted:
 
     def check_places(self) -> None:
         """Make the folders in which all of it lies. Raises UserError where something could not be written."""
+        if self.parquet is not None:
+            check_parquet(f"--parquet {self.parquet}")
         for name, path in self.paths().items():
             check_writable(f"--{name} {path}", Path(path) / "a.txt" if FORMATS[name].folder else path)
 
@@ -315,6 +331,12 @@ def embedding_block(result: Result) -> memoryview:
     return (clip if frames is None else np.concatenate([clip, frames])).astype("<f4", copy=False).data
 
 
+def parquet_values(result: Result) -> memoryview:
+    """Clip scores, those of the frames, and the clip's embedding, one behind the other: float32."""
+    tagged = result.tagged
+    return np.concatenate([tagged.clipwise, tagged.framewise.ravel(), tagged.embedding]).astype("<f4", copy=False).data
+
+
 class Journal:
     """A file of the finished recordings: the part of each in every output.
 
@@ -402,6 +424,7 @@ class Outputs:
             ),
             "scores": (b"", score_block),
             "embeddings": (b"", embedding_block),
+            "parquet": (b"", parquet_values),
         }
         self.paths = {name: Path(path) for name, path in wanted.paths().items()}
         self.journal: Optional[Journal] = None
@@ -488,6 +511,9 @@ class Outputs:
         def writer(name: str) -> Callable[[Path], object]:
             if name in ("scores", "embeddings"):
                 return lambda path: self._write_arrays(journal, name, path)
+            if name == "parquet":
+                values = (np.frombuffer(part, "<f4") for part in journal.parts(name))
+                return lambda path: write_parquet(path, self.labels, zip(journal.entries, values, strict=True))
             return lambda path: self._write_lines(journal, name, path)
 
         try:
