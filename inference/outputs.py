@@ -137,12 +137,11 @@ class Wanted:
         return replace(self, output=None, **paths)
 
     def of_share(self, number: int, count: int) -> "Wanted":
-        """With the names of the number-th of `count` shares (from 1): `tags.shard2of4.jsonl`, folders too."""
-        paths = {name: Path(path) for name, path in self.paths().items()}
-        names: dict[str, Any] = {
-            name: str(path.with_name(f"{path.stem}.shard{number}of{count}{path.suffix}"))
-            for name, path in paths.items()
-        }
+        """With names for the number-th of `count` shares (from 1): `tags.shard2of4.jsonl`, `labels/shard2of4`."""
+        names, share = dict[str, Any](), f"shard{number}of{count}"
+        for name, path in self.paths().items():
+            root, ending = os.path.splitext(path)
+            names[name] = os.path.join(path, share) if FORMATS[name].folder else f"{root}.{share}{ending}"
         return replace(self, **names)
 
     def _check_time_axis(self) -> None:

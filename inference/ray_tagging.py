@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from settings import UserError, requested
 
 FILES_AT_ONCE = 64  # that a worker is given together: after its death these are tagged again
 MOST_PARTS = 10_000  # into which the list of files is divided
+ANSWER_SECONDS = 10.0  # in which a cluster takes a connection
 INSTALL = "pip install 'ray[data]'"
 
 
@@ -36,15 +38,12 @@ def ray_tagger(address: str, given: Mapping[str, Any], tagger: Tagger) -> "Itera
         import ray.data
     except ModuleNotFoundError as error:
         raise UserError(f"--ray {address} needs Ray Data, and {error.name} is not installed: {INSTALL}.") from None
+    _check_address(address)
     try:
         # What workers print stays on their machines: results and errors come back.
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"--ray {address}: no cluster can be reached ({reason}). Give local, or the address of one that runs, as "
-            f"`ray start --head` prints it."
-        ) from None
+    except Exception as error:  # Ray's own has no class where a node does not start in time
+        raise _unreachable(address, error) from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # which Ray replaces by one of its own
@@ -56,6 +55,25 @@ def ray_tagger(address: str, given: Mapping[str, Any], tagger: Tagger) -> "Itera
         yield RayTagger(ray, load, tuple(tagger.labels), tagger.batch_size, settings.devices, accelerator)
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise UserError where nothing listens at HOST:PORT, after seconds: Ray itself tries for many minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from None
+
+
+def _unreachable(address: str, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"--ray {address}: no cluster can be reached ({reason}). Give local, or the address of one that runs, as "
+        f"`ray start --head` prints it."
+    )
 
 
 class _Worker:
