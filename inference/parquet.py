@@ -4,7 +4,6 @@ Columns: file, duration (seconds), seconds_per_frame (0: no time axis), clipwise
 float32. The metadata of its schema have labels, the K classes as JSON.
 """
 
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ import numpy as np
 from data.files import whole_file
 from settings import UserError
 
-RECORDINGS_AT_ONCE = 256  # in memory, and in a row group
+VALUES_AT_ONCE = 2**24  # in memory, and in a row group: 64 MiB
 INSTALL = "pip install pyarrow"
 
 
@@ -48,17 +47,23 @@ def write_parquet(path: Path, labels: Sequence[str], rows: Iterable[tuple[dict[s
         edges = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
         return pa.ListArray.from_arrays(edges, np.concatenate(arrays))
 
-    rows = iter(rows)
+    def table(block: list[tuple[dict[str, Any], np.ndarray]]) -> Any:
+        entries = [entry for entry, _ in block]
+        parts = [np.split(values, np.array([1, 1 + entry["frames"]]) * len(labels)) for entry, values in block]
+        clipwise, framewise, embedding = zip(*parts, strict=True)
+        edges = np.cumsum([0, *(entry["frames"] for entry in entries)]).astype(np.int32)
+        inside = np.arange(edges[-1] + 1, dtype=np.int32) * len(labels)
+        frames = pa.ListArray.from_arrays(edges, pa.ListArray.from_arrays(inside, np.concatenate(framewise)))
+        columns = [pa.array([entry[name] for entry in entries]) for name in ("name", "duration", "seconds_per_frame")]
+        return pa.Table.from_arrays([*columns, lists(clipwise), frames, lists(embedding)], schema=schema)
+
     with whole_file(path) as partial, parquet.ParquetWriter(partial, schema) as writer:
-        while block := list(itertools.islice(rows, RECORDINGS_AT_ONCE)):
-            entries = [entry for entry, _ in block]
-            parts = [np.split(values, np.array([1, 1 + entry["frames"]]) * len(labels)) for entry, values in block]
-            clipwise, framewise, embedding = zip(*parts, strict=True)
-            frames = np.cumsum([0, *(entry["frames"] for entry in entries)]).astype(np.int32)
-            every = np.concatenate(framewise)
-            of_each = pa.ListArray.from_arrays(np.arange(frames[-1] + 1, dtype=np.int32) * len(labels), every)
-            columns = [
-                pa.array([entry[name] for entry in entries]) for name in ("name", "duration", "seconds_per_frame")
-            ]
-            columns += [lists(clipwise), pa.ListArray.from_arrays(frames, of_each), lists(embedding)]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        block, size = list[tuple[dict[str, Any], np.ndarray]](), 0
+        for row in rows:
+            block.append(row)
+            size += len(row[1])
+            if size >= VALUES_AT_ONCE:
+                writer.write_table(table(block))
+                block, size = [], 0
+        if block:
+            writer.write_table(table(block))

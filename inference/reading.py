@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from itertools import islice
 from typing import Generic, Optional, TypeVar
 
 Sound = TypeVar("Sound")
@@ -26,11 +27,11 @@ def read_ahead(
             with closing(read(sound)) as items:
                 yield sound, items
         return
-    reading = _Reading(readers, most)
+    reading = _Reading[Sound, Item](readers, most)
     following = iter(sounds)
     try:
         while True:
-            while len(reading.shelves) < most and (sound := next(following, reading)) is not reading:
+            for sound in islice(following, most - len(reading.shelves)):
                 reading.begin(_Shelf(sound, read(sound)))
             if not reading.shelves:
                 return
