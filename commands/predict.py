@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +17,40 @@ from data.progress import ProgressLines
 from inference import Tagged, Tagger
 from inference.loading import event_processing, load_tagger
 from inference.outputs import STANDARD_INPUT, Outputs, Source, Wanted, best_tags, sources_of
+from inference.ray_tagging import RayTagger, ray_tagger
 from model.registry import find_checkpoint
 from settings import WITH_COMMAS, UserError, close_names, requested, split_list
 
 ENDED_BY_READER = 141  # exit status of a program that SIGPIPE ends, in a shell
 
 
-def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted: Any) -> int:
+def run(
+    given: dict[str, Any], files: list[str], runtime: str = "auto", shard: str = "1/1", ray: str = "", **wanted: Any
+) -> int:
     """Tag files, print the top_k classes of each, and write the wanted outputs (see inference/outputs.py).
 
-    A file that cannot be read is reported, and the others are tagged. After an interruption the same command resumes.
+    shard: K/N, the K-th of N shares of the files. ray: local, or the address of a Ray cluster that tags them. A file
+    that cannot be read is reported, and the others are tagged. After an interruption the same command resumes.
     Returns the exit status: 1 where any file failed, 141 where standard output was closed. Raises UserError for a
     mistake in what was given.
     """
     path = requested("resume_checkpoint", given)
     chosen = Wanted(**{**wanted, "classes": tuple(dict.fromkeys(split_list(wanted.get("classes", ""))))})
-    if chosen.frame_embeddings and runtime == "auto":  # which exports do not have
+    share, shares = read_shard(shard)
+    if chosen.frame_embeddings and runtime == "auto":  # exports have no embeddings of frames
         runtime = "torch"
-    tagger = load_tagger(given, "predict", runtime)
+    tagger = load_tagger({**given, "accelerator": "cpu"} if ray else given, "predict", runtime)
     labels = chosen.classes or tuple(tagger.labels)
     check_classes(labels, tagger.labels)
     chosen = chosen.named(has_frames=tagger.has_frames)
+    if shares > 1:
+        chosen = chosen.of_share(share, shares)
     if "batch_size" in given:
         tagger.batch_size = tagger.settings.batch_size
     file = find_checkpoint(path)[0]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         left_out, kinds = FoundAudio(), Counter[str]()
-        sources = collect(files, Path(folder), left_out, by_place=chosen.by_place)
+        sources = share_of(collect(files, Path(folder), left_out, by_place=chosen.by_place), share, shares)
         events = chosen.with_events and tagger.has_frames
         processing = event_processing(tagger).for_labels(labels) if events else None
         try:
@@ -53,7 +60,8 @@ def run(given: dict[str, Any], files: list[str], runtime: str = "auto", **wanted
                 done = outputs.done
                 if done:
                     print(f"{len(done)} files were done before the interruption.", file=sys.stderr)
-                failed = tag_sources(tagger, [source for source in sources if source.key not in done], outputs, kinds)
+                tagging = stack.enter_context(ray_tagger(ray, given, tagger, runtime)) if ray else tagger
+                failed = tag_sources(tagging, [source for source in sources if source.key not in done], outputs, kinds)
                 lacking = outputs.lacking
         except BrokenPipeError:  # the reader of standard output, as head, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at the end
@@ -88,13 +96,34 @@ def check_classes(chosen: Sequence[str], labels: Sequence[str]) -> None:
             )
 
 
-def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any, kinds: "Counter[str]") -> int:
+def read_shard(text: str) -> tuple[int, int]:
+    """K/N -> which share, and of how many. Raises UserError for anything else."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard {text} is not allowed: give the number of a share and how many there are, as 2/4.")
+    return int(number), int(count)
+
+
+def share_of(sources: list[Source], number: int, count: int) -> list[Source]:
+    """The number-th of `count` shares (from 1). Raises UserError where there are more shares than files."""
+    if count > max(1, len(sources)):
+        raise UserError(
+            f"--shard {number}/{count} is not allowed: at most one share for each of the {len(sources)} files."
+        )
+    if count > 1:
+        print(f"Share {number} of {count}, of {len(sources)} files.", file=sys.stderr)
+    return sources[number - 1 :: count]
+
+
+def tag_sources(tagger: Tagger | RayTagger, sources: list[Source], outputs: Any, kinds: "Counter[str]") -> int:
     """Tag, print and write each recording; returns how many failed. kinds: counts what is odd about sounds."""
-    wanted, failed = outputs.wanted, 0
-    with progress_bar(len(sources)) as bar:
+    wanted, failed, settings = outputs.wanted, 0, outputs.settings
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(len(sources)))
         tagging = tagger.tag_files(
             (source.path for source in sources), frame_embeddings=wanted.frame_embeddings, progress=bar.advance
         )
+        stack.enter_context(closing(tagging))  # at once where the run is interrupted: it has threads
         for source, (_, found) in zip(sources, tagging, strict=True):
             bar.next_file()
             if isinstance(found, UserError):
@@ -110,7 +139,7 @@ def tag_sources(tagger: Tagger, sources: list[Source], outputs: Any, kinds: "Cou
                 print(f"warning: {shown(source.name)}: {remark.text}", file=sys.stderr)
                 kinds[remark.kind] += 1
             if wanted.bins is not None:
-                window = tagger.settings.clip_samples / tagger.settings.sample_rate
+                window = settings.clip_samples / settings.sample_rate
                 found = found.in_bins(window / wanted.bins, wanted.bins_by)
             outputs.add(source, found)
     return failed

@@ -6,7 +6,9 @@ decoder leaves unread, and what is odd about the samples, becomes a remark (data
 
 import importlib
 import os
+import re
 import stat
+import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -31,6 +33,7 @@ TOLERANCE = 4000  # samples of a delay that a decoder may leave out at the ends 
 STATED_SECONDS = 0.5  # by which the duration that a container states may be rounded
 UNREADABLE = (soundfile.LibsndfileError, RuntimeError, OSError)
 INSTALL = "pip install av"
+NOTE = re.compile(rb"(Note|Warning): |.*libmpg123|\s*$")  # a line that libmpg123 writes
 _STANDARD_ERROR = threading.RLock()
 
 
@@ -41,7 +44,7 @@ def stream_audio(
     start: float = 0.0,
     seconds: Optional[float] = None,
     remarks: Optional[list[Remark]] = None,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Blocks of (samples,) float32 mono at `sample_rate`, in order; together they are the file, resampled as a whole.
 
     source: a path, or an open binary file that can seek. start, seconds: only that stretch of it, as far as the file
@@ -260,7 +263,10 @@ def _reason(error: BaseException, view: View) -> str:
 
 @contextmanager
 def _quiet(part: Part) -> Iterator[None]:
-    """Without the notes that libmpg123 writes to standard error, which libsndfile has no switch for."""
+    """Without the notes that libmpg123 writes to standard error, which libsndfile has no switch for.
+
+    What other threads write there meanwhile comes out at the end.
+    """
     if not part.noisy:
         yield
         return
@@ -270,14 +276,24 @@ def _quiet(part: Part) -> Iterator[None]:
         except OSError:  # there is none
             yield
             return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nowhere, 2)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            os.close(nowhere)
+        with _scratch_file() as written:
+            os.dup2(written.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+                os.close(kept)
+                written.seek(0)
+                others = [line for line in written if not NOTE.match(line)]
+                with suppress(OSError):
+                    os.write(2, b"".join(others))
+
+
+def _scratch_file() -> BinaryIO:
+    """An empty file without a name, in memory where the operating system has such files."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("notes"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _by_av(file: BinaryIO, name: str, kind: str, remarks: list[Remark]) -> Iterator[tuple[int, np.ndarray]]:

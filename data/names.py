@@ -37,7 +37,7 @@ def table_cell(text: str) -> str:
 
     Text that a spreadsheet would compute begins with an apostrophe, which `cell_text` takes away.
     """
-    kept = "".join(c if c in "\t\r\n" else shown(c) for c in text)
+    kept = text if text.isprintable() else "".join(c if c in "\t\r\n" else shown(c) for c in text)
     return f"'{kept}" if len(kept) > 1 and kept.startswith(FORMULA) else kept
 
 

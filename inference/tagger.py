@@ -2,8 +2,8 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Protocol, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.audio import mono_waveform, stream_audio
 from data.levels import SILENT, TOO_LOUD, Remark
 from inference.onnx_runtime import load_onnx
+from inference.reading import read_ahead
 from inference.windows import OverlapAverage, Window, cut_windows, into_bins, pool_sound
 from model import Network
 from model.checkpoint import LoadReport
@@ -32,6 +33,7 @@ Name = TypeVar("Name")
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TF32: Precision = "tf32"  # of products and convolutions on a GPU, float32 else
 WINDOWS_AT_ONCE = {"cpu": 4, "cuda": 32}
+READERS = {"cpu": 1, "cuda": 4}  # threads that read files; on the CPU the network needs the cores itself
 
 
 class Runtime(Protocol):
@@ -317,15 +319,16 @@ class Tagger:
         *,
         frame_embeddings: bool = False,
         progress: Optional[Callable[[float], None]] = None,
-    ) -> Iterator[tuple[str | Path, Tagged | UserError]]:
+    ) -> Generator[tuple[str | Path, Tagged | UserError], None, None]:
         """Tag files one after another, in order; windows of several share a batch. A bad file gives its error.
 
-        progress: called with the seconds of sound that each batch has added.
+        Threads read ahead while the network computes, from some files at a time; they end with the iterator, when its
+        last file is tagged or it is closed. progress: called with the seconds of sound that each batch has added.
         """
         rate = self.settings.sample_rate
         found = ((path, list[Remark]()) for path in paths)
         sounds = ((path, remarks, stream_audio(path, rate, remarks=remarks)) for path, remarks in found)
-        return self._tag_all(sounds, frame_embeddings, progress)
+        return self._tag_all(sounds, frame_embeddings, progress, READERS.get(self.device.type, 1))
 
     def tag_waveforms(
         self, waveforms: Iterable[Any], sample_rate: Optional[int] = None, *, frame_embeddings: bool = False
@@ -338,42 +341,42 @@ class Tagger:
 
     def _tag_all(
         self,
-        sounds: Iterable[tuple[Name, list[Remark], Iterator[np.ndarray]]],
+        sounds: Iterable[tuple[Name, list[Remark], Generator[np.ndarray, None, None]]],
         frame_embeddings: bool,
         progress: Optional[Callable[[float], None]],
-    ) -> Iterator[tuple[Name, Tagged | UserError]]:
+        readers: int = 0,
+    ) -> Generator[tuple[Name, Tagged | UserError], None, None]:
         size = self.batch_size or WINDOWS_AT_ONCE.get(self.device.type, 4)
         batch: list[tuple[Recording, Window]] = []
         open_ones: deque[tuple[Name, Recording]] = deque()  # in the order of `sounds`
-        for name, remarks, blocks in sounds:
-            recording = Recording(self.settings, remarks)
-            open_ones.append((name, recording))
-            for window in self._windows(blocks, recording):
-                if recording.error is not None:
-                    break
-                batch.append((recording, window))
-                recording.waiting += 1
-                if len(batch) == size:
-                    self._score(batch, frame_embeddings, progress)
-                    batch = []
-            recording.cut = True
-            while open_ones and open_ones[0][1].cut and open_ones[0][1].waiting == 0:
-                done, recording = open_ones.popleft()
-                yield done, recording.result(self.labels)
+        with closing(read_ahead(sounds, lambda sound: self._windows(sound[2]), readers=readers, most=size)) as ahead:
+            for (name, remarks, _), windows in ahead:
+                recording = Recording(self.settings, remarks)
+                open_ones.append((name, recording))
+                for window in _until_error(windows, recording):
+                    if recording.error is not None:
+                        break
+                    batch.append((recording, window))
+                    recording.waiting += 1
+                    if len(batch) == size:
+                        self._score(batch, frame_embeddings, progress)
+                        batch = []
+                recording.cut = True
+                while open_ones and open_ones[0][1].cut and open_ones[0][1].waiting == 0:
+                    done, recording = open_ones.popleft()
+                    yield done, recording.result(self.labels)
         self._score(batch, frame_embeddings, progress)
         for name, recording in open_ones:
             yield name, recording.result(self.labels)
 
-    def _windows(self, blocks: Iterator[np.ndarray], recording: Recording) -> Iterator[Window]:
-        """The windows of a recording; where it cannot be read, its error is noted and there are no more."""
+    def _windows(self, blocks: Generator[np.ndarray, None, None]) -> Generator[Window, None, None]:
+        """The windows of a recording. Raises UserError where it cannot be read."""
         settings = self.settings
-        try:
+        with closing(blocks):
             yield from cut_windows(
                 blocks, window=settings.clip_samples, overlap=settings.window_overlap,
                 short_clips=settings.short_clips, last_window=settings.last_window,
             )  # fmt: skip
-        except UserError as error:
-            recording.error = error
 
     @torch.inference_mode()
     def _score(
@@ -434,9 +437,17 @@ class Tagger:
             yield
 
 
+def _until_error(windows: Iterator[Window], recording: Recording) -> Iterator[Window]:
+    """The windows of a recording; where it cannot be read, its error is noted and there are no more."""
+    try:
+        yield from windows
+    except UserError as error:
+        recording.error = error
+
+
 def _one_block(
     waveform: Any, sample_rate: Optional[int], wanted_rate: int, remarks: list[Remark]
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     yield mono_waveform(waveform, sample_rate or wanted_rate, wanted_rate, remarks)
 
 

@@ -1,6 +1,6 @@
 """Networks whose scores are known and sounds for them, and a small checkpoint: for predict, listen and serve."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class FramelessTagger(Tagger):
     def has_frames(self) -> bool:
         return False
 
-    def _tag_all(self, *given: Any) -> Iterator[Any]:
+    def _tag_all(self, *given: Any) -> Generator[Any, None, None]:
         for name, found in super()._tag_all(*given):
             assert not isinstance(found, Exception)
             yield name, replace(found, framewise=found.framewise[:0], seconds_per_frame=0.0)

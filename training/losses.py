@@ -1,4 +1,4 @@
-"""Losses of clips, by their names in config.py, and of frames: scalars; the mean teacher of one; the way to the logs."""
+"""Losses of clips, by their names in config.py, and of frames, as scalars; the mean teacher; their way to the logs."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Optional

@@ -25,6 +25,7 @@ from commands import predict as predict_module
 from evaluation.postprocess import PostProcessing
 from inference import Tagger, pictures
 from inference.outputs import FORMATS, Journal, Outputs
+from inference.parquet import INSTALL
 from settings import UserError
 from tests.levels import FramelessTagger, save_nano
 
@@ -169,7 +170,7 @@ def test_all_formats_at_once(predict: Predict, capsys: pytest.CaptureFixture[str
     chosen = ["--classes", '["Flügel", "dog, large"]', "--min_score", "0.5", "--csv", "here.csv"]
     assert predict("sounds", "--output", "out", *chosen) == 0
     written = {name for name, kind in FORMATS.items() if Path("out", kind.name).exists()}
-    assert written == FORMATS.keys() - {"csv"}
+    assert written == {name for name, kind in FORMATS.items() if not kind.optional} - {"csv"}
     assert read_rows("here.csv")[0] == ["file", "start", "end", "Flügel", "dog, large"]
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     lines = read_lines("out/tags.jsonl")
@@ -181,6 +182,51 @@ def test_all_formats_at_once(predict: Predict, capsys: pytest.CaptureFixture[str
     with h5py.File("out/scores.h5") as store:
         assert list(store.attrs["labels"]) == ["Flügel", "dog, large"]
         assert store["framewise"].shape[1] == 2
+
+
+def test_a_parquet_table(predict: Predict, tagger: Tagger) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert predict("sounds", "--parquet", "a.parquet", "--classes", "cat,Flügel") == 0
+    table = parquet.read_table("a.parquet")
+    assert json.loads(table.schema.metadata[b"labels"]) == ["cat", "Flügel"]
+    rows = table.to_pylist()
+    assert [row["file"] for row in rows] == NAMES
+    for row in rows:
+        tagged = tagger.tag_file(row["file"]).select_classes(["cat", "Flügel"])
+        assert (row["duration"], row["seconds_per_frame"]) == (tagged.duration, tagged.seconds_per_frame)
+        for name in ("clipwise", "framewise", "embedding"):
+            np.testing.assert_allclose(row[name], getattr(tagged, name), atol=1e-4)
+
+
+def test_a_parquet_table_without_pyarrow(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("inference.parquet.find_spec", lambda name: None)
+    assert predict("sounds", "--parquet", "a.parquet") == 2
+    assert INSTALL in capsys.readouterr().err
+
+
+def test_shares_of_the_files(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each tags every third file, and writes files of its own; together they have what one run has."""
+    assert predict("sounds", *flags("whole")) == 0
+    for number in (1, 2, 3):
+        assert predict("sounds", *flags("out"), "--shard", f"{number}/3") == 0
+        lines = read_lines(f"out/tags.shard{number}of3.jsonl")
+        assert [line["file"] for line in lines] == NAMES[number - 1 :: 3]
+    of_files = [Path(path).name for name, path in OUTPUTS.items() if not FORMATS[name].folder]
+    expected = {f"{Path(name).stem}.shard{k}of3{Path(name).suffix}" for name in of_files for k in (1, 2, 3)}
+    assert {path.name for path in Path("out").iterdir()} == expected | {"labels", "raven"}
+    labels = {path.name: path.read_bytes() for path in Path("out/labels").rglob("*.txt")}
+    assert labels.keys() == {path.name for path in Path("whole/labels").rglob("*.txt")}
+    assert (Path("out/labels/shard1of3/a.wav.txt")).is_file()
+    assert "4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["1", "0/2", "3/2", "1/5", "a/b", "1/2/3", "1.0/2"])
+def test_shares_that_are_refused(share: str, predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict("sounds", "--shard", share, "--csv", "a.csv") == 2
+    assert f"--shard {share}" in capsys.readouterr().err
+    assert {path.name for path in Path().iterdir()} == {"sounds"}
 
 
 def test_bins(predict: Predict, tagger: Tagger) -> None:
@@ -198,7 +244,9 @@ def test_without_a_time_axis(
     frameless = FramelessTagger(tagger.network, tagger.settings, tagger.labels)
     monkeypatch.setattr(predict_module, "load_tagger", lambda given, command, runtime: frameless)
     assert predict("sounds", "--output", "out") == 0
-    assert {path.name for path in Path("out").iterdir()} == {k.name for k in FORMATS.values() if not k.timed}
+    assert {path.name for path in Path("out").iterdir()} == {
+        k.name for k in FORMATS.values() if not (k.timed or k.optional)
+    }
     assert [(line["file"], "events" in line) for line in read_lines("out/tags.jsonl")] == [(n, False) for n in NAMES]
     with h5py.File("out/scores.h5") as store:
         assert (store["clipwise"].shape, store["framewise"].shape) == ((4, 3), (0, 3))
@@ -331,6 +379,14 @@ def test_a_recording_is_tagged_once(
     for _ in range(2):  # a finished run starts anew
         assert predict(*words) == 0
         assert len(read_rows("a.csv")) == 5
+
+
+def test_an_interruption_ends_the_threads(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while files are read ahead: when the command has ended, no thread reads."""
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        assert predict("sounds", "--csv", "a.csv", "--batch_size", "1") == 130
+    assert not [thread for thread in threading.enumerate() if thread.name == "reader"]
 
 
 def test_no_room(predict: Predict, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import soundfile
 import soxr
 
 from data.audio import BLOCK_VALUES, audio_seconds, mono_waveform, read_audio, stream_audio
+from data.containers import View
 from data.levels import Remark
 from inference.windows import cut_windows
 from settings import UserError
@@ -147,6 +148,24 @@ def test_nothing_of_a_decoder_reaches_the_terminal(tmp_path: Path, capfd: pytest
         else:
             read_audio(path, 16000)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_others_write_while_a_decoder_is_kept_quiet(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread writes to standard error in the middle of each read of an MP3: none of its lines is lost."""
+    soundfile.write(tmp_path / "a.mp3", sound(3, 16000)[:, 0], 16000)
+    read, lines = View.readinto, [0]
+
+    def noted(view: View, buffer: Any) -> int:
+        lines[0] += 1
+        os.write(2, b"Note: Trying to resync...\n[src/libmpg123/parse.c:1] error: no\nerror: a line of ours\n")
+        return read(view, buffer)
+
+    monkeypatch.setattr(View, "readinto", noted)
+    read_audio(tmp_path / "a.mp3", 16000)
+    assert lines[0] > 0
+    assert capfd.readouterr() == ("", "error: a line of ours\n" * lines[0])
 
 
 LOUD = 12000 * np.sin(np.arange(8000) / 9)

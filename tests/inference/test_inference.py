@@ -321,7 +321,7 @@ def test_a_recording_without_finite_scores_is_an_error_of_its_own() -> None:
     loud[25 * RATE] = 1000
     network = Loud()
     tagger = tagger_of(network)
-    sounds = [(k, list[Any](), iter([each])) for k, each in enumerate((quiet, loud, quiet, quiet * 1.5))]
+    sounds = [(k, list[Any](), (block for block in [each])) for k, each in enumerate((quiet, loud, quiet, quiet * 1.5))]
     found = [heard for _, heard in tagger._tag_all(sounds, False, progress.append)]
     errors = [number for number, heard in enumerate(found) if isinstance(heard, UserError)]
     assert errors == [1]
