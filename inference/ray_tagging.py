@@ -28,7 +28,7 @@ INSTALL = "pip install 'ray[data]'"
 def ray_tagger(address: str, given: Mapping[str, Any], tagger: Tagger, runtime: str) -> "Iterator[RayTagger]":
     """Workers of a cluster that tag files as `tagger` does; `local`: of this machine's own, which ends with the block.
 
-    given, runtime: as load_tagger takes them, for the Tagger of each worker: all machines find the project, the checkpoint
+    given, runtime: what load_tagger takes, for the Tagger of each worker: all machines find the project, the checkpoint
     and the files under the same paths. Raises UserError where Ray is not installed, and where no cluster answers.
     """
     before = signal.getsignal(signal.SIGTERM)

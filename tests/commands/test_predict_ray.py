@@ -40,8 +40,8 @@ class Mortal:
         return self.network.probabilities(waveform)
 
 
-def load_mortal(marker: str, given: dict[str, Any], command: str) -> Tagger:
-    tagger = load_tagger(given, command)
+def load_mortal(marker: str, given: dict[str, Any], command: str, runtime: str) -> Tagger:
+    tagger = load_tagger(given, command, runtime)
     tagger.network = Mortal(tagger.network, marker)
     return tagger
 
