@@ -28,9 +28,8 @@ from model.network import resample
 from settings import FRAME_LOSSES, Config, UserError, section
 from training import augment
 from training.devices import copy_stream, to_device
-from training.losses import LOSSES, clip_bce, consistency, distillation_bce, frame_bce, weak_strong_bce
+from training.losses import LOSSES, StepLosses, clip_bce, consistency, distillation_bce, frame_bce, weak_strong_bce
 from training.mean_teacher import MeanTeacher, ramp_up
-from training.step_losses import StepLosses
 from utils import do_mixup, get_mix_lambda, int16_to_float32
 
 Batch = dict[str, Any]
