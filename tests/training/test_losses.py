@@ -10,6 +10,7 @@ from settings import resolve
 from training import losses
 from training.losses import (
     LOSSES,
+    StepLosses,
     asl_loss,
     clip_bce,
     clip_ce,
@@ -178,3 +179,21 @@ def test_consistency_teaches_the_student_only() -> None:
 def test_losses_of_frames_score_validation_clips_as_clips(loss_type: str) -> None:
     logits, targets = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.0]])
     assert LOSSES[loss_type](logits, targets).item() == clip_bce(logits, targets).item()
+
+
+def test_losses_are_read_one_time_later() -> None:
+    """In order, and each once."""
+    found = StepLosses()
+    found.add(0, 2, torch.tensor(1.0))
+    found.add(1, 2, torch.tensor(3.0, requires_grad=True))
+    assert found.read(torch.neg, wait=False) == []
+    assert (found.mean, found.latest) == (0.0, None)
+    found.add(2, 4, torch.tensor(5.0))
+    assert found.read(torch.neg, wait=False) == [(0, 2, -1.0), (1, 2, -3.0)]  # reduced by all processes
+    assert found.mean == -2.0
+    found.add(3, 2, torch.tensor(7.0))
+    assert found.read(torch.neg, wait=True) == [(2, 4, -5.0), (3, 2, -7.0)]
+    assert found.read(torch.neg, wait=True) == []
+    found.count(1.0, 2)  # of a part that an interrupted run has trained
+    assert (found.clips, found.latest) == (12, 1.0)
+    assert found.mean == (2 * -1 + 2 * -3 + 4 * -5 + 2 * -7 + 2 * 1) / 12
