@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inference.onnx_runtime import Exported, export_folder, find_exports, load_onnx
-from inference.tagger import HALF, TF32, Tagger
+from inference.tagger import HALF, TF32, Precision, Tagger
 from model.checkpoint import weights_digest
 from model.network import PROBABILITY_TOLERANCE, has_bf16
 from model.registry import ENCODERS, find_checkpoint, known_names
@@ -125,13 +125,12 @@ def take_precision(tagger: Tagger) -> tuple[float, str]:
     if tagger.settings.precision != "auto":
         return 1.0, "as set"
     device, encoder = tagger.device.type, tagger.settings.encoder
-    name = "GPU" if device == "cuda" else "CPU"
     tagger.precision = "32"
     if device == "cpu" and ENCODERS[encoder].bf16_difference is None:
         return 1.0, f"auto: bfloat16 is not measured for {encoder} on CPUs"
-    tried = [name for name in ("bf16-mixed", TF32) if name != TF32 or device == "cuda"]
+    tried: list[Precision] = ["bf16-mixed", TF32] if device == "cuda" else ["bf16-mixed"]
     if not has_bf16(device):
-        return 1.0, f"auto: this {name} has no instructions for bfloat16"
+        return 1.0, f"auto: this {'GPU' if device == 'cuda' else 'CPU'} has no instructions for bfloat16"
     sound = made_up_sounds(1, tagger.settings.clip_samples, tagger.settings.sample_rate).to(tagger.device)
     exact = tagger.probabilities(sound)
     differences = []
