@@ -294,6 +294,6 @@ esm_together: Optional[bool] = None  # esm_test: all members in memory at once; 
 wa_folder: Optional[str] = None  # weight_average: checkpoints to average: a run, a folder or a glob; None: this run's
 wa_top_k: NonNegativeInt = 0  # weight_average: only so many of a run's checkpoints, those with the best metric; 0: all
 wa_epochs: list[PositiveInt] = []  # weight_average: first and last epoch of a run, as 6,25; empty: all
-wa_reestimate_bn: bool = False  # weight_average: measure bn0's mean and variance anew on the training clips
+wa_reestimate_bn: bool = False  # weight_average: measure the statistics of BatchNorm anew on training clips
 wa_test: bool = False  # weight_average: test the average at once
 wa_model_path: str = f"{workspace}/runs/{exp_name}/weight_average.ckpt"  # weight_average: the file it writes

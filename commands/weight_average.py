@@ -1,6 +1,6 @@
 """python main.py weight_average: the mean of several checkpoints' weights, as one checkpoint."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def average_path(settings: Config) -> Path:
 
 
 def write_average(paths: Sequence[Path], target: Path, given: dict[str, Any], *, reestimate: bool) -> None:
-    """Write the mean of checkpoints as a checkpoint. reestimate: with statistics of bn0 measured anew.
+    """Write the mean of checkpoints as a checkpoint. reestimate: with the statistics of BatchNorm measured anew.
 
     Raises UserError for a target that is no .ckpt, and where the files do not belong together.
     """
@@ -72,7 +72,7 @@ def write_average(paths: Sequence[Path], target: Path, given: dict[str, Any], *,
         )
     content = average_checkpoints(paths)
     if reestimate:
-        content["state_dict"].update(estimate_statistics(paths[0], given))
+        content["state_dict"].update(estimate_statistics(paths[0], content["state_dict"], given))
     write_checkpoint(target, content)
     print(f"{target}: the mean of {len(paths)} checkpoints\n" + "\n".join(f"  {path}" for path in paths))
 
@@ -162,24 +162,24 @@ def check_alike(other: Checkpoint, first: Checkpoint) -> None:
             raise UserError(f"{pair} have different front-ends ({key}): they cannot be averaged.")
 
 
-def estimate_statistics(path: Path, given: dict[str, Any]) -> dict[str, Tensor]:
-    """Mean and variance of BatchNorm in the front-end, measured anew over a checkpoint's training clips.
+def estimate_statistics(path: Path, weights: Mapping[str, Tensor], given: dict[str, Any]) -> dict[str, Tensor]:
+    """Mean and variance of each BatchNorm with averaged weights, measured over a checkpoint's training clips.
 
-    It stands before all that is learned, so its statistics depend on the data alone. Keys as in a checkpoint. Raises
-    UserError for an encoder without BatchNorm there, or with BatchNorm elsewhere.
+    Izmailov et al. 2018, arXiv 1803.05407, section 3.3. weights and what is returned have the keys of a checkpoint.
+    Raises UserError for an encoder without BatchNorm.
     """
     opened = open_network(path, given)
-    checkpoint, settings, network = opened.checkpoint, opened.settings, opened.network
-    data = load_training_data(settings, ("train",))
+    settings, network, prefix = opened.settings, opened.network, _prefix(opened.checkpoint)
     norms = {id(module) for module in network.modules() if isinstance(module, _BatchNorm)}
-    if not norms or norms - {id(module) for module in network.layers()[0]}:
-        raise UserError(
-            f"wa_reestimate_bn measures the front-end's BatchNorm. encoder = {settings.encoder} has "
-            f"{'others, too' if norms else 'none'}: leave it out."
-        )
-    update_bn(_waveforms(data, network), _Frontend(network))
+    if not norms:
+        raise UserError(f"wa_reestimate_bn: encoder = {settings.encoder} has no BatchNorm. Leave it out.")
+    own = network.state_dict()
+    network.load_state_dict({key: weights.get(prefix + key, value) for key, value in own.items()})
+    data = load_training_data(settings, ("train",))
+    below_all = norms <= {id(module) for module in network.layers()[0]}
+    update_bn(_waveforms(data, network), _Frontend(network) if below_all else network)
     statistics = {k: v for k, v in network.state_dict().items() if k.endswith(("running_mean", "running_var"))}
-    return {_prefix(checkpoint) + key: value for key, value in statistics.items()}
+    return {prefix + key: value for key, value in statistics.items()}
 
 
 def _waveforms(data: SEDDataModule, network: Network) -> Iterator[Tensor]:
@@ -189,7 +189,7 @@ def _waveforms(data: SEDDataModule, network: Network) -> Iterator[Tensor]:
 
 
 class _Frontend(nn.Module):
-    """What of a network has statistics, for torch's update_bn."""
+    """What of a network has statistics, where only its front-end has some: for torch's update_bn."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()

@@ -51,6 +51,26 @@ def test_trained_tested_and_calibrated(trained: tuple[str, Path], capsys: pytest
         else:
             call(words[0], *common, *words[1:])
     call("weight_average", "--wa_folder", run, "--wa_model_path", run / "mean.ckpt", "--wa_test", "True", *CPU)
+    anew = (
+        "weight_average",
+        "--wa_folder",
+        run,
+        "--wa_model_path",
+        run / "anew.ckpt",
+        "--wa_reestimate_bn",
+        "True",
+        *CPU,
+    )
+    mean = torch.load(run / "mean.ckpt", weights_only=True)["state_dict"]
+    if any(key.endswith("running_var") for key in mean):
+        call(*anew)
+        changed = torch.load(run / "anew.ckpt", weights_only=True)["state_dict"]
+        assert changed.keys() == mean.keys()
+        for key, value in mean.items():
+            measured = key.endswith(("running_mean", "running_var"))
+            assert torch.equal(changed[key], value) != measured, key
+    else:
+        assert "BatchNorm" in refused(capsys, *anew)
     members = f"{checkpoint},{run / 'checkpoints/last.ckpt'}"
     call("esm_test", "--esm_model_pathes", members, *CPU, "--test_file", "two")
     call("plan", *flags(NETWORKS[name]), "--measure_steps", "1", "--exp_name", f"planned_{name}")
