@@ -291,7 +291,7 @@ esm_model_pathes: list[str] = []  # esm_test: checkpoints whose scores are avera
 esm_together: Optional[bool] = None  # esm_test: all members in memory at once; None: where they take at most half of it
 
 # --- weight_average --------------------------------------------------------------------------------------------------
-wa_folder: Optional[str] = None  # weight_average: checkpoints to average: a run, a folder or a glob; None: this run's
+wa_folder: Optional[str] = None  # weight_average: what to average: a run, a folder, a file or a glob; None: this run
 wa_top_k: NonNegativeInt = 0  # weight_average: only so many of a run's checkpoints, those with the best metric; 0: all
 wa_epochs: list[PositiveInt] = []  # weight_average: first and last epoch of a run, as 6,25; empty: all
 wa_reestimate_bn: bool = False  # weight_average: measure the statistics of BatchNorm anew on training clips

@@ -155,14 +155,16 @@ def fit_together(networks: Sequence[nn.Module], settings: Config) -> bool:
 def find_checkpoints(
     where: str, top_k: int = 0, *, target: Optional[Path] = None, epochs: Sequence[int] = ()
 ) -> list[Path]:
-    """The checkpoints of a run's folder, of a folder, or those that a glob like runs/*/best.ckpt names.
+    """The checkpoints of a run's folder, of a folder, a single one, or those that a glob like runs/*/best.ckpt names.
 
     Where there are those of single epochs, their second names best.ckpt and last.ckpt do not count, and no file counts
     twice. target: a file that is left out, as an earlier average in its place. top_k: only so many, those with the
     highest metric in their names; 0: all. epochs: the first and the last that count, from 1; empty: all. Raises
     UserError where there are none, or too few.
     """
-    if glob.has_magic(where) and not Path(where).exists():
+    if Path(where).is_file():
+        found = [Path(where)]
+    elif glob.has_magic(where) and not Path(where).exists():
         found = sorted(Path(name) for name in glob.glob(where))
     else:
         folder = Path(where)
@@ -174,7 +176,7 @@ def find_checkpoints(
     if not found:
         raise UserError(
             f"There are no .ckpt files in {where}: --wa_folder, as --esm_model_pathes, takes a run's folder, a folder "
-            f"of checkpoints or a glob."
+            f"of checkpoints, one of them or a glob."
         )
     if epochs:
         found = _of_epochs(found, where, epochs)

@@ -55,6 +55,7 @@ def test_what_names_checkpoints(tmp_path: Path) -> None:
     assert names(folder, 2) == made[1:]
     assert names(f"{tmp_path}/run/checkpoints/*t.ckpt") == ["best.ckpt", "last.ckpt"]
     assert [path.name for path in find_checkpoints(str(folder), epochs=[2, 3])] == made[1:]
+    assert find_checkpoints(str(folder / made[0])) == [folder / made[0]]
     for wrong in ([3, 2], [2], [2, 4]):
         with pytest.raises(UserError, match="wa_epochs"):
             find_checkpoints(str(folder), epochs=wrong)
