@@ -199,11 +199,15 @@ class SEDWrapper(Evaluation):
         self.losses.add(self.global_step, len(batch["waveform"]), loss)
         trainer = self._trainer
         last = trainer is None or trainer.is_last_batch
-        if trainer is None or last or (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if last or (batch_idx + 1) % self._log_interval() == 0:
             self._read_losses(wait=last)
         if last:
             self.log("train_loss_epoch", self.losses.mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
+
+    def _log_interval(self) -> int:
+        """Steps from one that is logged to the next."""
+        return self._trainer.log_every_n_steps if self._trainer else 1  # type: ignore[attr-defined]  # set at run time
 
     def _count_what_was_before(self) -> None:
         """The part of a resumed epoch before its checkpoint: each process takes its share of the clips."""
@@ -218,7 +222,7 @@ class SEDWrapper(Evaluation):
 
         Raises UserError where one is not finite, in all processes.
         """
-        every, loggers = (self._trainer.log_every_n_steps, self._trainer.loggers) if self._trainer else (1, [])
+        every, loggers = self._log_interval(), self._trainer.loggers if self._trainer else []
         logged = {}
         for step, _, loss in self.losses.read(self._mean_of_processes, wait=wait):
             if not math.isfinite(loss):

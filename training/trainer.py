@@ -46,7 +46,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     # With `deterministic` torch fills every new tensor before it is written: some 500 launches a step. No result
     # depends on it.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at run time
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=devices,
