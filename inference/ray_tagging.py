@@ -4,9 +4,10 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,9 +53,25 @@ def ray_tagger(address: str, given: Mapping[str, Any], tagger: Tagger, runtime: 
     load = partial(load_tagger, {**given, "resume_checkpoint": place}, "predict", runtime)
     settings, accelerator = tagger.settings, requested("accelerator", dict(given))
     try:
-        yield RayTagger(ray, load, tuple(tagger.labels), tagger.batch_size, settings.devices, accelerator)
+        with redirect_stdout(_OwnOutput(sys.stdout)):
+            yield RayTagger(ray, load, tuple(tagger.labels), tagger.batch_size, settings.devices, accelerator)
     finally:
-        ray.shutdown()
+        with redirect_stdout(sys.stderr):  # what Ray has kept to itself so far
+            ray.shutdown()
+
+
+class _OwnOutput:
+    """Standard output for this thread; what other threads print, as Ray's of a worker that died, is no result."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.owner = stream, threading.current_thread()
+
+    def write(self, text: str) -> int:
+        own = threading.current_thread() is self.owner
+        return (self.stream if own else sys.stderr).write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _check_address(address: str) -> None:

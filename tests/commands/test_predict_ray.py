@@ -75,7 +75,7 @@ def test_a_worker_dies(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys
     of_ray = capsys.readouterr()
     assert main.main([*words, "--scores", "one.h5", "--csv", "one.csv"]) == 1
     alone = capsys.readouterr()
-    assert of_ray.out.count("\n") == alone.out.count("\n")
+    assert of_ray.out.splitlines() == alone.out.splitlines()
     errors = [[line for line in each.err.splitlines() if line.startswith("error: ")] for each in (of_ray, alone)]
     assert errors[0] == errors[1]
     assert len(errors[0]) == 1
