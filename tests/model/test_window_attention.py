@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="it is what runs")
 def test_on_a_cpu_by_the_interpreter() -> None:
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    words = ["-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
     switches = {"TRITON_INTERPRET": "1", "HTSAT_TRITON_ATTENTION": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **switches}
