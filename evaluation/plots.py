@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from data.files import whole_file
 from data.names import score_text, shown
@@ -271,6 +272,10 @@ def confusion_figure(counts: np.ndarray, labels: Sequence[str]) -> Figure:
     return figure
 
 
+# Of names beside their points, in points (1/72 inch) to the right and upwards.
+PLACES = ((5, 6), (5, -6), (-5, 6), (-5, -6), (5, 14), (5, -14), (-5, 14), (-5, -14), (0, 22), (0, -22))
+
+
 @dataclass(frozen=True)
 class Point:
     """A system in cost_figure. multiply_adds: of a clip; interval: of the metric's value."""
@@ -284,7 +289,7 @@ class Point:
 def cost_figure(points: Sequence[Point], metric: str) -> Figure:
     """A metric against the arithmetic that it takes, with intervals. The line joins those that none dominates."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axis = figure.subplots()
         ordered = sorted(points, key=lambda point: (point.multiply_adds, -point.value))
         best = np.maximum.accumulate([point.value for point in ordered])
@@ -293,18 +298,45 @@ def cost_figure(points: Sequence[Point], metric: str) -> Figure:
         for point in points:
             axis.vlines(point.multiply_adds, point.interval.low, point.interval.high, color=SCORE_COLOUR, linewidth=0.8)
             axis.plot(point.multiply_adds, point.value, marker="o", markersize=4, color=SCORE_COLOUR)
-            axis.annotate(
-                point.name, (point.multiply_adds, point.value), xytext=(4, 3), textcoords="offset points", fontsize=7
-            )
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.margins(x=0.15)
+        axis.margins(x=0.25)
         axis.set_xlabel("multiply-adds a clip (10⁹)")
         axis.set_ylabel(f"{metric} (95 % interval)")
         axis.grid(alpha=0.3)
+        label_points(axis, [(point.name, point.multiply_adds, point.value) for point in points])
     return figure
+
+
+def label_points(axis: Axes, labels: Sequence[tuple[str, float, float]]) -> None:
+    """Write each name beside its point (x, y): of PLACES the first that covers no point, no other name and no edge."""
+    figure = axis.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()  # from here on the axes stay where they are
+    figure.set_layout_engine("none")
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axis.transData.transform([label[1:] for label in labels])]
+    for name, x, y in labels:
+        texts = [
+            axis.annotate(
+                name, (x, y), xytext=(right, up), textcoords="offset points", fontsize=7,
+                ha="left" if right > 0 else "right" if right < 0 else "center", va="center",
+            )
+            for right, up in PLACES
+        ]  # fmt: skip
+        boxes = [text.get_window_extent() for text in texts]
+        inside = axis.get_window_extent()
+        covered = [
+            sum(box.overlaps(other) for other in taken)
+            + (not inside.contains(box.x0, box.y0) or not inside.contains(box.x1, box.y1))
+            for box in boxes
+        ]
+        best = covered.index(min(covered))
+        taken.append(boxes[best])
+        for number, text in enumerate(texts):
+            if number != best:
+                text.remove()
 
 
 def svg_uri(figure: Figure) -> str:
