@@ -203,7 +203,8 @@ def test_average_of_bare_weights_stays_bare() -> None:
 
 def test_statistics_are_those_of_the_training_clips() -> None:
     """With all clips in one batch, the mean of each mel band over clips and time."""
-    found = estimate_statistics(first_epoch(), {"batch_size": 14, "accelerator": "cpu"})
+    path = first_epoch()
+    found = estimate_statistics(path, weights(path), {"batch_size": 14, "accelerator": "cpu"})
     settings = resolve({"batch_size": 14}, checkpoint=torch.load(first_epoch(), weights_only=True)["settings"])
     (batch,) = load_training_data(settings, ("train",)).train_dataloader()
     network = build_model(settings)

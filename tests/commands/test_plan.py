@@ -129,7 +129,8 @@ def test_warnings(changes: dict[str, Any], named: str) -> None:
         ({"class_filter": "nobody"}, "nobody"),
     ],
 )
-def test_problems(changes: dict[str, Any], named: str) -> None:
+def test_problems(changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("commands.plan.resident_memory", lambda: 2**28)  # this process keeps what other tests used
     (problem,) = planned(small(**changes)).problems
     assert named in problem
 
