@@ -360,7 +360,7 @@ def main() -> None:
     settings, network, plain = make_networks()
     packed = copy.deepcopy(network)  # as a Tagger packs it on a CPU
     pack_linear_layers(packed)
-    sides: dict[str, Listen] = {"eager": packed.probabilities}
+    sides: dict[str, Listen] = {"eager": packed.probabilities, "unpacked": network.probabilities}
     if arguments.compile:
         torch._inductor.config.freezing = True
         sides["compiled"] = torch.compile(network.probabilities)

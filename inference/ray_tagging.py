@@ -110,8 +110,8 @@ class _Worker:
         paths = [os.fsdecode(path) for path in batch["path"]]
         tagging = self.tagger.tag_files(paths, frame_embeddings=self.frame_embeddings)
         for number, (_, found) in zip(batch["number"], tagging, strict=True):
-            heard = found if isinstance(found, UserError) else replace(found, labels=())
-            yield {"number": [number], "found": [heard]}
+            result = found if isinstance(found, UserError) else replace(found, labels=())
+            yield {"number": [number], "found": [result]}
 
 
 @dataclass(frozen=True)

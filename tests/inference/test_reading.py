@@ -129,10 +129,10 @@ def test_results_that_are_dropped_half_way(tmp_path: Path) -> None:
     tagger = levels_tagger()
     found = list(tagger.tag_files(paths))
     assert [path for path, _ in found] == paths
-    assert [path for path, heard in found if isinstance(heard, UserError)] == [tmp_path / "05.wav"]
-    for path, heard in found:
-        if isinstance(heard, Tagged):
-            np.testing.assert_array_equal(heard.framewise, tagger.tag(soundfile.read(path)[0]).framewise)
+    assert [path for path, result in found if isinstance(result, UserError)] == [tmp_path / "05.wav"]
+    for path, result in found:
+        if isinstance(result, Tagged):
+            np.testing.assert_array_equal(result.framewise, tagger.tag(soundfile.read(path)[0]).framewise)
     before = set(Path("/proc/self/fd").iterdir()) if Path("/proc/self/fd").exists() else set()
     with closing(tagger.tag_files(paths)) as tagging:
         next(tagging)
