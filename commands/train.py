@@ -21,7 +21,7 @@ from sed_model import build_wrapper
 from settings import Config, UserError, place_flags, resolve
 from training.callbacks import checkpoint_folder, chosen_by, draw_curves, read_curves, restore_best
 from training.devices import is_first_process, process_count
-from training.performance import compile_network, settle
+from training.performance import settle, speed_up
 from training.schedule import schedule_warnings
 from training.trainer import build_trainer, interruptible
 
@@ -84,7 +84,7 @@ def train(settings: Config) -> None:
     if is_first_process():
         said = f"workspace = {settings.workspace}"
         check_writable(said, checkpoint_folder(settings) / "last.ckpt", size=checkpoint_bytes(network))
-    compile_network(network, performance.compile_mode)
+    speed_up(network, settings)
     more["performance"] = str(performance)
     wrapper = build_wrapper(network, settings, labels)
     warnings = schedule_warnings(settings, steps * settings.max_epoch)

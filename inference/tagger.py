@@ -19,7 +19,7 @@ from inference.reading import read_ahead
 from inference.windows import OverlapAverage, Window, cut_windows, into_bins, pool_sound
 from model import Network
 from model.checkpoint import LoadReport
-from model.layers.packed import pack_linear_layers
+from model.layers.onednn import use_onednn
 from model.opening import open_network
 from settings import Config, UserError
 
@@ -246,7 +246,7 @@ class Tagger:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"The device {device} cannot be used ({reason}): use cpu or auto.") from None
             if device == "cpu":
-                pack_linear_layers(self.network)
+                use_onednn(self.network)
         return self
 
     @torch.inference_mode()

@@ -339,13 +339,14 @@ class TracedLogMel(nn.Module):
         self.register_buffer("window", window)
 
         k1, k2 = torch.arange(first // 2 + 1), torch.arange(second)
-        angle = torch.outer(torch.arange(first), k1).double() * (2 * math.pi / first)
-        self.register_buffer("first", torch.cat([angle.cos(), -angle.sin()], dim=1).float())  # (n1, real | imaginary)
+        angle = torch.outer(k1, torch.arange(first)).double() * (2 * math.pi / first)
+        rows = torch.stack([angle.cos(), -angle.sin()], dim=1)  # (k1, real and imaginary, n1)
+        self.register_buffer("first", rows.flatten(0, 1).float())
         frequency = k1[:, None] + first * k2  # (k1, k2)
         angle = (torch.arange(second)[:, None] * frequency[:, None] % size).double() * (2 * math.pi / size)
         real, imaginary = angle.cos(), -angle.sin()  # (k1, n2, k2)
-        rows = torch.cat([real, imaginary], dim=2), torch.cat([-imaginary, real], dim=2)
-        self.register_buffer("second", torch.cat(rows, dim=1).float())
+        parts = torch.cat([real, imaginary], dim=2), torch.cat([-imaginary, real], dim=2)
+        self.register_buffer("second", torch.cat(parts, dim=1).float())
 
         mirrored = torch.minimum(frequency, size - frequency).flatten()
         twice = torch.tensor([int(k) in mirrored[:place] for place, k in enumerate(mirrored)])
@@ -363,8 +364,8 @@ class TracedLogMel(nn.Module):
         samples = samples * self.get_buffer("window")
         if self.fill:
             samples = F.pad(samples, (0, self.fill))
-        samples = samples.unflatten(2, self.shape).transpose(2, 3)  # (B, T, n2, n1)
-        short = rearrange(samples @ self.get_buffer("first"), "b t n2 (c k1) -> b k1 t (c n2)", c=2)
+        short = self.get_buffer("first") @ samples.unflatten(2, self.shape)  # (B, T, k1 and real or imaginary, n2)
+        short = rearrange(short, "b t (k1 c) n2 -> b k1 t (c n2)", c=2)  # whole rows move: onnxruntime is fast at that
         real, imaginary = (short @ self.get_buffer("second")).chunk(2, dim=-1)  # (B, k1, T, k2)
         power = ((real**2 + imaginary**2) @ self.get_buffer("bands")).sum(dim=1)
         return self.scale * torch.log10(torch.clamp(power, min=self.floor) + self.offset)

@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,10 +25,11 @@ from data.clip_store import STRONG
 from data.frame_targets import Events
 from data_generator import Batch, TrainLoader
 from model import build_model
+from model.layers.onednn import use_onednn
 from sed_model import SEDWrapper, build_wrapper
 from settings import FRAME_LOSSES, Config, UserError
 from training.devices import device_count, on_gpu
-from training.performance import compile_network
+from training.performance import speed_up
 from training.trainer import build_trainer
 from utils import int16_to_float32
 
@@ -201,10 +203,10 @@ class LapCallback(pl.Callback):
 
 
 def measured_module(settings: Config) -> SEDWrapper:
-    """A new network in its training wrapper, compiled as the settings say; what was compiled before is forgotten."""
+    """A new network in its training wrapper, as fast as the settings say; what was compiled before is forgotten."""
     torch._dynamo.reset()
     network = build_model(settings)
-    compile_network(network, None if settings.compile == "off" else settings.compile)
+    speed_up(network, settings)
     return build_wrapper(network, settings, [f"class {k}" for k in range(settings.classes_num)])
 
 
@@ -296,7 +298,9 @@ def count_flops(settings: Config, *, training: bool) -> float:
     Counted while two clips are computed. What gradient_checkpointing computes again does not count: it is no progress.
     """
     device = device_of(settings)
-    plain = settings.model_copy(update={"compile": "off", "gradient_checkpointing": False})
+    # Without what the counter does not know: compiled blocks, oneDNN's linear layers.
+    update = {"compile": "off", "performance": "manual", "gradient_checkpointing": False}
+    plain = settings.model_copy(update=update)
     module = measured_module(plain).to(device).train(training)
     waveform = int16_to_float32(synthetic_batch(settings, COUNTED_CLIPS)["waveform"].to(device))
     written_out = sdpa_kernel(SDPBackend.MATH)  # as two products: the counter does not know a CPU's attention kernel
@@ -346,15 +350,25 @@ def _product_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds
 
 
+@torch.inference_mode()
 def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the fastest of some products of (size, size) matrices."""
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    laps = Laps(device)
+    """Seconds of the fastest of some products of (size, size) matrices; on a CPU by the BLAS library and by oneDNN."""
+    rows = torch.randn(size, size, device=device).to(dtype)
+    product = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=dtype))
+    seconds = _least_seconds(product, rows)
+    if device.type == "cpu":
+        use_onednn(product)
+        seconds = min(seconds, _least_seconds(product, rows))
+    return seconds
+
+
+def _least_seconds(product: nn.Module, rows: torch.Tensor) -> float:
+    laps = Laps(rows.device)
     for _ in range(1 + PRODUCTS):
         laps.begin()
-        torch.mm(left, right)
+        product(rows)
         laps.end(0)
-    if device.type == "cuda":
+    if rows.device.type == "cuda":
         torch.cuda.synchronize()
     return min(laps.seconds(begin, end) for begin, end in zip(laps.begins[1:], laps.ends[1:], strict=True))
 

@@ -9,6 +9,7 @@ from typing import Literal, Optional
 import torch
 
 from model import Network
+from model.layers.onednn import use_onednn
 from model.network import PROBABILITY_TOLERANCE, has_bf16
 from model.registry import ENCODERS
 from settings import Config
@@ -109,6 +110,13 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def speed_up(network: Network, settings: Config) -> None:
+    """What `settle` has chosen for a network: linear layers by oneDNN on a CPU (performance = auto), compilation."""
+    if settings.performance == "auto" and not on_gpu(settings):
+        use_onednn(network)
+    compile_network(network, None if settings.compile == "off" else settings.compile)
 
 
 def compile_network(network: Network, mode: Optional[str]) -> None:

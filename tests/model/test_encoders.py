@@ -17,7 +17,7 @@ from model import Network, build_model
 from model.checkpoint import load_network, read_checkpoint
 from model.export import Probabilities, build_onnx, join, save_onnx
 from model.foreign import WRAPPERS
-from model.layers.packed import pack_linear_layers
+from model.layers.onednn import use_onednn
 from model.opening import open_network
 from model.registry import ENCODERS, encoder_module, read_options
 from sed_model import at_rate_of, build_wrapper
@@ -337,11 +337,12 @@ def test_eight_clips_are_learned_by_heart(name: str) -> None:
 
 
 @every_case
-def test_packed_layers_compute_the_same(case: str) -> None:
-    """Scores, and after other weights were loaded; gradients, which the layers compute as before; bfloat16 as well."""
+def test_onednn_computes_the_same(case: str) -> None:
+    """Scores, and after other weights were loaded; gradients; what bfloat16 gives; a copy."""
     network = tiny(case)
     packed, waveform = copy.deepcopy(network), sound(network)
-    pack_linear_layers(packed)
+    use_onednn(packed)
+    packed = copy.deepcopy(packed)
     assert list(packed.state_dict()) == list(network.state_dict())
     for factor in (1.0, 0.9):
         weights = {key: factor * value if "weight" in key else value for key, value in network.state_dict().items()}
@@ -349,11 +350,13 @@ def test_packed_layers_compute_the_same(case: str) -> None:
             module.load_state_dict(weights)
         with torch.inference_mode():
             for ours, wanted in zip(packed.probabilities(waveform), network.probabilities(waveform), strict=True):
-                torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+                assert (ours - wanted).norm() <= 1e-4 * wanted.norm()  # a single one rounds more
+    copy.deepcopy(packed)  # the packed weights stay behind
     for module in (packed, network):
         module(waveform).clip_logits.sum().backward()
     gradients = {name: parameter.grad for name, parameter in packed.named_parameters()}
-    torch.testing.assert_close(gradients, {name: parameter.grad for name, parameter in network.named_parameters()})
+    expected = {name: parameter.grad for name, parameter in network.named_parameters()}
+    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(packed.probabilities(waveform), network.probabilities(waveform))
 

@@ -127,7 +127,7 @@ def test_predict_finds_the_same_events_with_every_file(exported: Path, tmp_path:
     for path in (exported.parent / "tiny.ckpt", exported / "model.safetensors", exported / "model.onnx"):
         table = tmp_path / f"{path.name}.tsv"
         words = ["predict", str(tmp_path / "a.wav"), "--resume_checkpoint", str(path), "--events", str(table)]
-        assert main.main([*words, "--accelerator", "cpu"]) == 0
+        assert main.main([*words, "--accelerator", "cpu", "--precision", "32"]) == 0
         found.append(pd.read_csv(table, sep="\t"))
     assert len(found[0]) > 1
     for other in found[1:]:

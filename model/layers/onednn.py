@@ -1,0 +1,137 @@
+"""Linear layers and convolutions by oneDNN, in float32 on a CPU.
+
+torch gives linear layers to a BLAS library, and brings the weight of a convolution into oneDNN's order in each call.
+The operators are those that torch.compile calls on a CPU; torch has no public name for them, so a build without them
+keeps its layers.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Layer = TypeVar("Layer", bound="_Packing")
+ACTIVATIONS = {"none": "", "gelu": "none"}  # oneDNN's names, and what it approximates GELU by: nothing
+
+
+def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], activation: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], ACTIVATIONS[activation])
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear by oneDNN, and the gradient of its input; that of the weight is faster by the BLAS library."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_input = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_input = _product(rows, weight.t(), None).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(dim=0)
+        return of_input, of_weight, of_bias
+
+
+class _Packing(nn.Module):
+    """A layer that keeps its weight as oneDNN multiplies it, without gradients alone.
+
+    It is kept until the weight changes or moves, or the layer changes its mode.
+    """
+
+    weight: Tensor
+    _kept: Optional[tuple[Any, Tensor]] = None
+
+    def train(self: Layer, mode: bool = True) -> Layer:
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}  # torch cannot copy it
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether oneDNN's float32 is the arithmetic that is wanted."""
+        other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return x.dtype == torch.float32 and x.device.type == "cpu" and not other
+
+    def _packed(self, pack: Callable[[Tensor], Tensor], shape: Optional[torch.Size] = None) -> Tensor:
+        """The packed weight; shape: of the input, where it matters."""
+        weight = self.weight
+        source = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, shape)
+        if self._kept is None or self._kept[0] != source:
+            self._kept = source, pack(weight.detach())
+        return self._kept[1]
+
+
+class OneDNNLinear(_Packing, nn.Linear):
+    """A linear layer, and GELU where the one it stands for has it behind it: one pass over the output, not three.
+
+    Parameters and their names are those of the layer. In other arithmetic than float32 or on another device it computes
+    as that one does. The weight is packed on CPUs with AVX-512; with AVX2 that gains nothing (benchmarks/RESULTS.md).
+    """
+
+    def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias, self.training, self.activation = linear.weight, linear.bias, linear.training, activation
+        self.packs = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._fits(x):
+            y = F.linear(x, self.weight, self.bias)
+        elif torch.is_grad_enabled():
+            y = _Linear.apply(x, self.weight, self.bias)
+        else:
+            weight = self._packed(_pack_matrix) if self.packs else self.weight
+            return _product(x, weight, self.bias, self.activation)
+        return F.gelu(y) if self.activation == "gelu" else y
+
+
+def _pack_matrix(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+class OneDNNConv2d(_Packing, nn.Conv2d):
+    """A convolution with its weight packed for inference; otherwise it computes as the layer it stands for."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,  # type: ignore[arg-type]
+            layer.groups, layer.bias is not None, layer.padding_mode, device="meta",
+        )  # fmt: skip
+        self.weight, self.bias, self.training = layer.weight, layer.bias, layer.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not self._fits(x):
+            return super().forward(x)
+        sizes = self.padding, self.stride, self.dilation, self.groups
+        weight = self._packed(
+            lambda weight: torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape), x.shape
+        )
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *sizes, "none", [], "")
+
+
+def use_onednn(network: nn.Module) -> None:
+    """Put a OneDNNLinear in the place of each linear layer, a OneDNNConv2d in that of each convolution with zeros."""
+    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                act = getattr(module, "act", None)
+                fused = name == "fc1" and isinstance(act, nn.GELU) and act.approximate == "none"
+                setattr(module, name, OneDNNLinear(child, "gelu" if fused else "none"))
+                if fused:
+                    module.act = nn.Identity()
+            elif type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str):
+                setattr(module, name, OneDNNConv2d(child))
