@@ -2,6 +2,7 @@
 # The figures of a GPU, in at most 8 minutes: bash benchmarks/gpu.sh FOLDER [--dry]
 # FOLDER gets a log of each step, the figures as JSON, and table.md. A step that fails or takes too long is left behind.
 # --dry: the same lines on a CPU with a tiny network, to see that each works. PYTHON: .venv/bin/python unless set.
+# ESC10=ESC-10_FOLDER: in their place the accuracy of the full network in float32 and bfloat16, three seeds, on fold 4.
 set -uo pipefail
 folder=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh FOLDER [--dry]}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -13,11 +14,13 @@ trap 'rm -rf "$store"' EXIT
 if [ "${2:-}" = --dry ]; then
     batch=4 plain=1 clips=24 workers=1 steps=2 slower=20
     trainer=(--tiny) compile=off
+    small=(--htsat_size tiny --max_epoch 1 --debug True) seeds=1
     network=(--accelerator cpu --clip_samples 8000 --htsat_dim 16 --htsat_depth 1,1 --htsat_num_head 1,2 --htsat_spec_size 64 --mel_bins 32)
     samples=8000
 else
     batch=128 plain=64 clips=${CLIPS:-20000} workers=8 steps=40 slower=1
     trainer=() compile=default network=() samples=320000
+    small=(--max_epoch 30) seeds=1,2,3
 fi
 
 # step NAME SECONDS COMMAND...
@@ -31,6 +34,15 @@ step() {
 }
 
 : > "$folder/steps.tsv"
+if [ -n "${ESC10:-}" ]; then
+    step prepare 60 "$python" main.py prepare --dataset_type esc-50 --raw "$ESC10" --workspace "$store"
+    for precision in 32 bf16-mixed; do
+        step "esc10-$precision" 200 "$python" main.py compare --dataset_type esc-50 --esc_fold 4 --encoders htsat \
+            --workspace "$store/$precision" --dataset_path "$store/data/esc-50" --seeds $seeds --steps 0 \
+            --precision $precision --batch_size 16 --save_top_k 1 --devices 1 "${small[@]}"
+    done
+    exit
+fi
 rm -f "$folder"/{trainer,triton,benchmark}.json
 step machine 10 bash -c "nvidia-smi; lscpu; git rev-parse HEAD; $python -c 'import torch; print(torch.__version__)'"
 # 12.8 GB of one block of clips, repeated: no clip is read twice in an epoch.

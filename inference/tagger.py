@@ -34,6 +34,7 @@ HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TF32: Precision = "tf32"  # of products and convolutions on a GPU, float32 else
 WINDOWS_AT_ONCE = {"cpu": 4, "cuda": 32}
 READERS = {"cpu": 1, "cuda": 4}  # threads that read files; on the CPU the network needs the cores itself
+BATCHES_AHEAD = {"cuda": 1}  # batches that the device has before the scores of the one before are taken
 
 
 class Runtime(Protocol):
@@ -347,7 +348,9 @@ class Tagger:
         readers: int = 0,
     ) -> Generator[tuple[Name, Tagged | UserError], None, None]:
         size = self.batch_size or WINDOWS_AT_ONCE.get(self.device.type, 4)
+        depth = BATCHES_AHEAD.get(self.device.type, 0)
         batch: list[tuple[Recording, Window]] = []
+        begun: deque[_Begun] = deque()
         open_ones: deque[tuple[Name, Recording]] = deque()  # in the order of `sounds`
         with closing(read_ahead(sounds, lambda sound: self._windows(sound[2]), readers=readers, most=size)) as ahead:
             for (name, remarks, _), windows in ahead:
@@ -359,13 +362,18 @@ class Tagger:
                     batch.append((recording, window))
                     recording.waiting += 1
                     if len(batch) == size:
-                        self._score(batch, frame_embeddings, progress)
+                        begun.append(self._begin(batch, frame_embeddings))
                         batch = []
+                    while len(begun) > depth:
+                        self._finish(begun.popleft(), frame_embeddings, progress)
                 recording.cut = True
                 while open_ones and open_ones[0][1].cut and open_ones[0][1].waiting == 0:
                     done, recording = open_ones.popleft()
                     yield done, recording.result(self.labels)
-        self._score(batch, frame_embeddings, progress)
+        if batch:
+            begun.append(self._begin(batch, frame_embeddings))
+        for each in begun:
+            self._finish(each, frame_embeddings, progress)
         for name, recording in open_ones:
             yield name, recording.result(self.labels)
 
@@ -379,16 +387,11 @@ class Tagger:
             )  # fmt: skip
 
     @torch.inference_mode()
-    def _score(
-        self,
-        batch: list[tuple[Recording, Window]],
-        frame_embeddings: bool,
-        progress: Optional[Callable[[float], None]],
-    ) -> None:
-        """Score windows of one or several recordings, and hand each its scores."""
-        if not batch:
-            return
-        waveform = torch.from_numpy(np.stack([window.samples for _, window in batch])).to(self.device)
+    def _begin(self, batch: list[tuple[Recording, Window]], frame_embeddings: bool) -> "_Begun":
+        """Let the device score windows of one or several recordings; a GPU works on when this returns."""
+        waveform = torch.from_numpy(np.stack([window.samples for _, window in batch]))
+        if self.device.type == "cuda":
+            waveform = waveform.pin_memory().to(self.device, non_blocking=True)
         with self._arithmetic():
             if frame_embeddings:
                 network = self.encoder()
@@ -397,11 +400,23 @@ class Tagger:
                 framewise = torch.cat([network.class_probabilities(outputs.frame_logits), outputs.frames], dim=2)
             else:
                 clipwise, framewise, embedding = self.network.probabilities(waveform)
-        columns = [part.float().cpu().numpy() for part in (clipwise, framewise, embedding)]
+        columns = [part.float().to("cpu", non_blocking=True) for part in (clipwise, framewise, embedding)]
+        copied = None
+        if self.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(self.device))
+        return _Begun(batch, columns, copied)
+
+    def _finish(self, begun: "_Begun", frame_embeddings: bool, progress: Optional[Callable[[float], None]]) -> None:
+        """Wait for the scores of a batch, and hand each recording its own."""
+        batch = begun.batch
+        if begun.copied is not None:
+            begun.copied.synchronize()
+        columns = [column.numpy() for column in begun.columns]
         if not all(np.isfinite(column).all() for column in columns):
             if len(batch) > 1:  # whose are they? Each by itself: 8-bit networks scale the windows of a batch together
                 for one in batch:
-                    self._score([one], frame_embeddings, progress)
+                    self._finish(self._begin([one], frame_embeddings), frame_embeddings, progress)
                 return
             recording, window = batch[0]
             recording.error = self._not_finite(window)
@@ -435,6 +450,15 @@ class Tagger:
                 products.allow_tf32 = before
         else:
             yield
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A batch that the device has: its scores (B, ...) on the CPU, whole once `copied` has happened."""
+
+    batch: list[tuple[Recording, Window]]
+    columns: list[Tensor]
+    copied: Optional[torch.cuda.Event]
 
 
 def _until_error(windows: Iterator[Window], recording: Recording) -> Iterator[Window]:

@@ -13,6 +13,7 @@ import soundfile
 
 from inference import Tagged
 from inference.reading import read_ahead
+from inference.tagger import BATCHES_AHEAD
 from settings import UserError
 from tests.levels import RATE, levels, levels_tagger
 
@@ -120,8 +121,13 @@ def test_an_interruption_ends_the_threads() -> None:
     assert not readers()
 
 
-def test_results_that_are_dropped_half_way(tmp_path: Path) -> None:
-    """Files of several lengths, in order; one is bad. A caller that stops leaves no thread and no open file."""
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_results_that_are_dropped_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    """Files of several lengths, in order; one is bad. A caller that stops leaves no thread and no open file.
+
+    depth: batches that the device has begun before a result is taken, as on a GPU.
+    """
+    monkeypatch.setitem(BATCHES_AHEAD, "cpu", depth)
     for number in range(12):
         soundfile.write(tmp_path / f"{number:02d}.wav", levels(1 + 7.0 * (number % 4), seed=number), RATE)
     (tmp_path / "05.wav").write_text("no sound")
