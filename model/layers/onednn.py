@@ -1,6 +1,7 @@
-"""Linear layers and convolutions by oneDNN, in float32 on a CPU.
+"""Linear layers and convolutions by oneDNN on a CPU, in float32 and bfloat16.
 
-torch gives linear layers to a BLAS library, and brings the weight of a convolution into oneDNN's order in each call.
+torch gives linear layers in float32 to a BLAS library. In each call it brings the weight of a convolution into oneDNN's
+order, and under autocast every weight into bfloat16.
 The operators are those that torch.compile calls on a CPU; torch has no public name for them, so a build without them
 keeps its layers.
 """
@@ -45,13 +46,13 @@ class _Linear(torch.autograd.Function):
 
 
 class _Packing(nn.Module):
-    """A layer that keeps its weight as oneDNN multiplies it, without gradients alone.
+    """A layer that keeps its weight as oneDNN multiplies it, without gradients alone; in bfloat16 under autocast.
 
-    It is kept until the weight changes or moves, or the layer changes its mode.
+    It is kept until the weight changes or moves, the layer changes its mode, or the arithmetic is another one.
     """
 
     weight: Tensor
-    _kept: Optional[tuple[Any, Tensor]] = None
+    _kept: Optional[tuple[Any, Tensor, Optional[Tensor]]] = None
 
     def train(self: Layer, mode: bool = True) -> Layer:
         self._kept = None
@@ -60,25 +61,35 @@ class _Packing(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}  # torch cannot copy it
 
-    def _fits(self, x: Tensor) -> bool:
-        """Whether oneDNN's float32 is the arithmetic that is wanted."""
-        other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        return x.dtype == torch.float32 and x.device.type == "cpu" and not other
+    def _arithmetic(self, x: Tensor) -> Optional[torch.dtype]:
+        """In which oneDNN computes. None: torch's layer does, on a GPU, in float16, where it is compiled or traced."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        wanted = {torch.float32: (torch.float32,), torch.bfloat16: (torch.float32, torch.bfloat16)}
+        return dtype if x.dtype in wanted.get(dtype, ()) else None
 
-    def _packed(self, pack: Callable[[Tensor], Tensor], shape: Optional[torch.Size] = None) -> Tensor:
-        """The packed weight; shape: of the input, where it matters."""
-        weight = self.weight
-        source = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, shape)
+    def _packed(
+        self,
+        dtype: torch.dtype,
+        bias: Optional[Tensor],
+        pack: Callable[[Tensor], Tensor],
+        shape: Optional[torch.Size] = None,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """The packed weight, and the layer's bias; shape: of the input, where it matters."""
+        parts = [part for part in (self.weight, bias) if part is not None]
+        source = dtype, shape, *((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
         if self._kept is None or self._kept[0] != source:
-            self._kept = source, pack(weight.detach())
-        return self._kept[1]
+            packed = pack(self.weight.detach().to(dtype))
+            self._kept = source, packed, None if bias is None else bias.detach().to(dtype)
+        return self._kept[1:]
 
 
 class OneDNNLinear(_Packing, nn.Linear):
     """A linear layer, and GELU where the one it stands for has it behind it: one pass over the output, not three.
 
-    Parameters and their names are those of the layer. In other arithmetic than float32 or on another device it computes
-    as that one does. The weight is packed on CPUs with AVX-512; with AVX2 that gains nothing (benchmarks/RESULTS.md).
+    Parameters and their names are those of the layer. Where oneDNN cannot compute as that one does, the layer itself
+    does. A float32 weight is packed on CPUs with AVX-512; with AVX2 that gains nothing (benchmarks/RESULTS.md).
     """
 
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
@@ -87,13 +98,12 @@ class OneDNNLinear(_Packing, nn.Linear):
         self.packs = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._fits(x):
-            y = F.linear(x, self.weight, self.bias)
-        elif torch.is_grad_enabled():
-            y = _Linear.apply(x, self.weight, self.bias)
-        else:
-            weight = self._packed(_pack_matrix) if self.packs else self.weight
-            return _product(x, weight, self.bias, self.activation)
+        dtype = self._arithmetic(x)
+        if dtype is not None and not torch.is_grad_enabled():
+            if dtype == torch.float32 and not self.packs:
+                return _product(x, self.weight, self.bias, self.activation)
+            return _product(x.to(dtype), *self._packed(dtype, self.bias, _pack_matrix), self.activation)
+        y = _Linear.apply(x, self.weight, self.bias) if dtype == torch.float32 else super().forward(x)
         return F.gelu(y) if self.activation == "gelu" else y
 
 
@@ -112,13 +122,17 @@ class OneDNNConv2d(_Packing, nn.Conv2d):
         self.weight, self.bias, self.training = layer.weight, layer.bias, layer.training
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not self._fits(x):
+        dtype = self._arithmetic(x)
+        if dtype is None or torch.is_grad_enabled():
             return super().forward(x)
         sizes = self.padding, self.stride, self.dilation, self.groups
-        weight = self._packed(
-            lambda weight: torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape), x.shape
+        weight, bias = self._packed(
+            dtype,
+            self.bias,
+            lambda weight: torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape),
+            x.shape,
         )
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *sizes, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x.to(dtype), weight, bias, *sizes, "none", [], "")
 
 
 def use_onednn(network: nn.Module) -> None:

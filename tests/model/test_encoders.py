@@ -357,8 +357,12 @@ def test_onednn_computes_the_same(case: str) -> None:
     gradients = {name: parameter.grad for name, parameter in packed.named_parameters()}
     expected = {name: parameter.grad for name, parameter in network.named_parameters()}
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(packed.probabilities(waveform), network.probabilities(waveform))
+    with torch.inference_mode():
+        exact = network.probabilities(waveform)
+        with torch.autocast("cpu", torch.bfloat16):
+            half, halves = packed.probabilities(waveform), network.probabilities(waveform)
+    for ours, theirs, value in zip(half, halves, exact, strict=True):
+        assert (ours - value).norm() <= 2 * (theirs - value).norm() + 1e-3 * value.norm()
 
 
 @every_case
