@@ -5,6 +5,7 @@
 # ESC10=ESC-10_FOLDER: in their place the accuracy of the full network in float32 and bfloat16, three seeds, on fold 4.
 set -uo pipefail
 folder=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh FOLDER [--dry]}" && cd "$1" && pwd)
+ESC10=${ESC10:+$(realpath "$ESC10")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || python=python
@@ -34,12 +35,13 @@ step() {
 }
 
 : > "$folder/steps.tsv"
-if [ -n "${ESC10:-}" ]; then
+if [ -n "$ESC10" ]; then
     step prepare 60 "$python" main.py prepare --dataset_type esc-50 --raw "$ESC10" --workspace "$store"
     for precision in 32 bf16-mixed; do
         step "esc10-$precision" 200 "$python" main.py compare --dataset_type esc-50 --esc_fold 4 --encoders htsat \
             --workspace "$store/$precision" --dataset_path "$store/data/esc-50" --seeds $seeds --steps 0 \
             --precision $precision --batch_size 16 --save_top_k 1 --devices 1 "${small[@]}"
+        cp "$store/$precision"/runs/comparison_*.md "$folder/$precision.md"
     done
     exit
 fi

@@ -62,7 +62,7 @@ TARGETS = {
     LATENCY: {"onnx int8": 2.8},
     THROUGHPUT: {},
 }
-SHARE_TARGET = 0.75  # of eager float32, in the floor of its products
+SHARE_TARGET = 0.75  # of eager: the time of its products at the measured peak / its own
 Work = Callable[[], float]  # does the work once, returns its seconds
 Listen = Callable[[Tensor], Any]
 
@@ -79,7 +79,7 @@ class Result:
     flushed_seconds: float
     flushed_ratio: float
     target: Optional[float]
-    share: Optional[float]  # of a float32 side: the time that its products take at the machine's peak
+    share: Optional[float]  # of a float32 side: time of the products at the measured peak / its own
 
 
 def make_clips(count: int) -> Tensor:
@@ -113,6 +113,7 @@ class Floor:
         self.settings, self.flops_of_a_clip = settings, count_flops(settings, training=False)
 
     def seconds(self, clips: int) -> float:
+        time.sleep(PAUSE)
         return clips * self.flops_of_a_clip / peak_flops(self.settings)
 
 
@@ -381,7 +382,7 @@ def main() -> None:
     if arguments.json:
         content = {"clips": clips, "batch": arguments.batch, "turns": turns, "keep_memory": arguments.keep_memory}
         content |= {"machine": machine, "results": [asdict(r) for r in results], "bytes": sizes}
-        content["flops_of_a_clip"] = floor.flops_of_a_clip
+        content |= {"flops_of_a_clip": floor.flops_of_a_clip, "share_target": SHARE_TARGET}
         arguments.json.write_text(json.dumps(content | {"differences": differences}, indent=2) + "\n")
 
 

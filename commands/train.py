@@ -84,7 +84,7 @@ def train(settings: Config) -> None:
     if is_first_process():
         said = f"workspace = {settings.workspace}"
         check_writable(said, checkpoint_folder(settings) / "last.ckpt", size=checkpoint_bytes(network))
-    speed_up(network, settings)
+    speed_up(network, performance)
     more["performance"] = str(performance)
     wrapper = build_wrapper(network, settings, labels)
     warnings = schedule_warnings(settings, steps * settings.max_epoch)

@@ -389,9 +389,9 @@ class Tagger:
     @torch.inference_mode()
     def _begin(self, batch: list[tuple[Recording, Window]], frame_embeddings: bool) -> "_Begun":
         """Let the device score windows of one or several recordings; a GPU works on when this returns."""
+        cuda = self.device.type == "cuda"
         waveform = torch.from_numpy(np.stack([window.samples for _, window in batch]))
-        if self.device.type == "cuda":
-            waveform = waveform.pin_memory().to(self.device, non_blocking=True)
+        waveform = (waveform.pin_memory() if cuda else waveform).to(self.device, non_blocking=cuda)
         with self._arithmetic():
             if frame_embeddings:
                 network = self.encoder()
@@ -400,9 +400,9 @@ class Tagger:
                 framewise = torch.cat([network.class_probabilities(outputs.frame_logits), outputs.frames], dim=2)
             else:
                 clipwise, framewise, embedding = self.network.probabilities(waveform)
-        columns = [part.float().to("cpu", non_blocking=True) for part in (clipwise, framewise, embedding)]
+        columns = [part.float().to("cpu", non_blocking=cuda) for part in (clipwise, framewise, embedding)]
         copied = None
-        if self.device.type == "cuda":
+        if cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self.device))
         return _Begun(batch, columns, copied)

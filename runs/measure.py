@@ -29,7 +29,7 @@ from model.layers.onednn import use_onednn
 from sed_model import SEDWrapper, build_wrapper
 from settings import FRAME_LOSSES, Config, UserError
 from training.devices import device_count, on_gpu
-from training.performance import speed_up
+from training.performance import choose, speed_up
 from training.trainer import build_trainer
 from utils import int16_to_float32
 
@@ -206,7 +206,7 @@ def measured_module(settings: Config) -> SEDWrapper:
     """A new network in its training wrapper, as fast as the settings say; what was compiled before is forgotten."""
     torch._dynamo.reset()
     network = build_model(settings)
-    speed_up(network, settings)
+    speed_up(network, choose(settings, training=True))
     return build_wrapper(network, settings, [f"class {k}" for k in range(settings.classes_num)])
 
 

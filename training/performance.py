@@ -32,12 +32,14 @@ class Performance:
     compile_mode: Optional[str]
     tf32: bool
     keep_memory: bool
+    onednn: bool
     reasons: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         said = [f"precision {self.precision}", f"compiled ({self.compile_mode})" if self.compile_mode else "eager"]
         said += ["TF32"] if self.tf32 else []
         said += ["freed memory kept"] if self.keep_memory else []
+        said += ["layers by oneDNN"] if self.onednn else []
         return ", ".join(said) + (f" (auto: {'; '.join(self.reasons)})" if self.reasons else "")
 
 
@@ -61,6 +63,7 @@ def choose(settings: Config, *, training: bool, steps: Optional[int] = None) -> 
         compile_mode=None if mode in ("off", "auto") else mode,
         tf32=gpu and precision != "32",
         keep_memory=auto and not gpu and platform.libc_ver()[0] == "glibc",
+        onednn=auto and training and not gpu,
         reasons=tuple(reasons),
     )
 
@@ -112,11 +115,11 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def speed_up(network: Network, settings: Config) -> None:
-    """What `settle` has chosen for a network: linear layers by oneDNN on a CPU (performance = auto), compilation."""
-    if settings.performance == "auto" and not on_gpu(settings):
+def speed_up(network: Network, chosen: Performance) -> None:
+    """Let a network compute as `choose` has chosen: layers by oneDNN, compilation."""
+    if chosen.onednn:
         use_onednn(network)
-    compile_network(network, None if settings.compile == "off" else settings.compile)
+    compile_network(network, chosen.compile_mode)
 
 
 def compile_network(network: Network, mode: Optional[str]) -> None:

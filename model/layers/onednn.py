@@ -7,6 +7,7 @@ keeps its layers.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Optional, TypeVar
 
 import torch
@@ -15,6 +16,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Layer = TypeVar("Layer", bound="_Packing")
+OPERATORS = (
+    "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight",
+    "_is_mkldnn_bf16_supported",
+)  # fmt: skip
 ACTIVATIONS = {"none": "", "gelu": "none"}  # oneDNN's names, and what it approximates GELU by: nothing
 
 
@@ -27,7 +32,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        kept = x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(*kept)
         return _product(x, weight, bias)
 
     @staticmethod
@@ -37,7 +43,7 @@ class _Linear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_input = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_input = _product(rows, weight.t(), None).view(x.shape)
+            of_input = _product(rows, weight.t(), None).view(*gradient.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
@@ -46,13 +52,14 @@ class _Linear(torch.autograd.Function):
 
 
 class _Packing(nn.Module):
-    """A layer that keeps its weight as oneDNN multiplies it, without gradients alone; in bfloat16 under autocast.
+    """A layer that in evaluation keeps its weight as oneDNN multiplies it; in bfloat16 under autocast.
 
-    It is kept until the weight changes or moves, the layer changes its mode, or the arithmetic is another one.
+    It is kept until the weight changes or moves, the mode changes, or the arithmetic is another one. An optimizer may
+    change weights without a trace: what was kept is dropped where a gradient may be taken.
     """
 
     weight: Tensor
-    _kept: Optional[tuple[Any, Tensor, Optional[Tensor]]] = None
+    _kept: Optional[tuple[Any, Tensor, Optional[Tensor], Tensor]] = None
 
     def train(self: Layer, mode: bool = True) -> Layer:
         self._kept = None
@@ -62,12 +69,21 @@ class _Packing(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}  # torch cannot copy it
 
     def _arithmetic(self, x: Tensor) -> Optional[torch.dtype]:
-        """In which oneDNN computes. None: torch's layer does, on a GPU, in float16, where it is compiled or traced."""
+        """In which oneDNN computes. None: the layer itself does, as on a GPU, in float16, compiled or traced."""
         if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        wanted = {torch.float32: (torch.float32,), torch.bfloat16: (torch.float32, torch.bfloat16)}
-        return dtype if x.dtype in wanted.get(dtype, ()) else None
+        if torch.is_autocast_enabled("cpu"):
+            half = torch.get_autocast_dtype("cpu") == torch.bfloat16 and _bf16_supported()
+            known = x.dtype in (torch.float32, torch.bfloat16) and self.weight.dtype == torch.float32
+            return torch.bfloat16 if half and known else None
+        return torch.float32 if x.dtype == self.weight.dtype == torch.float32 else None
+
+    def _keeps(self) -> bool:
+        """Whether the weight may be kept now. If not, none is."""
+        keeps = not (self.training or torch.is_grad_enabled())
+        if not keeps:
+            self._kept = None
+        return keeps
 
     def _packed(
         self,
@@ -77,12 +93,19 @@ class _Packing(nn.Module):
         shape: Optional[torch.Size] = None,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """The packed weight, and the layer's bias; shape: of the input, where it matters."""
-        parts = [part for part in (self.weight, bias) if part is not None]
+        parts = [part.detach() for part in (self.weight, bias) if part is not None]
         source = dtype, shape, *((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
-        if self._kept is None or self._kept[0] != source:
-            packed = pack(self.weight.detach().to(dtype))
-            self._kept = source, packed, None if bias is None else bias.detach().to(dtype)
-        return self._kept[1:]
+        kept = self._kept
+        if kept is None or kept[0] != source:
+            # The weight is kept with it, so that its address is not given away.
+            half = None if bias is None else bias.detach().to(dtype)
+            self._kept = kept = source, pack(parts[0].to(dtype)), half, parts[0]
+        return kept[1], kept[2]
+
+
+@cache
+def _bf16_supported() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class OneDNNLinear(_Packing, nn.Linear):
@@ -98,8 +121,8 @@ class OneDNNLinear(_Packing, nn.Linear):
         self.packs = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self._arithmetic(x)
-        if dtype is not None and not torch.is_grad_enabled():
+        dtype = self._arithmetic(x) if x.shape[-1:] == (self.in_features,) else None
+        if self._keeps() and dtype is not None:
             if dtype == torch.float32 and not self.packs:
                 return _product(x, self.weight, self.bias, self.activation)
             return _product(x.to(dtype), *self._packed(dtype, self.bias, _pack_matrix), self.activation)
@@ -112,7 +135,10 @@ def _pack_matrix(weight: Tensor) -> Tensor:
 
 
 class OneDNNConv2d(_Packing, nn.Conv2d):
-    """A convolution with its weight packed for inference; otherwise it computes as the layer it stands for."""
+    """A convolution with its weight packed for evaluation; otherwise it computes as the layer it stands for.
+
+    (B, C, H, W) as there, but what comes may lie in memory with the channels last.
+    """
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(
@@ -122,8 +148,8 @@ class OneDNNConv2d(_Packing, nn.Conv2d):
         self.weight, self.bias, self.training = layer.weight, layer.bias, layer.training
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self._arithmetic(x)
-        if dtype is None or torch.is_grad_enabled():
+        dtype = self._arithmetic(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
+        if not self._keeps() or dtype is None:
             return super().forward(x)
         sizes = self.padding, self.stride, self.dilation, self.groups
         weight, bias = self._packed(
@@ -136,11 +162,16 @@ class OneDNNConv2d(_Packing, nn.Conv2d):
 
 
 def use_onednn(network: nn.Module) -> None:
-    """Put a OneDNNLinear in the place of each linear layer, a OneDNNConv2d in that of each convolution with zeros."""
-    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+    """Put a OneDNNLinear in the place of each linear layer, a OneDNNConv2d in that of each convolution with zeros.
+
+    A layer with hooks, or with a forward pass of its own (recomputed, with gradient_checkpointing), stays.
+    """
+    if not all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS):
         return
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
+            if child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__:
+                continue
             if type(child) is nn.Linear:
                 act = getattr(module, "act", None)
                 fused = name == "fc1" and isinstance(act, nn.GELU) and act.approximate == "none"

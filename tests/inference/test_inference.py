@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evaluation.postprocess import PostProcessing
 from inference import Tagged, Tagger
+from inference.tagger import BATCHES_AHEAD
 from settings import UserError, resolve
 from tests.helpers import TINY
 from tests.levels import LABELS, RATE, Levels, levels_tagger
@@ -314,8 +315,10 @@ class Loud(Counting):
         return clip * spoil, frames * spoil, embedding * spoil
 
 
-def test_a_recording_without_finite_scores_is_an_error_of_its_own() -> None:
-    """It may be long, and the others share batches with it."""
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_recording_without_finite_scores_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    """It may be long, and the others share batches with it. depth: batches begun before a result is taken."""
+    monkeypatch.setitem(BATCHES_AHEAD, "cpu", depth)
     quiet, loud = np.full(RATE, 0.5, np.float32), noise(60)
     progress: list[float] = []
     loud[25 * RATE] = 1000

@@ -18,7 +18,7 @@ def test_a_cpu_without_bfloat16_stays_in_float32() -> None:
     chosen = choose(resolve({"accelerator": "cpu"}), training=True)
     assert (chosen.precision, chosen.compile_mode, chosen.tf32) == ("32", None, False)
     assert choose(resolve({"accelerator": "cpu", "performance": "manual"}), training=True) == Performance(
-        "32", None, False, False
+        "32", None, False, False, False
     )
     given = {"accelerator": "cpu", "precision": "bf16-mixed", "compile": "default"}
     assert str(choose(resolve(given), training=True)).startswith("precision bf16-mixed, compiled (default)")
@@ -46,8 +46,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_takes_bfloat16_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(resolve(), training=True) == Performance("bf16-mixed", "default", True, False)
-    assert choose(resolve(), training=False) == Performance("32", None, False, False)
+    assert choose(resolve(), training=True) == Performance("bf16-mixed", "default", True, False, False)
+    assert choose(resolve(), training=False) == Performance("32", None, False, False, False)
     assert choose(resolve({"precision": "32"}), training=True).tf32 is False
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
     assert choose(resolve(), training=True).precision == "32"
