@@ -12,8 +12,8 @@ flushed to zero (in a process of its own: threads that exist already would not f
 line of tags, and `python -c "import torch"`, in turn.
 
 --encoder measures encoders of full size, each in a process of its own: the time to load a file of weights, clips/s,
-peak memory, and the share of the arithmetic: multiply-adds of the clips against the fastest matrix product, measured in
-the same turn.
+peak memory, how much one clip gains by oneDNN's layers, and the share of the arithmetic: multiply-adds of the clips
+against the fastest matrix product, measured in the same turn.
 """
 
 import argparse
@@ -268,6 +268,7 @@ class Figures:
     multiply_adds: float  # of a clip
     load_seconds: float
     latency_seconds: float
+    gain: float
     clips_per_second: float
     share: float
     peak_bytes: int
@@ -295,8 +296,12 @@ def measure_encoder(name: str, clips: int, batch: int, turns: int) -> Figures:
         latency, whole = timed(network.probabilities, sounds[:1], 1), timed(network.probabilities, sounds, batch)
         taken.append((latency, clips / whole, work * clips / whole / peak_flops(settings)))
     latency, rate, share = (statistics.median(column) for column in zip(*taken[1:], strict=True))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Figures(name, parameters, work / 2, load_seconds, latency, rate, share, peak_memory(device))
+    parameters, peak = sum(parameter.numel() for parameter in network.parameters()), peak_memory(device)
+    slower = build_model(settings).eval()
+    sides = slower.probabilities, network.probabilities
+    pairs = [[timed(side, sounds[:1], 1) for side in sides] for _ in range(2 * turns + 1)][1:]
+    gain = statistics.median(theirs / ours for theirs, ours in pairs)
+    return Figures(name, parameters, work / 2, load_seconds, latency, gain, rate, share, peak)
 
 
 def measure_encoders(names: list[str], clips: int, batch: int, turns: int) -> list[Figures]:
@@ -311,12 +316,13 @@ def print_encoders(found: list[Figures], clips: int, batch: int) -> None:
     """As rows of a table in Markdown."""
     threads, instructions = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     print(f"{threads} threads, {instructions}; {clips} clips of 10 s, {batch} at a time")
-    print("| encoder | parameters | multiply-adds a clip | load s | one clip s | clips/s | share | peak MiB |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("| encoder | parameters | multiply-adds a clip | load s | one clip s | oneDNN | clips/s | share | peak MiB |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for f in found:
         print(
             f"| {f.encoder} | {f.parameters / 1e6:.1f} M | {f.multiply_adds / 1e9:.1f} G | {f.load_seconds:.2f} | "
-            f"{f.latency_seconds:.3f} | {f.clips_per_second:.2f} | {f.share:.0%} | {f.peak_bytes / 2**20:.0f} |"
+            f"{f.latency_seconds:.3f} | {f.gain:.2f} | {f.clips_per_second:.2f} | {f.share:.0%} | "
+            f"{f.peak_bytes / 2**20:.0f} |"
         )
 
 
