@@ -263,7 +263,7 @@ def print_results(results: list[Result], clips: int, batch: int) -> None:
 class Figures:
     """Of an encoder: medians over the turns.
 
-    gain: how many times as fast one clip is by oneDNN's layers as by torch's; share: of the fastest product, in batches.
+    gain: of one clip by oneDNN's layers, torch's are 1; share: of the fastest matrix product, in batches.
     """
 
     encoder: str
