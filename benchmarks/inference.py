@@ -48,6 +48,7 @@ from inference.onnx_runtime import load_onnx
 from model import Network, build_model
 from model.export import build_onnx, join, quantize, save_onnx
 from model.layers.onednn import use_onednn
+from model.network import has_bf16
 from model.opening import open_network
 from model.registry import ENCODERS
 from runs.measure import count_flops, peak_flops, peak_memory, release_and_reset_peak
@@ -63,7 +64,7 @@ TARGETS = {
     THROUGHPUT: {},
 }
 SHARE_TARGET = 0.75  # of eager: the time of its products at the measured peak / its own
-Work = Callable[[], float]  # does the work once, returns its seconds
+COARSE = ("bf16", "onnx int8")  # sides in other arithmetic than float32
 Listen = Callable[[Tensor], Any]
 
 
@@ -160,13 +161,13 @@ def exported(settings: Config, network: Network, folder: Path) -> tuple[dict[str
 
 
 def check(plain: PlainHTSAT, sides: dict[str, Listen]) -> dict[str, float]:
-    """Largest difference of each side's clip probabilities from the plain network's; float sides must be close."""
+    """Largest difference of each side's clip probabilities from the plain network's; float32 sides must be close."""
     clips = make_clips(2)
     with torch.inference_mode():
         wanted = plain(clips)["clipwise_output"]
         found = {name: float((listen(clips)[0] - wanted).abs().max()) for name, listen in sides.items()}
     for name, difference in found.items():
-        assert difference < 1e-4 or "int8" in name, f"{name} differs from the plain network by {difference}"
+        assert difference < 1e-4 or name in COARSE, f"{name} differs from the plain network by {difference}"
     return found
 
 
@@ -191,7 +192,7 @@ def compare(
     return [
         Result(
             what, name, middle[name], middle["plain"], ratio(name, "plain"), middle["flushed"], ratio(name, "flushed"),
-            TARGETS[what].get(name), None if "int8" in name else ratio(name, "floor"),
+            TARGETS[what].get(name), None if name in COARSE else ratio(name, "floor"),
         )
         for name in sides
     ]  # fmt: skip
@@ -369,6 +370,9 @@ def main() -> None:
     onednn = copy.deepcopy(network)  # as a Tagger has it on a CPU
     use_onednn(onednn)
     sides: dict[str, Listen] = {"eager": onednn.probabilities, "torch's layers": network.probabilities}
+    if has_bf16("cpu"):
+        half = copy.deepcopy(onednn)
+        sides["bf16"] = torch.autocast("cpu", torch.bfloat16)(half.probabilities)
     if arguments.compile:
         torch._inductor.config.freezing = True
         sides["compiled"] = torch.compile(network.probabilities)
