@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda"}  # the setting accelerator -> Tagger's device
 RUNTIMES = {"onnx": "onnx", "int8": "onnx-int8"}  # of --runtime -> format of an export
-BF16_SPEED = 1.5  # of HTS-AT against float32, on a CPU with BF16 instructions: 1.45 with one clip, 1.53 with four
+BF16_SPEED = 1.5  # of HTS-AT against float32, on a CPU with BF16 instructions: 1.55 with one clip, 1.51 with four
 
 
 def load_tagger(given: dict[str, Any], command: str, runtime: str = "auto") -> Tagger:

@@ -58,12 +58,13 @@ def choose(settings: Config, *, training: bool, steps: Optional[int] = None) -> 
         compiled, reason = choose_compilation(settings, steps, gpu=gpu)
         mode = "default" if compiled else "off"
         reasons.append(reason)
+    compile_mode = None if mode in ("off", "auto") else mode
     return Performance(
         precision=precision,
-        compile_mode=None if mode in ("off", "auto") else mode,
+        compile_mode=compile_mode,
         tf32=gpu and precision != "32",
         keep_memory=auto and not gpu and platform.libc_ver()[0] == "glibc",
-        onednn=auto and training and not gpu,
+        onednn=auto and training and not gpu and compile_mode is None,
         reasons=tuple(reasons),
     )
 

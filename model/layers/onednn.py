@@ -122,7 +122,7 @@ class OneDNNLinear(_Packing, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self._arithmetic(x) if x.shape[-1:] == (self.in_features,) else None
-        if self._keeps() and dtype is not None:
+        if dtype is not None and self._keeps():
             if dtype == torch.float32 and not self.packs:
                 return _product(x, self.weight, self.bias, self.activation)
             return _product(x.to(dtype), *self._packed(dtype, self.bias, _pack_matrix), self.activation)
@@ -149,7 +149,7 @@ class OneDNNConv2d(_Packing, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self._arithmetic(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
-        if not self._keeps() or dtype is None:
+        if dtype is None or not self._keeps():
             return super().forward(x)
         sizes = self.padding, self.stride, self.dilation, self.groups
         weight, bias = self._packed(
