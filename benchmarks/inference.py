@@ -60,8 +60,8 @@ FIRST_TAG_TARGET = 1.0  # seconds over importing torch
 PAUSE = 0.05  # seconds before each measurement, in which the threads of the side before come to rest
 LATENCY, THROUGHPUT = "latency of one clip", "throughput"
 TARGETS = {
-    LATENCY: {"onnx int8": 2.8},
-    THROUGHPUT: {},
+    LATENCY: {"eager": 2.0, "onnx": 2.4, "onnx int8": 2.8},
+    THROUGHPUT: {"eager": 2.0, "onnx": 2.2, "onnx int8": 2.5},
 }
 SHARE_TARGET = 0.75  # of eager: the time of its products at the measured peak / its own
 COARSE = ("bf16", "onnx int8")  # sides in other arithmetic than float32

@@ -4,7 +4,7 @@
     python benchmarks/training.py --trainer [--batch CLIPS] [--precision bf16-mixed] [--compile default] [--tiny]
 
 Batch 4, float32, on the CPU or, where there is one, the GPU: forwards, backwards, clipping and AdamW, without drop path
-and SpecAugment, which are random; on a CPU with instructions for bfloat16 our side in that as well. All sides begin
+and SpecAugment, which are random; on a CPU our side without oneDNN's layers and in bfloat16 as well. All sides begin
 with the same weights and take turns, so that a busy machine slows all. A ratio is the median of the turns' ratios.
 Memory is measured in a process of each side's own.
 
@@ -98,10 +98,10 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def our_side(*, bf16: bool = False) -> Side:
+def our_side(*, bf16: bool = False, onednn: bool = DEVICE.type == "cpu") -> Side:
     """As `python main.py train` runs it, with what performance = auto takes in float32 and bfloat16."""
     network = HTSAT_Swin_Transformer(drop_path=0.0)
-    if DEVICE.type == "cpu":
+    if onednn:
         use_onednn(network)
     return Side(network, fused=True, bf16=bf16)
 
@@ -114,6 +114,8 @@ def plain_side() -> Side:
 
 
 SIDES: dict[str, Callable[[], Side]] = {"plain": plain_side, "ours": our_side}
+if DEVICE.type == "cpu":
+    SIDES["torch's layers"] = partial(our_side, onednn=False)
 if DEVICE.type == "cpu" and has_bf16("cpu"):
     SIDES["ours, bf16"] = partial(our_side, bf16=True)
 

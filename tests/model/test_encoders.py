@@ -338,7 +338,7 @@ def test_eight_clips_are_learned_by_heart(name: str) -> None:
 
 @every_case
 def test_onednn_computes_the_same(case: str) -> None:
-    """Scores; gradients; bfloat16, as far from float32 as torch's own; a copy."""
+    """Scores, and after other weights were loaded; gradients; bfloat16, as far from float32 as torch's own; a copy."""
     network = tiny(case)
     packed, waveform = copy.deepcopy(network), sound(network)
     use_onednn(packed)
@@ -346,10 +346,15 @@ def test_onednn_computes_the_same(case: str) -> None:
     replaced = [module for module in packed.modules() if isinstance(module, (OneDNNLinear, OneDNNConv2d))]
     assert replaced
     assert list(packed.state_dict()) == list(network.state_dict())
+    for factor in (1.0, 0.9):
+        weights = {key: factor * value if "weight" in key else value for key, value in network.state_dict().items()}
+        for module in (packed, network):
+            module.load_state_dict(weights)
+        with torch.inference_mode():
+            exact = network.probabilities(waveform)
+            for ours, wanted in zip(packed.probabilities(waveform), exact, strict=True):
+                assert (ours - wanted).norm() <= 1e-4 * wanted.norm()  # a single one rounds more
     with torch.inference_mode():
-        exact = network.probabilities(waveform)
-        for ours, wanted in zip(packed.probabilities(waveform), exact, strict=True):
-            assert (ours - wanted).norm() <= 1e-4 * wanted.norm()  # a single one rounds more
         assert any(module._kept for module in replaced) or not any(getattr(m, "packs", True) for m in replaced)
         copy.deepcopy(packed)  # the packed weights stay behind
         with torch.autocast("cpu", torch.bfloat16):
