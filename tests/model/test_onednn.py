@@ -88,15 +88,23 @@ def test_a_frozen_layer_keeps_no_input_for_the_backward_pass() -> None:
         (nn.Linear(6, 5, bias=False).double(), torch.randn(2, 6).double()),
         (nn.Conv2d(3, 4, 2), torch.randn(3, 5, 6)),
         (nn.Conv2d(3, 4, 2, stride=2, padding=1, bias=False), torch.randn(2, 5, 6, 3).permute(0, 3, 1, 2)),
+        (nn.Conv2d(3, 4, (2, 3), stride=(2, 3)), torch.randn(2, 3, 5, 7)),
+        (nn.Conv2d(3, 4, 2, stride=2, bias=False), torch.randn(0, 3, 4, 4)),
+        (nn.Conv2d(4, 4, 2, stride=2, groups=2), torch.randn(2, 4, 4, 6)),
     ],
 )
 def test_inputs_of_every_form(layer: nn.Module, x: Tensor, grad: bool) -> None:
-    theirs, ours = pair(layer.eval())
+    given = [(side, x.clone().requires_grad_(grad)) for side in pair(layer.eval())]
     with torch.set_grad_enabled(grad):
-        found = ours(x)
-        torch.testing.assert_close(found, theirs(x))
+        wanted, found = (side(own) for side, own in given)
+    torch.testing.assert_close(found, wanted)
     if grad:
-        found.sum().backward()
+        weights = torch.rand(wanted.shape, dtype=wanted.dtype)
+        gradients = (
+            torch.autograd.grad((weights * y).sum(), [own, *side.parameters()])
+            for (side, own), y in zip(given, (wanted, found), strict=True)
+        )
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,7 @@ def test_inputs_of_every_form(layer: nn.Module, x: Tensor, grad: bool) -> None:
         (nn.Linear(6, 5), torch.randn(2, 6).double()),
         (nn.Linear(6, 5).bfloat16(), torch.randn(2, 6)),
         (nn.Conv2d(3, 4, 2), torch.randn(2, 4, 5, 6)),
+        (nn.Conv2d(3, 4, (1, 4), stride=(1, 4)), torch.randn(2, 3, 5, 3)),
     ],
 )
 def test_torch_refuses_what_does_not_fit(layer: nn.Module, x: Tensor) -> None:
