@@ -81,6 +81,7 @@ class Result:
     flushed_ratio: float
     target: Optional[float]
     share: Optional[float]  # of a float32 side: time of the products at the measured peak / its own
+    blas_share: Optional[float]  # the same by the BLAS library alone, without oneDNN
 
 
 def make_clips(count: int) -> Tensor:
@@ -108,14 +109,18 @@ def timed(listen: Listen, clips: Tensor, batch: int) -> float:
 
 
 class Floor:
-    """What no float32 runtime gets below: the matrix products, at the rate of the fastest that is measured now."""
+    """What no float32 runtime gets below: the matrix products, at the rate of the fastest that is measured now.
 
-    def __init__(self, settings: Config) -> None:
-        self.settings, self.flops_of_a_clip = settings, count_flops(settings, training=False)
+    onednn: whether its products count; without, a CPU's are those of the BLAS library.
+    """
+
+    def __init__(self, settings: Config, *, onednn: bool = True) -> None:
+        self.settings, self.onednn = settings, onednn
+        self.flops_of_a_clip = count_flops(settings, training=False)
 
     def seconds(self, clips: int) -> float:
         time.sleep(PAUSE)
-        return clips * self.flops_of_a_clip / peak_flops(self.settings)
+        return clips * self.flops_of_a_clip / peak_flops(self.settings, onednn=self.onednn)
 
 
 class FlushedPlain:
@@ -172,16 +177,22 @@ def check(plain: PlainHTSAT, sides: dict[str, Listen]) -> dict[str, float]:
 
 
 def compare(
-    plain: PlainHTSAT, flushed: FlushedPlain, sides: dict[str, Listen], clips: int, batch: int, turns: int, floor: Floor
+    plain: PlainHTSAT,
+    flushed: FlushedPlain,
+    sides: dict[str, Listen],
+    clips: int,
+    batch: int,
+    turns: int,
+    floors: dict[str, Floor],
 ) -> list[Result]:
-    """Time all sides and the floor in turn on so many clips; the first turn warms up and does not count."""
+    """Time all sides and the floors in turn on so many clips; the first turn warms up and does not count."""
     what = LATENCY if clips == 1 else THROUGHPUT
     sounds = make_clips(clips)
-    taken: dict[str, list[float]] = {name: [] for name in ("plain", "flushed", *sides, "floor")}
+    taken: dict[str, list[float]] = {name: [] for name in ("plain", "flushed", *sides, *floors)}
     for turn in range(turns + 1):
         now = {"plain": timed(plain, sounds, batch), "flushed": flushed.timed(clips, batch)}
         now |= {name: timed(listen, sounds, batch) for name, listen in sides.items()}
-        now["floor"] = floor.seconds(clips)
+        now |= {name: floor.seconds(clips) for name, floor in floors.items()}
         for name, value in now.items():
             taken[name] += [value] if turn else []
     middle = {name: statistics.median(values) for name, values in taken.items()}
@@ -192,7 +203,7 @@ def compare(
     return [
         Result(
             what, name, middle[name], middle["plain"], ratio(name, "plain"), middle["flushed"], ratio(name, "flushed"),
-            TARGETS[what].get(name), None if name in COARSE else ratio(name, "floor"),
+            TARGETS[what].get(name), *(None if name in COARSE else ratio(name, floor) for floor in floors),
         )
         for name in sides
     ]  # fmt: skip
@@ -249,15 +260,15 @@ def print_results(results: list[Result], clips: int, batch: int) -> None:
         f"throughput: {clips} clips, {batch} at a time",
         title_justify="left",
     )
-    columns = ("", "plain (s)", "flushed (s)", "ours (s)", "ratio to plain", "to flushed", "target", "floor / ours")
-    for column in columns:
+    seconds = ("plain (s)", "flushed (s)", "ours (s)")
+    for column in ("", *seconds, "ratio to plain", "to flushed", "target", "floor / ours", "BLAS / ours"):
         table.add_column(column, justify="right" if column else "left")
     for r in results:
-        seconds = (f"{value:.3f}" for value in (r.plain_seconds, r.flushed_seconds, r.seconds))
+        times = (f"{value:.3f}" for value in (r.plain_seconds, r.flushed_seconds, r.seconds))
         target = f"{r.target:g}" if r.target else ""
-        share = f"{r.share:.0%}" if r.share else ""
-        table.add_row(f"{r.what}: {r.name}", *seconds, f"{r.ratio:.2f}", f"{r.flushed_ratio:.2f}", target, share)
-    Console(width=120).print(table)
+        shares = (f"{share:.0%}" if share else "" for share in (r.share, r.blas_share))
+        table.add_row(f"{r.what}: {r.name}", *times, f"{r.ratio:.2f}", f"{r.flushed_ratio:.2f}", target, *shares)
+    Console(width=130).print(table)
 
 
 @dataclass(frozen=True)
@@ -382,13 +393,14 @@ def main() -> None:
     differences = check(plain, sides)
     flushed = FlushedPlain(arguments.keep_memory)
     floor = Floor(settings)
-    results = compare(plain, flushed, sides, 1, 1, 4 * turns, floor)
-    results += compare(plain, flushed, sides, clips, arguments.batch, turns, floor)
+    floors = {"floor": floor, "BLAS": Floor(settings, onednn=False)}
+    results = compare(plain, flushed, sides, 1, 1, 4 * turns, floors)
+    results += compare(plain, flushed, sides, clips, arguments.batch, turns, floors)
     flushed.close()
     print_results(results, clips, arguments.batch)
     print(
         f"floor / ours: {floor.flops_of_a_clip / 1e9:.1f} GFLOP a clip at the rate of the fastest float32 product, "
-        f"measured in each turn; target {SHARE_TARGET:.0%} (eager)"
+        f"BLAS / ours: at that of the BLAS library's; both measured in each turn; target {SHARE_TARGET:.0%} (eager)"
     )
     print("MiB: " + ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items()))
     print("Largest difference of a clip's probability: " + ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))

@@ -334,29 +334,31 @@ def saved_for_backward(settings: Config, module: SEDWrapper) -> float:
     return sum(kept.values()) / COUNTED_CLIPS
 
 
-def peak_flops(settings: Config) -> float:
+def peak_flops(settings: Config, *, onednn: bool = True) -> float:
     """FLOP/s of the device: the fastest of some large matrix products in the precision of the settings and in float32.
 
     A CPU without instructions for bfloat16 multiplies it slower than float32, in which a part of the network stays.
+    onednn: whether a CPU multiplies by oneDNN too, or by the BLAS library alone.
     """
-    return max(_product_flops(device_of(settings), dtype) for dtype in {DTYPES[settings.precision], torch.float32})
+    device, dtypes = device_of(settings), {DTYPES[settings.precision], torch.float32}
+    return max(_product_flops(device, dtype, onednn) for dtype in dtypes)
 
 
-def _product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    size, seconds = SMALLEST_PRODUCT, _product_seconds(SMALLEST_PRODUCT, device, dtype)
+def _product_flops(device: torch.device, dtype: torch.dtype, onednn: bool) -> float:
+    size, seconds = SMALLEST_PRODUCT, _product_seconds(SMALLEST_PRODUCT, device, dtype, onednn)
     while seconds < PRODUCT_SECONDS and size < LARGEST_PRODUCT:  # slow arithmetic has its peak with small matrices
         size *= 2
-        seconds = _product_seconds(size, device, dtype)
+        seconds = _product_seconds(size, device, dtype, onednn)
     return 2 * size**3 / seconds
 
 
 @torch.inference_mode()
-def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the fastest of some products of (size, size) matrices; on a CPU by the BLAS library and by oneDNN."""
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype, onednn: bool) -> float:
+    """Seconds of the fastest of some products of (size, size) matrices."""
     rows = torch.randn(size, size, device=device).to(dtype)
     product = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=dtype))
     seconds = _least_seconds(product, rows)
-    if device.type == "cpu":
+    if onednn and device.type == "cpu":
         use_onednn(product)
         seconds = min(seconds, _least_seconds(product, rows))
     return seconds

@@ -60,7 +60,8 @@ class _Packing(nn.Module):
     """
 
     weight: Tensor
-    _kept: Optional[tuple[Any, Tensor, Optional[Tensor], Tensor]] = None
+    bias: Optional[Tensor]
+    _kept: Optional[tuple[Any, Tensor, Optional[Tensor], Any]] = None
 
     def train(self: Layer, mode: bool = True) -> Layer:
         self._kept = None
@@ -87,21 +88,21 @@ class _Packing(nn.Module):
         return keeps
 
     def _packed(
-        self,
-        dtype: torch.dtype,
-        bias: Optional[Tensor],
-        pack: Callable[[Tensor], Tensor],
-        shape: Optional[torch.Size] = None,
+        self, dtype: torch.dtype, pack: Callable[[Tensor], Tensor], shape: Optional[torch.Size] = None
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """The packed weight, and the layer's bias; shape: of the input, where it matters."""
-        parts = [part.detach() for part in (self.weight, bias) if part is not None]
-        source = dtype, shape, *((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
-        kept = self._kept
-        if kept is None or kept[0] != source:
-            # The weight is kept with it, so that its address is not given away.
-            half = None if bias is None else bias.detach().to(dtype)
-            self._kept = kept = source, pack(parts[0].to(dtype)), half, parts[0]
-        return kept[1], kept[2]
+        """The packed weight, and the bias; shape: of the input, where it matters."""
+        weight, bias = self.weight, self.bias
+        source = dtype, shape, _version(weight), None if bias is None else _version(bias)
+        if self._kept is None or self._kept[0] != source:
+            # Both are kept as well, so that their addresses are not given away.
+            parts = weight.detach(), None if bias is None else bias.detach()
+            self._kept = source, pack(parts[0].to(dtype)), None if parts[1] is None else parts[1].to(dtype), parts
+        return self._kept[1], self._kept[2]
+
+
+def _version(parameter: Tensor) -> tuple[int, int]:
+    """Where it lies, and how often it has been changed."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 @cache
@@ -126,7 +127,7 @@ class OneDNNLinear(_Packing, nn.Linear):
         if dtype is not None and self._keeps():
             if dtype == torch.float32 and not self.packs:
                 return _product(x, self.weight, self.bias, self.activation)
-            return _product(x.to(dtype), *self._packed(dtype, self.bias, _pack_matrix), self.activation)
+            return _product(x.to(dtype), *self._packed(dtype, _pack_matrix), self.activation)
         y = _Linear.apply(x, self.weight, self.bias) if dtype == torch.float32 else super().forward(x)
         return F.gelu(y) if self.activation == "gelu" else y
 
@@ -159,10 +160,7 @@ class OneDNNConv2d(_Packing, nn.Conv2d):
             return self._product_of_patches(x) if self.patches and large else super().forward(x)
         sizes = self.padding, self.stride, self.dilation, self.groups
         weight, bias = self._packed(
-            dtype,
-            self.bias,
-            lambda weight: torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape),
-            x.shape,
+            dtype, lambda weight: torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape), x.shape
         )
         return torch.ops.mkldnn._convolution_pointwise(x.to(dtype), weight, bias, *sizes, "none", [], "")
 
