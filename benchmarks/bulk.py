@@ -34,6 +34,7 @@ from inference.outputs import Outputs, Source, Wanted
 from inference.tagger import WINDOWS_AT_ONCE
 from inference.windows import cut_windows
 from model import build_model
+from model.network import keep_freed_memory
 from settings import resolve
 
 RATE = 44100
@@ -96,6 +97,8 @@ def main() -> None:
     thresholds = (0.0,) * EVENTS + (1.0,) * (len(labels) - EVENTS)
     tagger = Tagger(build_model(settings), settings, labels).to(arguments.device)
     size = WINDOWS_AT_ONCE[tagger.device.type]
+    if tagger.device.type == "cpu":
+        keep_freed_memory()  # as load_tagger does
     print(
         f"{arguments.files} files of {arguments.seconds:g} s, {arguments.format}, {arguments.network} network on "
         f"{tagger.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"

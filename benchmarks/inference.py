@@ -48,12 +48,11 @@ from inference.onnx_runtime import load_onnx
 from model import Network, build_model
 from model.export import build_onnx, join, quantize, save_onnx
 from model.layers.onednn import use_onednn
-from model.network import has_bf16
+from model.network import has_bf16, keep_freed_memory
 from model.opening import open_network
 from model.registry import ENCODERS
 from runs.measure import count_flops, peak_flops, peak_memory, release_and_reset_peak
 from settings import Config, resolve, section
-from training.performance import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_TAG_TARGET = 1.0  # seconds over importing torch

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from inference import Tagged, Tagger
 from model import build_model
+from model.network import keep_freed_memory
 from settings import resolve
 
 RATE = 16000
@@ -77,6 +78,8 @@ def main() -> None:
     size = TINY if arguments.network == "tiny" else {}
     settings = resolve({"dataset_type": "audioset", "window_overlap": arguments.window_overlap, **size})
     tagger = Tagger(build_model(settings), settings, [f"class {k}" for k in range(settings.classes_num)])
+    if tagger.device.type == "cpu":
+        keep_freed_memory()  # as load_tagger does
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"long.{arguments.format}"
         write_recording(path, arguments.hours)

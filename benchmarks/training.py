@@ -38,7 +38,7 @@ from benchmarks.plain import PlainHTSAT
 from model import Outputs
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.layers.onednn import use_onednn
-from model.network import has_bf16
+from model.network import has_bf16, keep_freed_memory
 from runs.measure import WARM_UP as UNCOUNTED
 from runs.measure import (
     Repeated,
@@ -53,7 +53,7 @@ from runs.measure import (
     time_training,
 )
 from settings import Config, resolve
-from training.performance import keep_freed_memory, settle
+from training.performance import settle
 from training.trainer import build_trainer
 
 BATCH_SIZE, CLIP_SAMPLES, CLASSES = 4, 320_000, 527
@@ -277,8 +277,7 @@ def main() -> None:
         write(arguments.json, found)
         return
     memory = {name: memory_of(name) for name in SIDES}
-    if platform.libc_ver()[0] == "glibc":
-        keep_freed_memory()  # on all sides, which share a process here
+    keep_freed_memory()  # on all sides, which share a process here
     results = {**compare(turns), "memory": memory}
     settings = resolve({"dataset_type": "audioset", "precision": "32", "compile": "off"})
     results["floor_seconds"] = BATCH_SIZE * count_flops(settings, training=True) / peak_flops(settings)

@@ -14,7 +14,7 @@ from torch import Tensor
 from inference.onnx_runtime import Exported, export_folder, find_exports, load_onnx
 from inference.tagger import HALF, TF32, Precision, Tagger
 from model.checkpoint import weights_digest
-from model.network import PROBABILITY_TOLERANCE, has_bf16
+from model.network import PROBABILITY_TOLERANCE, has_bf16, keep_freed_memory
 from model.registry import ENCODERS, find_checkpoint, known_names
 from settings import NETWORK_SECTIONS, UserError, requested, section
 
@@ -43,6 +43,8 @@ def load_tagger(given: dict[str, Any], command: str, runtime: str = "auto") -> T
     if runtime == "torch" and exported:
         raise UserError(f"{path} is run by onnxruntime: for --runtime torch give the checkpoint that it came from.")
     tagger = Tagger.from_checkpoint(path, DEVICES[requested("accelerator", given)], given=given)
+    if tagger.device.type == "cpu" and tagger.settings.performance == "auto":
+        keep_freed_memory()
     if tagger.report is not None:
         print(tagger.report, file=sys.stderr)
     if exported:

@@ -1,6 +1,5 @@
 """What performance = auto chooses for a device and a run: precision, compilation, TF32, keeping freed memory."""
 
-import ctypes
 import platform
 import warnings
 from dataclasses import dataclass, field
@@ -10,13 +9,10 @@ import torch
 
 from model import Network
 from model.layers.onednn import use_onednn
-from model.network import PROBABILITY_TOLERANCE, has_bf16
+from model.network import PROBABILITY_TOLERANCE, has_bf16, keep_freed_memory
 from model.registry import ENCODERS
 from settings import Config
 from training.devices import on_gpu, process_count
-
-# Of glibc's mallopt: how many blocks may be mapped on their own, and how much free memory is given back.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 # Of the full HTS-AT on an H100, batches of 128 in bfloat16: what torch.compile costs at the start of a training, with
 # its validation, and what it then saves, by 1,856 clips/s eager and 2,953 compiled.
@@ -107,13 +103,6 @@ def settle(settings: Config, *, training: bool, steps: Optional[int] = None) -> 
         keep_freed_memory()
     update = {"precision": chosen.precision, "compile": chosen.compile_mode or "off"}
     return settings.model_copy(update=update), chosen
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: each step asks for the same large blocks again, whose pages need not fault anew."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def speed_up(network: Network, chosen: Performance) -> None:

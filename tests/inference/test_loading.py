@@ -62,6 +62,17 @@ def nodes(tagger: Tagger) -> str:
     return "int8" if "int8" in tagger.network.session._model_path else "onnx"
 
 
+def test_freed_memory_is_kept_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny.ckpt")
+    kept: list[str] = []
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: kept.append("kept"))
+    load("torch", performance="manual")
+    assert kept == []
+    load("torch")
+    assert kept == ["kept"]
+
+
 @pytest.mark.slow
 def test_auto_takes_the_fastest_export_that_agrees(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
     found, wanted = load(), load("torch")
