@@ -60,7 +60,7 @@ class _Packing(nn.Module):
     """
 
     weight: Tensor
-    bias: Optional[Tensor]
+    bias: Any  # Tensor or None
     _kept: Optional[tuple[Any, Tensor, Optional[Tensor], Any]] = None
 
     def train(self: Layer, mode: bool = True) -> Layer:
