@@ -69,8 +69,9 @@ def join(start: Any, body: Any) -> Any:
 
 def _trace(module: nn.Module, example: Tensor, source: str, outputs: tuple[str, ...]) -> Any:
     with _quiet(), torch.no_grad():
+        module.eval()(example)  # matrices that are made once, and kept, are made outside of the tracing
         program = torch.onnx.export(
-            module.eval(),
+            module,
             (example,),
             dynamo=True,
             opset_version=OPSET,

@@ -7,14 +7,13 @@ Shapes: B clips, F bands, T frames, L tokens, D channels, K classes.
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.foreign import Weights
-from model.frontend import Analysis, CentredLogMel, FillUp, KaldiFbank
+from model.frontend import Analysis, CentredLogMel, FillUp, KaldiFbank, resizing_matrix
 from model.heads import FrameRNN, SequenceHead
 from model.network import Layer, Network, Outputs
 from model.registry import ENCODERS, read_options
@@ -147,10 +146,9 @@ def to_steps(tokens: Tensor, steps: int) -> Tensor:
     """(B, L, D) -> (B, steps, D): means of neighbours where there are more tokens, straight lines where fewer."""
     if tokens.shape[1] == steps:
         return tokens
-    x = tokens.float().transpose(1, 2)
-    longer = tokens.shape[1] > steps
-    x = F.adaptive_avg_pool1d(x, steps) if longer else F.interpolate(x, size=steps, mode="linear")
-    return x.transpose(1, 2)
+    mode: Literal["mean", "bilinear"] = "mean" if tokens.shape[1] > steps else "bilinear"
+    with torch.autocast(tokens.device.type, enabled=False):
+        return resizing_matrix(tokens.shape[1], steps, tokens.device, mode) @ tokens.float()
 
 
 # --- settings and files -----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import Literal, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -372,14 +372,24 @@ class TracedLogMel(nn.Module):
 
 
 @lru_cache(maxsize=32)
-def bicubic_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
-    """(size_out, size_in) matrix that does the bicubic stretch (align_corners=True) of one axis.
+def resizing_matrix(
+    size_in: int,
+    size_out: int,
+    device: torch.device,
+    mode: Literal["bicubic", "bilinear", "mean"] = "bicubic",
+    *,
+    align_corners: bool = False,
+) -> Tensor:
+    """(size_out, size_in) matrix that resizes one axis as F.interpolate does; mean: as F.adaptive_avg_pool1d.
 
-    As a matrix the stretch is deterministic on CUDA, where the backward pass of interpolate is not.
+    As a matrix it is deterministic on CUDA, where the backward passes of those are not.
     """
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # it may be used in training later
-        unit = torch.eye(size_in)[None, None]
-        matrix = F.interpolate(unit, size=(size_out, size_in), mode="bicubic", align_corners=True)
+        unit, size = torch.eye(size_in)[None, None], (size_out, size_in)
+        if mode == "mean":
+            matrix = F.adaptive_avg_pool2d(unit, size)
+        else:
+            matrix = F.interpolate(unit, size=size, mode=mode, align_corners=align_corners)
         return matrix[0, 0].to(device)
 
 
@@ -392,9 +402,9 @@ def stretch(logmel: Tensor, bands: int, frames: int) -> Tensor:
         )
     with torch.autocast(logmel.device.type, enabled=False):
         if logmel.shape[2] != frames:
-            logmel = logmel @ bicubic_matrix(logmel.shape[2], frames, logmel.device).T
+            logmel = logmel @ resizing_matrix(logmel.shape[2], frames, logmel.device, align_corners=True).T
         if logmel.shape[1] != bands:
-            logmel = bicubic_matrix(logmel.shape[1], bands, logmel.device) @ logmel
+            logmel = resizing_matrix(logmel.shape[1], bands, logmel.device, align_corners=True) @ logmel
     return logmel
 
 

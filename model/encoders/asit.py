@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.foreign import Weights
 from model.frame_network import (
@@ -20,7 +19,7 @@ from model.frame_network import (
     find,
     transformer_sizes,
 )
-from model.frontend import KaldiFbank
+from model.frontend import KaldiFbank, resizing_matrix
 from model.layers.vit import EPS, init_linear, vit_blocks
 from model.network import Layer
 from settings import UserError
@@ -79,9 +78,12 @@ class SpectrogramTransformer(nn.Module):
     def positions(self, patches: int) -> Tensor:
         """(1, 1 + patches, D) of the class token and the first patches of 10 s."""
         with torch.autocast(self.pos_embed.device.type, enabled=False):
-            grid = self.pos_embed[:, 1:].float().unflatten(1, TABLE).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, size=(STEPS, ROWS), mode="bicubic")
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)[:, :patches]], dim=1)
+            grid = self.pos_embed[0, 1:].float().unflatten(0, TABLE)  # (8, 37, D)
+            down, right = (
+                resizing_matrix(size, wanted, grid.device) for size, wanted in zip(TABLE, (STEPS, ROWS), strict=True)
+            )
+            grid = torch.einsum("ti,ijd,fj->tfd", down, grid, right)  # (STEPS, ROWS, D)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(0, 1)[None, :patches]], dim=1)
 
 
 class PatchEmbed(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model import heads
 from model.foreign import STATE_DICT, Weights
-from model.frontend import Analysis, BandNorm, LogMel, Spectrogram, TracedLogMel, bicubic_matrix, fold, stack, stretch
+from model.frontend import Analysis, BandNorm, LogMel, Spectrogram, TracedLogMel, fold, stack, stretch
 from model.layers.readout import Readout, repeat_in_time
 from model.layers.swin import PatchEmbed, Stage, SwinBlock, TracedAttention
 from model.network import Layer, Network, Outputs
@@ -283,9 +283,6 @@ class HTSAT_Swin_Transformer(Network):
         for block in network.blocks():
             assert isinstance(block, SwinBlock)
             block.attn = TracedAttention(block.attn, block.attn_mask)  # type: ignore[assignment]
-        for size, wanted in ((log_mel.shape[1], self.image_frames), (log_mel.shape[2], self.image_bands)):
-            if size != wanted:
-                bicubic_matrix(size, wanted, torch.device("cpu"))  # made, and kept, outside of the tracing
         return network
 
 

@@ -45,6 +45,11 @@ CASES: dict[str, dict[str, Any]] = {  # settings: the tiny sizes of each encoder
     },
     "psla, no attention": {**SIZES["psla"], "encoder_options": "variant=b0,width=0.25,heads=0"},
 }
+NOT_DETERMINISTIC = (  # on CUDA, by the documentation of torch.use_deterministic_algorithms
+    "AdaptiveAvgPool", "AdaptiveMaxPool", "AvgPool3D", "FractionalMaxPool", "MaxPool3D", "MaxUnpool", "Upsample",
+    "ReflectionPad", "ReplicationPad", "NllLoss2D", "CtcLoss", "GridSampler", "Cumsum", "EmbeddingBag", "PutBackward",
+    "ResizeBackward", "Histc", "Bincount", "Kthvalue", "Median",
+)  # fmt: skip
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -199,6 +204,21 @@ def test_every_parameter_learns(case: str) -> None:
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
         assert parameter.grad.any(), key
+
+
+@every_case
+def test_training_is_deterministic_on_a_gpu(case: str) -> None:
+    """No operator whose backward pass torch.use_deterministic_algorithms refuses on CUDA: the Trainer asks for it."""
+    network = tiny(case).train()
+    found, waiting = set(), [network(sound(network)).clip_logits.sum().grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    names = {node.name() for node in found}
+    assert len(names) > 5, names
+    assert not {name for name in names if name.startswith(NOT_DETERMINISTIC)}
 
 
 @every_case

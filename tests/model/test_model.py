@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from model.encoders.htsat import HTSAT_Swin_Transformer, Maps, scale_probabilities
 from model.export import Probabilities
-from model.frontend import BandNorm, LogMel, Spectrogram, bicubic_matrix, fold, stack, stretch
+from model.frontend import BandNorm, LogMel, Spectrogram, fold, resizing_matrix, stack, stretch
 from model.layers.swin import (
     MASK_SCALE,
     DropPath,
@@ -66,7 +66,7 @@ def test_too_short_a_waveform_is_refused() -> None:
 def test_stretch_is_bicubic(frames: int) -> None:
     logmel = torch.randn(2, 8, frames)
     expected = F.interpolate(logmel[:, None], (8, 1024), mode="bicubic", align_corners=True)[:, 0]
-    stretched = logmel @ bicubic_matrix(frames, 1024, torch.device("cpu")).T
+    stretched = logmel @ resizing_matrix(frames, 1024, torch.device("cpu"), align_corners=True).T
     torch.testing.assert_close(stretched, expected, atol=1e-5, rtol=0)
 
 
