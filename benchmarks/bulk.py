@@ -76,7 +76,7 @@ def seconds_of_network(tagger: Tagger, sources: list[Source], size: int) -> floa
         waveform = torch.from_numpy(np.stack(batch))
         begun = time.perf_counter()
         with torch.inference_mode():
-            for scores in tagger.network.probabilities(waveform.to(tagger.device)):
+            for scores in tagger.probabilities(waveform.to(tagger.device)):
                 scores.float().cpu()
         seconds += time.perf_counter() - begun
     return seconds

@@ -8,7 +8,7 @@ folder=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh FOLDER [--dry]}" && cd "$1
 ESC10=${ESC10:+$(realpath "$ESC10")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-[ -x "$python" ] || python=python
+command -v "$python" > /dev/null || python=python
 store=$(mktemp -d "${TMPDIR:-/tmp}/clips.XXXXXX")
 trap 'rm -rf "$store"' EXIT
 
@@ -55,7 +55,7 @@ write_repeated(Path('$store'), clips=$clips, clip_samples=$samples)"
 step tests 45 "$python" -m pytest -q -p no:cacheprovider -m gpu $(grep -rl "mark\.gpu" tests)
 step trainer 115 "$python" benchmarks/training.py --trainer "${trainer[@]}" --quick --batch $batch --steps $steps \
     --precision bf16-mixed --compile $compile --plain_batch $plain --json "$folder/trainer.json"
-step triton 85 env HTSAT_TRITON_ATTENTION=1 "$python" benchmarks/training.py --trainer "${trainer[@]}" --quick \
+step triton 100 env HTSAT_TRITON_ATTENTION=1 "$python" benchmarks/training.py --trainer "${trainer[@]}" --quick \
     --batch $batch --steps $steps --precision bf16-mixed --compile $compile --json "$folder/triton.json"
 step benchmark 165 "$python" main.py benchmark --dataset_type audioset --dataset_path "$store" --batch_size $batch \
     --devices 1 "${network[@]}" --precisions bf16-mixed --compile_modes $compile --steps $steps --num_workers $workers \

@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 
 from data.facts import store_facts
 from data.files import check_writable, whole_file, write_json
-from data_generator import SEDDataModule, load_training_data
+from data_generator import SEDDataModule, TrainLoader, load_training_data
 from model.registry import ENCODERS
 from runs.measure import (
     WARM_UP,
@@ -30,6 +30,7 @@ from runs.measure import (
     fit,
     one_device,
     peak_flops,
+    read_ahead,
     synthetic_batch,
     time_inference,
     time_training,
@@ -170,7 +171,8 @@ def measure(settings: Config, data: Optional[SEDDataModule], steps: int) -> Iter
         batch = synthetic_batch(taken, taken.batch_size)
         sources: dict[str, Batches] = {"memory": Repeated(batch, WARM_UP + steps)}
         if data:
-            sources["store"] = WholeBatches(data.train_dataloader(), WARM_UP + steps)  # type: ignore[arg-type]
+            loader: TrainLoader = data.train_dataloader()  # type: ignore[assignment]
+            sources["store"] = WholeBatches(loader, steps, warm_up=WARM_UP + read_ahead(loader))
         for source, batches in sources.items():
             empty = Row(taken.encoder, work, source, taken.precision, taken.compile)
             try:

@@ -390,8 +390,9 @@ class Tagger:
     def _begin(self, batch: list[tuple[Recording, Window]], frame_embeddings: bool) -> "_Begun":
         """Let the device score windows of one or several recordings; a GPU works on when this returns."""
         cuda = self.device.type == "cuda"
-        waveform = torch.from_numpy(np.stack([window.samples for _, window in batch]))
-        waveform = (waveform.pin_memory() if cuda else waveform).to(self.device, non_blocking=cuda)
+        waveform = torch.empty(len(batch), len(batch[0][1].samples), pin_memory=cuda)
+        np.stack([window.samples for _, window in batch], out=waveform.numpy())
+        waveform = waveform.to(self.device, non_blocking=cuda)
         with self._arithmetic():
             if frame_embeddings:
                 network = self.encoder()

@@ -81,7 +81,9 @@ class ClipNetwork(Network):
 
     def decibel(self) -> Tensor:
         analysis = self.spectrum.analysis
-        return torch.tensor([analysis.decibel / (2 * self.deviation)], device=analysis.get_buffer("bands").device)
+        return torch.full(
+            (1,), analysis.decibel / (2 * self.deviation), device=analysis.get_buffer("bands").device
+        )  # without waiting for a GPU
 
     def onnx_frontend(self, samples: int) -> nn.Module:
         spectrum = copy.deepcopy(self.spectrum).cpu()

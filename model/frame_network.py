@@ -95,7 +95,9 @@ class FrameNetwork(Network):
 
     def decibel(self) -> Tensor:
         analysis = self.spectrum.analysis
-        return torch.tensor([analysis.decibel / self.scale], device=analysis.get_buffer("bands").device)
+        return torch.full(
+            (1,), analysis.decibel / self.scale, device=analysis.get_buffer("bands").device
+        )  # without waiting for a GPU
 
     def forward_features(self, features: Tensor) -> Tensor:
         return self.encode(features)

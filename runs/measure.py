@@ -100,6 +100,8 @@ def synthetic_batch(settings: Config, clips: int) -> Batch:
 class Repeated:
     """One batch in memory, `count` times."""
 
+    warm_up = WARM_UP
+
     def __init__(self, batch: Batch, count: int) -> None:
         self.batch, self.count = batch, count
 
@@ -111,14 +113,14 @@ class Repeated:
 
 
 class WholeBatches:
-    """`count` whole batches of a loader, which is gone through as often as that takes.
+    """`warm_up` whole batches of a loader and `count` more, which is gone through as often as that takes.
 
     The smaller batch at the end of an epoch is left out: compiled for its own size, it would be timed as compilation.
     """
 
-    def __init__(self, loader: TrainLoader, count: int, *, seconds: float = math.inf) -> None:
-        """seconds: after which no more are given, but for the WARM_UP first ones and one behind them."""
-        self.loader, self.count, self.seconds = loader, count, seconds
+    def __init__(self, loader: TrainLoader, count: int, *, warm_up: int = WARM_UP, seconds: float = math.inf) -> None:
+        """seconds: after which no more are given, but for the first warm_up and one behind them."""
+        self.loader, self.count, self.warm_up, self.seconds = loader, warm_up + count, warm_up, seconds
 
     def __len__(self) -> int:
         return self.count
@@ -132,7 +134,7 @@ class WholeBatches:
                 if len(batch["waveform"]) == self.loader.batch_size:
                     yield batch
                     given += 1
-                late = given > WARM_UP and time.monotonic() - started > self.seconds
+                late = given > self.warm_up and time.monotonic() - started > self.seconds
                 if given == self.count or late:
                     return
             epoch += 1
@@ -148,8 +150,9 @@ class Laps:
     counts: between two steps lies only the time in which the GPU had no step to compute.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, warm_up: int = WARM_UP) -> None:
+        """warm_up: steps that do not count."""
+        self.device, self.warm_up = device, warm_up
         self.begins: list[Any] = []
         self.ends: list[Any] = []
         self.clips: list[int] = []
@@ -173,15 +176,15 @@ class Laps:
         self.clips.append(clips)
 
     def timing(self) -> Timing:
-        """Of the steps after the first WARM_UP, each with the pause before it."""
+        """Of the steps after the first warm_up, each with the pause before it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         pauses = [self.seconds(end, begin) for end, begin in zip(self.ends, self.begins[1:], strict=False)]
         return Timing(
-            steps=len(self.ends) - WARM_UP,
-            clips=sum(self.clips[WARM_UP:]),
-            seconds=self.seconds(self.ends[WARM_UP - 1], self.ends[-1]),
-            waiting=sum(pauses[WARM_UP - 1 :]),
+            steps=len(self.ends) - self.warm_up,
+            clips=sum(self.clips[self.warm_up :]),
+            seconds=self.seconds(self.ends[self.warm_up - 1], self.ends[-1]),
+            waiting=sum(pauses[self.warm_up - 1 :]),
             first_step=self.seconds(self.begins[0], self.ends[0]),
             memory=peak_memory(self.device),
         )
@@ -243,11 +246,11 @@ def memory_checked(settings: Config) -> Iterator[None]:
 
 
 def time_training(settings: Config, batches: Batches, module: Optional[SEDWrapper] = None) -> Timing:
-    """Training steps on the batches, of which the first WARM_UP do not count. settings: see one_device.
+    """Training steps on the batches, of which the first warm_up do not count. settings: see one_device.
 
     module: in place of a new network. Raises OutOfMemoryError.
     """
-    laps = Laps(device_of(settings))
+    laps = Laps(device_of(settings), batches.warm_up)
     fit(settings, batches, LapCallback(laps), module)
     return laps.timing()
 
@@ -255,7 +258,7 @@ def time_training(settings: Config, batches: Batches, module: Optional[SEDWrappe
 def time_bare_loop(settings: Config, batches: Batches, module: SEDWrapper) -> Timing:
     """The steps of time_training without a Trainer: loss, backward pass, clipping and AdamW, and no hooks or logs."""
     device = device_of(settings)
-    laps = Laps(device)
+    laps = Laps(device, batches.warm_up)
     module = module.to(device).train()
     optimizer = module.configure_optimizers()["optimizer"]
     with memory_checked(settings):
@@ -275,7 +278,7 @@ def time_bare_loop(settings: Config, batches: Batches, module: SEDWrapper) -> Ti
 def time_inference(settings: Config, batches: Batches) -> Timing:
     """Clip and frame scores of the batches, once each, without tta_shifts; otherwise as time_training."""
     device = device_of(settings)
-    laps = Laps(device)
+    laps = Laps(device, batches.warm_up)
     module = measured_module(settings).to(device).eval()
     with memory_checked(settings), torch.inference_mode(), autocast(settings):
         for batch in batches:
@@ -286,10 +289,17 @@ def time_inference(settings: Config, batches: Batches) -> Timing:
     return laps.timing()
 
 
+def read_ahead(loader: TrainLoader) -> int:
+    """Batches that the workers have ready while the first step compiles; no later step finds as many."""
+    return loader.num_workers * (loader.prefetch_factor or 0)
+
+
 def autocast(settings: Config) -> AbstractContextManager[None]:
     """The network's arithmetic as `precision` asks for it, for what runs without a Trainer."""
     mixed = settings.precision != "32"
-    return torch.autocast(device_of(settings).type, DTYPES[settings.precision] if mixed else None, enabled=mixed)
+    dtype = DTYPES[settings.precision] if mixed else None
+    # Without a cache, as the Trainer: what torch.compile has made for one of them serves the other.
+    return torch.autocast(device_of(settings).type, dtype, enabled=mixed, cache_enabled=False)
 
 
 def count_flops(settings: Config, *, training: bool) -> float:

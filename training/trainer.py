@@ -61,7 +61,7 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
         default_root_dir=str(settings.run_folder),  # where Lightning looks for what a SLURM job has left
         plugins=[AtomicCheckpointIO(), *_environment()],
         num_sanity_val_steps=0,
-        log_every_n_steps=min(10, steps_per_epoch or 1, DEBUG_BATCHES if settings.debug else 10),
+        log_every_n_steps=min(10, steps_per_epoch or 10, DEBUG_BATCHES if settings.debug else 10),
         enable_model_summary=False,
         logger=_loggers(settings) if training else False,
         callbacks=[EndTogether(), *(build_callbacks(settings) if training else [Progress(gpu=gpu)])],

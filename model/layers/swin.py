@@ -96,19 +96,19 @@ class _Gather(torch.autograd.Function):
     """x[:, index] for a permutation; backwards it gathers again, where index_select would add row by row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
         return x.index_select(1, index)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return gradients[0].index_select(1, torch.argsort(index)), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(1, inverse), None, None
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """(B, L, C) with its tokens in the order of `index`, a permutation (L,)."""
-    return _Gather.apply(x, index) if x.requires_grad else x.index_select(1, index)
+def gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """(B, L, C) with its tokens in the order of `index`, a permutation (L,); inverse: torch.argsort(index)."""
+    return _Gather.apply(x, index, inverse) if x.requires_grad else x.index_select(1, index)
 
 
 class PatchMerging(nn.Module):
@@ -316,6 +316,7 @@ class Stage(nn.Module):
             same = not now.is_meta and torch.equal(now, wanted)  # on the meta device there are no values to compare
             index = None if same else change_of_order(now, wanted)
             self.register_buffer(f"gather{number}", index, persistent=False)
+            self.register_buffer(f"inverse{number}", None if same else change_of_order(wanted, now), persistent=False)
             now = wanted
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, Optional[Tensor]]:
@@ -338,4 +339,4 @@ class Stage(nn.Module):
 
     def _gather(self, x: Tensor, number: int) -> Tensor:
         index = self.get_buffer(f"gather{number}")
-        return x if index is None else gather(x, index)
+        return x if index is None else gather(x, index, self.get_buffer(f"inverse{number}"))

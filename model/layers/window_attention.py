@@ -212,7 +212,8 @@ def _attention(qkv: Tensor, table: Tensor, heads: int, height: int, width: int, 
     qkv, table = qkv.contiguous(), table.contiguous()
     grid, sizes, constants = _launch(qkv, heads, Windows(height, width, side, shift))
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-    _forward[grid](qkv, table, out, *sizes, **constants)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current GPU
+        _forward[grid](qkv, table, out, *sizes, **constants)
     return out
 
 
@@ -229,11 +230,12 @@ def _attention_backward(
     grid, sizes, constants = _launch(qkv, heads, Windows(height, width, side, shift))
     qkv_gradient, table_gradient = torch.empty_like(qkv), torch.empty_like(table)
     bias_gradient = qkv.new_empty((grid[1], heads, side**2, side**2), dtype=torch.float32)
-    _backward[grid](qkv, table, gradient, qkv_gradient, bias_gradient, *sizes, **constants)
-    _sum_of_offsets[(len(table), heads)](
-        bias_gradient, table_gradient, grid[1], heads,
-        loops=triton.cdiv(grid[1], TOGETHER.value), side=side, block=constants["block"],
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv):
+        _backward[grid](qkv, table, gradient, qkv_gradient, bias_gradient, *sizes, **constants)
+        _sum_of_offsets[(len(table), heads)](
+            bias_gradient, table_gradient, grid[1], heads,
+            loops=triton.cdiv(grid[1], TOGETHER.value), side=side, block=constants["block"],
+        )  # fmt: skip
     return qkv_gradient, table_gradient
 
 
