@@ -81,9 +81,7 @@ class ClipNetwork(Network):
 
     def decibel(self) -> Tensor:
         analysis = self.spectrum.analysis
-        return torch.full(
-            (1,), analysis.decibel / (2 * self.deviation), device=analysis.get_buffer("bands").device
-        )  # without waiting for a GPU
+        return analysis.get_buffer("bands").new_full((1,), analysis.decibel / (2 * self.deviation))
 
     def onnx_frontend(self, samples: int) -> nn.Module:
         spectrum = copy.deepcopy(self.spectrum).cpu()

@@ -95,9 +95,7 @@ class FrameNetwork(Network):
 
     def decibel(self) -> Tensor:
         analysis = self.spectrum.analysis
-        return torch.full(
-            (1,), analysis.decibel / self.scale, device=analysis.get_buffer("bands").device
-        )  # without waiting for a GPU
+        return analysis.get_buffer("bands").new_full((1,), analysis.decibel / self.scale)
 
     def forward_features(self, features: Tensor) -> Tensor:
         return self.encode(features)

@@ -86,9 +86,7 @@ class MobileNetV3(Network):
 
     def decibel(self) -> Tensor:
         analysis = self.spectrum.analysis
-        return torch.full(
-            (1,), analysis.decibel / SCALE, device=analysis.get_buffer("bands").device
-        )  # without waiting for a GPU
+        return analysis.get_buffer("bands").new_full((1,), analysis.decibel / SCALE)
 
     def forward_features(self, features: Tensor) -> Tensor:
         """(B, F, T) -> (B, D, F / 32, T / 32)."""
