@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Optional
@@ -107,15 +107,16 @@ def timed(listen: Listen, clips: Tensor, batch: int) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
 class Floor:
     """What no float32 runtime gets below: the matrix products, at the rate of the fastest that is measured now.
 
     onednn: whether its products count; without, a CPU's are those of the BLAS library.
     """
 
-    def __init__(self, settings: Config, *, onednn: bool = True) -> None:
-        self.settings, self.onednn = settings, onednn
-        self.flops_of_a_clip = count_flops(settings, training=False)
+    settings: Config
+    flops_of_a_clip: float
+    onednn: bool = True
 
     def seconds(self, clips: int) -> float:
         time.sleep(PAUSE)
@@ -391,8 +392,8 @@ def main() -> None:
     sides |= more
     differences = check(plain, sides)
     flushed = FlushedPlain(arguments.keep_memory)
-    floor = Floor(settings)
-    floors = {"floor": floor, "BLAS": Floor(settings, onednn=False)}
+    floor = Floor(settings, count_flops(settings, training=False))
+    floors = {"floor": floor, "BLAS": replace(floor, onednn=False)}
     results = compare(plain, flushed, sides, 1, 1, 4 * turns, floors)
     results += compare(plain, flushed, sides, clips, arguments.batch, turns, floors)
     flushed.close()

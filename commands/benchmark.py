@@ -172,7 +172,8 @@ def measure(settings: Config, data: Optional[SEDDataModule], steps: int) -> Iter
         sources: dict[str, Batches] = {"memory": Repeated(batch, WARM_UP + steps)}
         if data:
             loader: TrainLoader = data.train_dataloader()  # type: ignore[assignment]
-            sources["store"] = WholeBatches(loader, steps, warm_up=WARM_UP + read_ahead(loader))
+            warm_up = WARM_UP + read_ahead(loader)
+            sources["store"] = WholeBatches(loader, warm_up + steps, warm_up=warm_up)
         for source, batches in sources.items():
             empty = Row(taken.encoder, work, source, taken.precision, taken.compile)
             try:

@@ -20,6 +20,7 @@ from data.names import markup, terminal_text
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from runs.measure import (
+    WARM_UP,
     Timing,
     WholeBatches,
     device_of,
@@ -331,7 +332,7 @@ def plan_duration(
 
     def batches(clips: int, count: int) -> WholeBatches:
         loader = load_training_data(part.model_copy(update={"batch_size": clips}), ("train",)).train_dataloader()
-        return WholeBatches(loader, count, seconds=MEASURED_SECONDS)  # type: ignore[arg-type]
+        return WholeBatches(loader, WARM_UP + count, seconds=MEASURED_SECONDS)  # type: ignore[arg-type]
 
     say(f"training steps, for about {MEASURED_SECONDS:g} s")
     few = (

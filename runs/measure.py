@@ -100,7 +100,7 @@ def synthetic_batch(settings: Config, clips: int) -> Batch:
 class Repeated:
     """One batch in memory, `count` times."""
 
-    warm_up = WARM_UP
+    warm_up = WARM_UP  # of them, those that do not count
 
     def __init__(self, batch: Batch, count: int) -> None:
         self.batch, self.count = batch, count
@@ -113,14 +113,14 @@ class Repeated:
 
 
 class WholeBatches:
-    """`warm_up` whole batches of a loader and `count` more, which is gone through as often as that takes.
+    """`count` whole batches of a loader, which is gone through as often as that takes.
 
     The smaller batch at the end of an epoch is left out: compiled for its own size, it would be timed as compilation.
     """
 
     def __init__(self, loader: TrainLoader, count: int, *, warm_up: int = WARM_UP, seconds: float = math.inf) -> None:
-        """seconds: after which no more are given, but for the first warm_up and one behind them."""
-        self.loader, self.count, self.warm_up, self.seconds = loader, warm_up + count, warm_up, seconds
+        """warm_up: of them, those that do not count. seconds: after which no more come, but for these and one more."""
+        self.loader, self.count, self.warm_up, self.seconds = loader, count, warm_up, seconds
 
     def __len__(self) -> int:
         return self.count

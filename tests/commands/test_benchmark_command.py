@@ -21,6 +21,7 @@ from runs.measure import (
     one_device,
     peak_flops,
     peak_memory,
+    read_ahead,
     release_and_reset_peak,
     synthetic_batch,
 )
@@ -87,11 +88,17 @@ def test_without_data_it_measures_memory_alone(
 def test_batches_are_whole_and_as_many_as_asked(settings: Config) -> None:
     """14 clips make three whole batches of 4 an epoch; epochs differ."""
     loader = load_training_data(settings, ("train",)).train_dataloader()
-    batches = list(WholeBatches(loader, 5, warm_up=2))  # type: ignore[arg-type]
+    batches = list(WholeBatches(loader, 7))  # type: ignore[arg-type]
     assert [len(batch["waveform"]) for batch in batches] == [4] * 7
     epochs = [np.concatenate([batch["index"] for batch in batches[n : n + 3]]).tolist() for n in (0, 3)]
     assert all(len(set(epoch)) == 12 for epoch in epochs)
     assert epochs[0] != epochs[1]
+
+
+def test_what_workers_read_ahead(settings: Config) -> None:
+    for workers, batches in ((0, 0), (2, 4)):
+        data = load_training_data(settings.model_copy(update={"num_workers": workers}), ("train",))
+        assert read_ahead(data.train_dataloader()) == batches  # type: ignore[arg-type]
 
 
 def test_laps(monkeypatch: pytest.MonkeyPatch) -> None:

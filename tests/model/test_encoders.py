@@ -210,7 +210,8 @@ def test_every_parameter_learns(case: str) -> None:
 def test_training_is_deterministic_on_a_gpu(case: str) -> None:
     """No operator whose backward pass torch.use_deterministic_algorithms refuses on CUDA: the Trainer asks for it."""
     network = tiny(case).train()
-    found, waiting = set(), [network(sound(network)).clip_logits.sum().grad_fn]
+    outputs = network(sound(network))
+    found, waiting = set(), [outputs.clip_logits.grad_fn, outputs.frame_logits.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in found:
