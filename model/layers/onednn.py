@@ -29,7 +29,11 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], activation: str 
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear by oneDNN, and the gradient of its input; that of the weight is faster by the BLAS library."""
+    """F.linear and the gradient of its input by oneDNN.
+
+    The gradient of the weight is faster by the BLAS library, except in a layer that narrows: oneDNN copies the
+    transposed gradient, which costs little where it is narrow.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -46,7 +50,9 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_input = _product(rows, weight.t(), None).view(*gradient.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
-            of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+            x = x.reshape(-1, x.shape[-1])
+            narrows = len(x) > 0 and x.shape[1] >= 4 * rows.shape[1]  # as the second layer of an MLP
+            of_weight = _product(rows.t(), x.t(), None) if narrows else rows.t() @ x
         if ctx.needs_input_grad[2]:
             of_bias = rows.sum(dim=0)
         return of_input, of_weight, of_bias

@@ -85,6 +85,8 @@ def test_a_frozen_layer_keeps_no_input_for_the_backward_pass() -> None:
         (nn.Linear(6, 5), torch.randn(6)),
         (nn.Linear(6, 5), torch.randn(0, 6)),
         (nn.Linear(6, 5), torch.randn(6, 4).t()),
+        (nn.Linear(8, 2), torch.randn(2, 3, 8)),
+        (nn.Linear(8, 2), torch.randn(0, 8)),
         (nn.Linear(6, 5, bias=False).double(), torch.randn(2, 6).double()),
         (nn.Conv2d(3, 4, 2), torch.randn(3, 5, 6)),
         (nn.Conv2d(3, 4, 2, stride=2, padding=1, bias=False), torch.randn(2, 5, 6, 3).permute(0, 3, 1, 2)),
