@@ -68,7 +68,7 @@ performance: Literal["auto", "manual"] = "auto"  # auto: take what the device is
 compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = (  # torch.compile, by its modes
     "auto" if performance == "auto" else "off"
 )
-gradient_checkpointing: bool = False  # recompute each Swin block in the backward pass: less memory, a third slower
+gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third slower
 
 # --- training --------------------------------------------------------------------------------------------------------
 batch_size: PositiveInt = 128 if dataset_type == "audioset" else 32  # clips in one step, all devices together

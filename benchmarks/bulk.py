@@ -11,7 +11,6 @@ resident memory and the open files. The files are removed.
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.long_file import TINY, peak_mib, resident_mib
 from commands.predict import tag_sources
 from data.audio import stream_audio
 from evaluation.postprocess import PostProcessing
@@ -38,7 +38,6 @@ from model.network import keep_freed_memory
 from settings import resolve
 
 RATE = 44100
-TINY = {"htsat_dim": 16, "htsat_depth": [1, 1, 1, 1], "htsat_num_head": [1, 2, 4, 8]}
 EVENTS = 3  # classes that have an event in each file, as many as a trained network finds
 
 
@@ -91,6 +90,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.files < 10:
+        parser.error(f"--files {arguments.files}: give 10 or more, a tenth is timed at a time")
     torch.manual_seed(0)
     settings = resolve({"dataset_type": "audioset", **(TINY if arguments.network == "tiny" else {})})
     labels = [f"class {k}" for k in range(settings.classes_num)]
@@ -115,12 +116,11 @@ def main() -> None:
             for tenth in range(10):
                 share = sources[tenth * len(sources) // 10 : (tenth + 1) * len(sources) // 10]
                 predict, network = seconds_of_predict(tagger, share, outputs), seconds_of_network(tagger, share, size)
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
                 rows.append(
                     {
                         "predict_seconds": predict,
                         "network_seconds": network,
-                        "resident_mib": pages * resource.getpagesize() / 2**20,
+                        "resident_mib": resident_mib(),
                         "open_files": len(os.listdir("/proc/self/fd")),
                     }
                 )
@@ -133,7 +133,7 @@ def main() -> None:
         ending = time.perf_counter() - begun
     total = {name: sum(row[f"{name}_seconds"] for row in rows) for name in ("predict", "network")}
     total["predict"] += ending  # the outputs, of the journal
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = peak_mib()
     print(
         f"predict {total['predict']:.1f} s ({arguments.files / total['predict']:.0f} files/s), network "
         f"{total['network']:.1f} s: ratio {total['predict'] / total['network']:.3f}; peak {peak:.0f} MiB"

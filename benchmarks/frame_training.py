@@ -217,6 +217,8 @@ def main() -> None:
     bench = Bench(arguments.workspace.resolve(), arguments.threads, arguments.esc10)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     systems = [system for name in arguments.systems.split(",") for system in GROUPS.get(name, [name])]
+    if wrong := [name for name in systems if name not in SYSTEMS]:
+        parser.error(f"--systems {', '.join(wrong)}: give some of {', '.join([*SYSTEMS, *GROUPS])}")
     print_table({system: [bench.measure(system, seed) for seed in seeds] for system in systems}, seeds)
 
 

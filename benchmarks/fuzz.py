@@ -316,8 +316,10 @@ def main() -> int:
     parser.add_argument("--only", type=int)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    findings = 0
-    for name in options.kinds.split(","):
+    findings, names = 0, options.kinds.split(",")
+    if wrong := [name for name in names if name not in KINDS]:
+        parser.error(f"--kinds {', '.join(wrong)}: give some of {', '.join(KINDS)}")
+    for name in names:
         started, counts = time.monotonic(), Counter[str]()
         numbers = list(range(options.count)) if options.only is None else [options.only]
         for number, what, error in run(name, options.seed, numbers):

@@ -4,7 +4,14 @@
 # --dry: the same lines on a CPU with a tiny network, to see that each works. PYTHON: .venv/bin/python unless set.
 # ESC10=ESC-10_FOLDER: in their place the accuracy of the full network in float32 and bfloat16, three seeds, on fold 4.
 set -uo pipefail
-folder=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh FOLDER [--dry]}" && cd "$1" && pwd)
+usage="usage: bash benchmarks/gpu.sh FOLDER [--dry]"
+case ${1:-} in "" | -*) echo "$usage" >&2 && exit 2 ;; esac
+case ${2:-} in
+    --dry) ;;
+    "") command -v nvidia-smi > /dev/null || { echo "There is no GPU here: use --dry" >&2 && exit 2; } ;;
+    *) echo "$usage" >&2 && exit 2 ;;
+esac
+folder=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 ESC10=${ESC10:+$(realpath "$ESC10")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

@@ -367,6 +367,8 @@ def main() -> None:
         return
     if arguments.encoder:
         names = list(ENCODERS) if arguments.encoder == "all" else arguments.encoder.split(",")
+        if wrong := [name for name in names if name not in ENCODERS]:
+            sys.exit(f"--encoder {', '.join(wrong)}: give all, or some of {', '.join(ENCODERS)}")
         clips, turns = (8, 2) if arguments.quick else (16, 5)
         rows = measure_encoders(names, clips, arguments.batch, turns)
         print_encoders(rows, clips, arguments.batch)

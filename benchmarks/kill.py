@@ -261,7 +261,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", metavar="FOLDER", help="work here, and keep what went wrong")
     arguments = parser.parse_args()
+    names = arguments.commands.split(",")
+    if wrong := [name for name in names if name not in COMMANDS]:
+        parser.error(f"--commands {', '.join(wrong)}: give some of {', '.join(COMMANDS)}")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(arguments.keep or temporary).absolute()
         place.mkdir(parents=True, exist_ok=True)
-        sys.exit(run(arguments.commands.split(","), arguments.times, arguments.seed, place))
+        sys.exit(run(names, arguments.times, arguments.seed, place))

@@ -78,6 +78,7 @@ def main() -> None:
     size = TINY if arguments.network == "tiny" else {}
     settings = resolve({"dataset_type": "audioset", "window_overlap": arguments.window_overlap, **size})
     tagger = Tagger(build_model(settings), settings, [f"class {k}" for k in range(settings.classes_num)])
+    tagger = tagger.to("auto")
     if tagger.device.type == "cpu":
         keep_freed_memory()  # as load_tagger does
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,8 @@
 """The published forward pass, written plainly: what the benchmarks of inference and training compare with.
 
-As the paper's code computes it: the STFT as a convolution, BatchNorm2d,
-interpolate for the bicubic stretch, windows by view and roll, attention as an explicit softmax whose maps are kept,
-a mask of -100, and the frame scores repeated in memory. Its parameters have the names of model/htsat.py, so one state
-dict serves both.
+As the paper's code computes it: the STFT as a convolution, BatchNorm2d, interpolate for the bicubic stretch, windows by
+view and roll, attention as an explicit softmax whose maps are kept, a mask of -100, and the frame scores repeated in
+memory. Its parameters have the names of model/encoders/htsat.py, so one state dict serves both.
 """
 
 from collections.abc import Sequence

@@ -39,7 +39,6 @@ from model import Outputs
 from model.encoders.htsat import HTSAT_Swin_Transformer
 from model.layers.onednn import use_onednn
 from model.network import has_bf16, keep_freed_memory
-from runs.measure import WARM_UP as UNCOUNTED
 from runs.measure import (
     Repeated,
     count_flops,
@@ -52,7 +51,7 @@ from runs.measure import (
     time_bare_loop,
     time_training,
 )
-from settings import Config, resolve
+from settings import Config, UserError, resolve
 from training.performance import settle
 from training.trainer import build_trainer
 
@@ -62,7 +61,8 @@ TINY: dict[str, Any] = {  # clips of a quarter of a second, and some millisecond
     "clip_samples": 8000,
 }  # fmt: skip
 TARGETS = {"ours": 1.3, "ours, bf16": 2.0}
-TURNS, QUICK_TURNS, WARM_UP = 9, 2, 2
+TURNS, QUICK_TURNS = 9, 2
+WARM_UP = 5  # the first steps get their memory from the system
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -175,7 +175,7 @@ def compare_trainer(settings: Config, turns: int, steps: int, plain_clips: int) 
     """
     build_trainer(settings, steps_per_epoch=None)  # its switches hold for the process, and so for all sides and turns
     module = measured_module(settings)
-    batches = Repeated(synthetic_batch(settings, settings.batch_size), UNCOUNTED + steps)
+    batches = Repeated(synthetic_batch(settings, settings.batch_size), steps)
     bare, through, plain_seconds = [], [], []
     plain, given = (plain_side(), batch(plain_clips)) if plain_clips else (None, None)
     for _ in range(turns):
@@ -272,7 +272,11 @@ def main() -> None:
         return
     turns = QUICK_TURNS if arguments.quick else TURNS
     if arguments.trainer:
-        found = compare_trainer(trainer_settings(arguments), turns, arguments.steps, arguments.plain_batch)
+        try:
+            settings = trainer_settings(arguments)
+        except UserError as error:
+            parser.error(str(error))
+        found = compare_trainer(settings, turns, arguments.steps, arguments.plain_batch)
         print_trainer(found)
         write(arguments.json, found)
         return

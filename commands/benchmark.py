@@ -30,7 +30,6 @@ from runs.measure import (
     fit,
     one_device,
     peak_flops,
-    read_ahead,
     synthetic_batch,
     time_inference,
     time_training,
@@ -104,7 +103,8 @@ def run(
         raise UserError(f"--steps {steps} is not allowed: it must be 1 or more.")
     wanted_precisions = chosen("precisions", precisions, PRECISIONS)
     modes = chosen("compile_modes", compile_modes, COMPILE_MODES)
-    names = list(ENCODERS) if encoders == "all" else chosen("encoders", encoders, tuple(ENCODERS))
+    names = chosen("encoders", encoders, ("all", *ENCODERS))
+    names = list(ENCODERS) if "all" in names else names
     every = [resolve({**given, **({"encoder": name} if name else {})}, facts=store_facts) for name in names or [""]]
     settings = every[0]
     if "16-mixed" in (wanted_precisions or [settings.precision]) and not on_gpu(settings):
@@ -147,8 +147,9 @@ def chosen(flag: str, words: Optional[str], allowed: tuple[str, ...]) -> list[st
 
 def prepared_data(settings: Config) -> Optional[SEDDataModule]:
     """The training clips of the settings, or None, with the reason printed, where they cannot give a whole batch."""
+    part = one_device(settings)
     try:
-        data = load_training_data(one_device(settings), ("train",))
+        data = load_training_data(part, ("train",))
     except UserError as error:
         print(f"Nothing is read from a store: {error}")
         return None
@@ -169,11 +170,10 @@ def measure(settings: Config, data: Optional[SEDDataModule], steps: int) -> Iter
         taken = one_device(settle(settings, training=training)[0])
         flops, peak = count_flops(taken, training=training), peak_flops(taken)
         batch = synthetic_batch(taken, taken.batch_size)
-        sources: dict[str, Batches] = {"memory": Repeated(batch, WARM_UP + steps)}
+        sources: dict[str, Batches] = {"memory": Repeated(batch, steps)}
         if data:
             loader: TrainLoader = data.train_dataloader()  # type: ignore[assignment]
-            warm_up = WARM_UP + read_ahead(loader)
-            sources["store"] = WholeBatches(loader, warm_up + steps, warm_up=warm_up)
+            sources["store"] = WholeBatches(loader, steps)
         for source, batches in sources.items():
             empty = Row(taken.encoder, work, source, taken.precision, taken.compile)
             try:
@@ -266,7 +266,7 @@ def profile_training(settings: Config, trace: Optional[Path]) -> list[Operation]
     profiler = torch.profiler.profile(activities=activities, acc_events=True)
     batch = synthetic_batch(settings, settings.batch_size)
     try:
-        fit(settings, Repeated(batch, WARM_UP + PROFILED_STEPS), ProfiledSteps(profiler))
+        fit(settings, Repeated(batch, PROFILED_STEPS), ProfiledSteps(profiler))
     except OutOfMemoryError as error:
         print(f"Nothing is profiled: {error}")
         return []

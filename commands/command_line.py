@@ -141,16 +141,21 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan": Command(
         "what a training will need, before it starts; exit status 1 where it cannot run",
-        [("--measure_steps", {"help": "training steps to time, 0: none", "type": int, "default": 20})],
+        [
+            (
+                "--measure_steps",
+                {"help": "most training steps to time, for about 5 s; 0: none [20]", "type": int, "default": 20},
+            )
+        ],
         TRAINING,
     ),
     "benchmark": Command(
         "measure training and inference on this machine",
         [
-            ("--precisions", {"help": "32,bf16-mixed,16-mixed; without it what performance takes", "metavar": "LIST"}),
-            ("--compile_modes", {"help": "off,default,...; without it what performance takes", "metavar": "LIST"}),
+            ("--precisions", {"help": "32,bf16-mixed,16-mixed [that of --precision]", "metavar": "LIST"}),
+            ("--compile_modes", {"help": "off,default,... [that of --compile]", "metavar": "LIST"}),
             ("--encoders", {"help": "names, or all; without it that of the settings", "metavar": "LIST"}),
-            ("--steps", {"help": "steps of each measurement", "type": int, "default": 20}),
+            ("--steps", {"help": "steps of each measurement [20]", "type": int, "default": 20}),
             ("--json", {"help": "file to write the figures into as well", "dest": "json_file", "metavar": "FILE"}),
             ("--profile", {"help": "print the heaviest operations of training steps", "action": "store_true"}),
             ("--trace", {"help": "file for a trace of training steps; with the table of --profile", "metavar": "FILE"}),
@@ -190,7 +195,7 @@ COMMANDS: dict[str, Command] = {
         "tag audio files with a checkpoint (--resume_checkpoint PATH); the same command resumes an interrupted run",
         [
             ("files", {"nargs": "+", "help": "audio files, folders with all below them, - for standard input"}),
-            ("--top_k", {"type": int, "default": 5, "help": "how many classes to print"}),
+            ("--top_k", {"type": int, "default": 5, "help": "how many classes to print [5]"}),
             ("--runtime", {"default": "auto", "help": "torch, onnx or int8; auto: the fastest that agrees [auto]"}),
             ("--classes", {"help": "only these: dog,cat or '[\"Speech, male\"]' [all]", "metavar": "LIST"}),
             ("--min_score", {"help": "leave out tags and events of a lower score [0]", "type": float}),
@@ -213,7 +218,7 @@ COMMANDS: dict[str, Command] = {
             ("--shard", {"help": "the K-th of N shares of the files, for job arrays", "metavar": "K/N"}),
             ("--ray", {"help": "local, or a Ray cluster: a worker a device (--devices)", "metavar": "ADDRESS"}),
         ],
-        (*TAGGING, "batch_size", "devices", "predict", "event detection"),
+        (*TAGGING, "performance", "batch_size", "devices", "predict", "event detection"),
     ),
     "listen": Command(
         "tags and events while they sound, with a checkpoint (--resume_checkpoint PATH): microphone or standard input",
@@ -245,7 +250,7 @@ COMMANDS: dict[str, Command] = {
             ("--events", {"help": f"TSV: {EVENT_COLUMNS}", "metavar": "FILE", "default": None}),
             ("--top_k", {"help": "how many classes the live line shows [3]", "type": int, "default": 3}),
         ],
-        (*TAGGING, "event detection"),
+        (*TAGGING, "performance", "event detection"),
     ),
     "serve": Command(
         "a local web page that tags files and recordings with a checkpoint (--resume_checkpoint PATH)",
@@ -256,7 +261,7 @@ COMMANDS: dict[str, Command] = {
             ("--most_seconds", {"help": "longest sound to take [600]", "type": float, "default": 600.0}),
             ("--most_waiting", {"help": "requests that may wait while one is computed [4]", "type": int, "default": 4}),
         ],
-        (*TAGGING, "predict", "event detection"),
+        (*TAGGING, "performance", "predict", "event detection"),
     ),
 }
 

@@ -31,7 +31,7 @@ from evaluation.scores import Scores, load_scores
 from model import build_model
 from model.registry import ENCODERS, encoder_titles
 from runs.experiments import experiment_hash, run_command
-from runs.measure import WARM_UP, Repeated, count_flops, one_device, synthetic_batch, time_inference, time_training
+from runs.measure import Repeated, count_flops, one_device, synthetic_batch, time_inference, time_training
 from runs.records import device_name
 from settings import Config, UserError, all_settings, check_values, close_names, fewest, resolve, section, split_list
 from training.callbacks import SECONDS, read_curves
@@ -307,7 +307,7 @@ def measure(run: Run, steps: int) -> Optional[Cost]:
     if known.keys() == Cost.__dataclass_fields__.keys() and all(known[name] == value for name, value in how.items()):
         return Cost(**known)
     print(f"Measuring {run.settings.encoder} ...", flush=True)
-    batches = Repeated(synthetic_batch(settings, settings.batch_size), WARM_UP + steps)
+    batches = Repeated(synthetic_batch(settings, settings.batch_size), steps)
     on_cpu = settings.model_copy(update={"accelerator": "cpu", "precision": "32"})  # where each layer can be counted
     try:
         training = time_training(settings, batches)

@@ -20,7 +20,6 @@ from data.names import markup, terminal_text
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
 from runs.measure import (
-    WARM_UP,
     Timing,
     WholeBatches,
     device_of,
@@ -110,7 +109,10 @@ def make_plan(settings: Config, plan: Plan, measure_steps: int) -> str:
     read = plan.attempt(lambda: reading_rate(data))
     if read:
         plan.rows.append(("disk", str(read)))
-    if measure_steps and enough and len(data.tables["train"]) >= measured_part(settings).batch_size:
+    clips, batch = len(data.tables["train"]), measured_part(settings).batch_size
+    if measure_steps and clips < batch:
+        plan.warnings.append(f"Nothing is timed: {clips} training clips are less than a batch of {batch}.")
+    elif measure_steps and enough:
         epochs = settings.max_epoch - done
         plan.attempt(lambda: plan_duration(settings, plan, data, steps, epochs, measure_steps, read))
     return device_name(settings)
@@ -332,7 +334,7 @@ def plan_duration(
 
     def batches(clips: int, count: int) -> WholeBatches:
         loader = load_training_data(part.model_copy(update={"batch_size": clips}), ("train",)).train_dataloader()
-        return WholeBatches(loader, WARM_UP + count, seconds=MEASURED_SECONDS)  # type: ignore[arg-type]
+        return WholeBatches(loader, count, seconds=MEASURED_SECONDS)  # type: ignore[arg-type]
 
     say(f"training steps, for about {MEASURED_SECONDS:g} s")
     few = (

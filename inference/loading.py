@@ -60,8 +60,8 @@ def load_tagger(given: dict[str, Any], command: str, runtime: str = "auto") -> T
 def take_fastest(tagger: Tagger, path: str, *, exports: bool) -> str:
     """Let the fastest compute whose probabilities are known to agree with float32's; returns what it is, and why.
 
-    Where settings.precision is auto: bfloat16 or TF32 where the device has it, as measured now on one sound; on the
-    CPU an export of these very weights (`exports`), by what `export` has measured.
+    Unless performance is manual: with precision auto, bfloat16 or TF32 where the device has it, as measured now on
+    one sound; on the CPU an export of these very weights (`exports`), by what `export` has measured.
     """
     if tagger.settings.performance != "auto":
         return f"torch, {tagger.device.type}, precision {tagger.precision}"
@@ -129,7 +129,7 @@ def take_precision(tagger: Tagger) -> tuple[float, str]:
     device, encoder = tagger.device.type, tagger.settings.encoder
     tagger.precision = "32"
     if device == "cpu" and ENCODERS[encoder].bf16_difference is None:
-        return 1.0, f"auto: bfloat16 is not measured for {encoder} on CPUs"
+        return 1.0, f"auto: bfloat16's error is not measured for {encoder} on CPUs"
     tried: list[Precision] = ["bf16-mixed", TF32] if device == "cuda" else ["bf16-mixed"]
     if not has_bf16(device):
         return 1.0, f"auto: this {'GPU' if device == 'cuda' else 'CPU'} has no instructions for bfloat16"

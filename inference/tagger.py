@@ -34,7 +34,7 @@ HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TF32: Precision = "tf32"  # of products and convolutions on a GPU, float32 else
 WINDOWS_AT_ONCE = {"cpu": 4, "cuda": 32}
 READERS = {"cpu": 1, "cuda": 4}  # threads that read files; on the CPU the network needs the cores itself
-BATCHES_AHEAD = {"cuda": 1}  # batches that the device has before the scores of the one before are taken
+BATCHES_AHEAD = {"cuda": 1}  # batches queued on the device while the scores of an earlier one are awaited
 
 
 class Runtime(Protocol):

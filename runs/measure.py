@@ -42,7 +42,10 @@ PRODUCTS, PRODUCT_SECONDS = 5, 0.02  # how many are timed, and how long one take
 
 @dataclass(frozen=True)
 class Timing:
-    """Some steps of one kind. waiting: seconds between steps; memory: bytes at most; first_step: with compilation."""
+    """Steps of training or inference.
+
+    seconds: of all; waiting: of these, those between steps; first_step: seconds, with compilation; memory: peak bytes.
+    """
 
     steps: int
     clips: int
@@ -65,7 +68,7 @@ class Timing:
 
 
 def one_device(settings: Config) -> Config:
-    """Settings of the part of a step that one device computes at a time: batch_size is divided as for the run."""
+    """Settings of one micro-batch on one device: batch_size over devices and accumulate_batches."""
     part = settings.batch_size // device_count(settings) // settings.accumulate_batches
     return settings.model_copy(update={"devices": 1, "accumulate_batches": 1, "batch_size": part, "max_epoch": 1})
 
@@ -98,44 +101,48 @@ def synthetic_batch(settings: Config, clips: int) -> Batch:
 
 
 class Repeated:
-    """One batch in memory, `count` times."""
+    """One batch in memory: warm_up times, which do not count, then `count` times."""
 
-    warm_up = WARM_UP  # of them, those that do not count
+    warm_up = WARM_UP
 
     def __init__(self, batch: Batch, count: int) -> None:
         self.batch, self.count = batch, count
 
     def __len__(self) -> int:
-        return self.count
+        return self.warm_up + self.count
 
     def __iter__(self) -> Iterator[Batch]:
-        return itertools.repeat(self.batch, self.count)
+        return itertools.repeat(self.batch, len(self))
 
 
 class WholeBatches:
-    """`count` whole batches of a loader, which is gone through as often as that takes.
+    """Whole batches of a loader, epoch after epoch: warm_up, which do not count, then `count`.
 
-    The smaller batch at the end of an epoch is left out: compiled for its own size, it would be timed as compilation.
+    What the workers prefetch while the first step compiles does not count: no later step finds as many. The
+    smaller batch at the end of an epoch is left out: compiled for its own size, it would be timed as compilation.
     """
 
-    def __init__(self, loader: TrainLoader, count: int, *, warm_up: int = WARM_UP, seconds: float = math.inf) -> None:
-        """warm_up: of them, those that do not count. seconds: after which no more come, but for these and one more."""
-        self.loader, self.count, self.warm_up, self.seconds = loader, count, warm_up, seconds
+    def __init__(self, loader: TrainLoader, count: int, *, seconds: float = math.inf) -> None:
+        """seconds: after the warm-up, when to stop; one batch counts at least."""
+        self.loader, self.count, self.seconds = loader, count, seconds
+        self.warm_up = WARM_UP + loader.num_workers * (loader.prefetch_factor or 0)
 
     def __len__(self) -> int:
-        return self.count
+        return self.warm_up + self.count
 
     def __iter__(self) -> Iterator[Batch]:
         assert len(self.loader.sampler) >= (self.loader.batch_size or 1), "no epoch would have a whole batch"
-        given, epoch, started = 0, 0, time.monotonic()
+        given, epoch, started = 0, 0, 0.0
         while True:
             self.loader.sampler.set_epoch(epoch)
             for batch in self.loader:
                 if len(batch["waveform"]) == self.loader.batch_size:
+                    if given == self.warm_up:
+                        started = time.monotonic()
                     yield batch
                     given += 1
                 late = given > self.warm_up and time.monotonic() - started > self.seconds
-                if given == self.count or late:
+                if given == len(self) or late:
                     return
             epoch += 1
 
@@ -287,11 +294,6 @@ def time_inference(settings: Config, batches: Batches) -> Timing:
             module.clip_and_frame_scores(int16_to_float32(waveform), settings.sample_rate)
             laps.end(len(waveform))
     return laps.timing()
-
-
-def read_ahead(loader: TrainLoader) -> int:
-    """Batches that the workers have ready while the first step compiles; no later step finds as many."""
-    return loader.num_workers * (loader.prefetch_factor or 0)
 
 
 def autocast(settings: Config) -> AbstractContextManager[None]:

@@ -22,7 +22,7 @@ from runs.ledger import file_sha256
 from runs.test_plan import class_mapping
 from settings import Config, UserError, section
 from training.devices import is_first_process, on_gpu
-from training.performance import settle
+from training.performance import choose, settle, speed_up
 
 METRIC_IN_NAME = re.compile(r"-[A-Za-z_]+_(\d\.\d+)$")  # as the checkpoints of a run are named: epoch_007-mAP_0.4312
 EPOCH_IN_NAME = re.compile(r"epoch_(\d+)-")  # counted from 0
@@ -54,6 +54,7 @@ class Member:
     def network(self) -> Network:
         """The network with the checkpoint's weights; what was loaded is printed."""
         network, report = build_with_weights(self.checkpoint, self.settings)
+        speed_up(network, choose(self.settings, training=False))
         if is_first_process():
             print(report)
         return network

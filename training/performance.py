@@ -42,8 +42,8 @@ class Performance:
 def choose(settings: Config, *, training: bool, steps: Optional[int] = None) -> Performance:
     """The settings, with a choice for the device where they are auto.
 
-    A test stays eager and in float32 unless they are set, so that its figures are exact. steps: of the training that
-    are to come; None: not known, and taken for many.
+    A test stays eager and in float32 unless they are set, so that its figures are exact. steps: training steps left;
+    None: unknown, assumed many.
     """
     gpu, auto, reasons = on_gpu(settings), settings.performance == "auto", []
     precision, mode = settings.precision, settings.compile
@@ -78,7 +78,7 @@ def choose_precision(settings: Config, *, gpu: bool) -> tuple[Literal["bf16-mixe
         return "bf16-mixed", "this GPU computes in bfloat16"
     if difference is None or difference > PROBABILITY_TOLERANCE:
         return "32", f"bfloat16's error is not measured for {settings.encoder}"
-    return "bf16-mixed", f"this CPU computes in bfloat16, which changes probabilities by {difference:g} at most"
+    return "bf16-mixed", f"this CPU computes in bfloat16, which changed probabilities by up to {difference:g}"
 
 
 def choose_compilation(settings: Config, steps: Optional[int], *, gpu: bool) -> tuple[bool, str]:

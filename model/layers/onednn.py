@@ -21,7 +21,8 @@ OPERATORS = (
     "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight",
     "_is_mkldnn_bf16_supported",
 )  # fmt: skip
-ACTIVATIONS = {"none": "", "gelu": "none"}  # oneDNN's names, and what it approximates GELU by: nothing
+ACTIVATIONS = {"none": "", "gelu": "none"}  # activation -> its algorithm: GELU without approximation
+NARROWS = 4  # inputs to outputs of a layer whose weight's gradient is faster by oneDNN: the second one of an MLP
 
 
 def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], activation: str = "none") -> Tensor:
@@ -31,8 +32,8 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], activation: str 
 class _Linear(torch.autograd.Function):
     """F.linear and the gradient of its input by oneDNN.
 
-    The gradient of the weight is faster by the BLAS library, except in a layer that narrows: oneDNN copies the
-    transposed gradient, which costs little where it is narrow.
+    The gradient of the weight is faster by the BLAS library, except where outputs are few: oneDNN first copies the
+    transposed gradient of the output.
     """
 
     @staticmethod
@@ -51,7 +52,7 @@ class _Linear(torch.autograd.Function):
             of_input = _product(rows, weight.t(), None).view(*gradient.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             x = x.reshape(-1, x.shape[-1])
-            narrows = len(x) > 0 and x.shape[1] >= 4 * rows.shape[1]  # as the second layer of an MLP
+            narrows = len(x) > 0 and x.shape[1] >= NARROWS * rows.shape[1]
             of_weight = _product(rows.t(), x.t(), None) if narrows else rows.t() @ x
         if ctx.needs_input_grad[2]:
             of_bias = rows.sum(dim=0)
@@ -59,10 +60,10 @@ class _Linear(torch.autograd.Function):
 
 
 class _Packing(nn.Module):
-    """A layer that in evaluation keeps its weight as oneDNN multiplies it; in bfloat16 under autocast.
+    """A layer that in evaluation keeps its weight in oneDNN's packed layout; in bfloat16 under autocast.
 
-    It is kept until the weight changes or moves, the mode changes, or the arithmetic is another one. An optimizer may
-    change weights without a trace: what was kept is dropped where a gradient may be taken.
+    It is packed anew when the weight, the mode or the dtype changes, and dropped where gradients are enabled: an
+    optimizer may change weights without a trace.
     """
 
     weight: Tensor

@@ -1,6 +1,7 @@
 """python main.py benchmark: what it reports, what it counts, and what it refuses."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,6 @@ from runs.measure import (
     one_device,
     peak_flops,
     peak_memory,
-    read_ahead,
     release_and_reset_peak,
     synthetic_batch,
 )
@@ -88,17 +88,29 @@ def test_without_data_it_measures_memory_alone(
 def test_batches_are_whole_and_as_many_as_asked(settings: Config) -> None:
     """14 clips make three whole batches of 4 an epoch; epochs differ."""
     loader = load_training_data(settings, ("train",)).train_dataloader()
-    batches = list(WholeBatches(loader, 7))  # type: ignore[arg-type]
+    batches = list(WholeBatches(loader, 7 - WARM_UP))  # type: ignore[arg-type]
     assert [len(batch["waveform"]) for batch in batches] == [4] * 7
     epochs = [np.concatenate([batch["index"] for batch in batches[n : n + 3]]).tolist() for n in (0, 3)]
     assert all(len(set(epoch)) == 12 for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
-def test_what_workers_read_ahead(settings: Config) -> None:
+def test_what_workers_prefetch_does_not_count(settings: Config) -> None:
     for workers, batches in ((0, 0), (2, 4)):
         data = load_training_data(settings.model_copy(update={"num_workers": workers}), ("train",))
-        assert read_ahead(data.train_dataloader()) == batches  # type: ignore[arg-type]
+        assert WholeBatches(data.train_dataloader(), 1).warm_up == WARM_UP + batches  # type: ignore[arg-type]
+
+
+def test_the_clock_begins_after_the_warm_up(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 2 s, of 100 s before; 5 s have three of them."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    given = 0
+    loader = load_training_data(settings, ("train",)).train_dataloader()
+    for _ in WholeBatches(loader, 20, seconds=5.0):  # type: ignore[arg-type]
+        now += 100.0 if given < WARM_UP else 2.0
+        given += 1
+    assert given == WARM_UP + 3
 
 
 def test_laps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +162,7 @@ def test_synthetic_batches_are_a_loader_s(settings: Config) -> None:
     made = synthetic_batch(settings, 4)
     for name in ("waveform", "target", "index"):
         assert (made[name].shape, made[name].dtype) == (real[name].shape, real[name].dtype)
-    assert len(list(Repeated(made, 3))) == len(Repeated(made, 3)) == 3
+    assert len(list(Repeated(made, 3))) == len(Repeated(made, 3)) == WARM_UP + 3
 
 
 def test_what_was_measured_stays_when_a_later_row_has_no_memory(

@@ -339,6 +339,12 @@ def test_the_hash_is_that_of_the_weights_that_were_loaded(tested: tuple[Path, li
     assert line.random_seed == 1
 
 
+def test_a_test_is_compiled_where_the_setting_says_so(tested: tuple[Path, list[str]]) -> None:
+    for mode, compiled in (("auto", False), ("default", True)):
+        network = Member.read(str(tested[0] / "a.ckpt"), {"accelerator": "cpu", "compile": mode}).network()
+        assert {part._compiled_call_impl is not None for part in network.compiled_parts()} == {compiled}
+
+
 def test_a_test_records_which_clips_it_scored(tested: tuple[Path, list[str]]) -> None:
     """Under the protocol paper the validation clips are the test clips; and a configured front-end is in the line."""
     given = {"accelerator": "cpu", "test_split": "validation", "frontend_from": "settings"}
