@@ -65,9 +65,7 @@ accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # where to run
 devices: NonNegativeInt = 0  # how many devices; 0: every GPU there is, or one CPU process
 num_workers: NonNegativeInt = 3 if dataset_type == "audioset" else 0  # processes that read data, for each device
 performance: Literal["auto", "manual"] = "auto"  # auto: take what the device is good at where a setting says auto
-compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = (  # torch.compile, by its modes
-    "auto" if performance == "auto" else "off"
-)
+compile: Literal["auto", "off", "default"] = "auto" if performance == "auto" else "off"  # default: torch.compile
 gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third slower
 
 # --- training --------------------------------------------------------------------------------------------------------

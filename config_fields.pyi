@@ -32,7 +32,7 @@ class ConfigFields(BaseModel):
     devices: NonNegativeInt
     num_workers: NonNegativeInt
     performance: Literal['auto', 'manual']
-    compile: Literal['auto', 'off', 'default', 'reduce-overhead', 'max-autotune']
+    compile: Literal['auto', 'off', 'default']
     gradient_checkpointing: bool
     batch_size: PositiveInt
     learning_rate: PositiveFloat

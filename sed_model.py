@@ -26,7 +26,7 @@ from model.checkpoint import EPOCH_SO_FAR
 from model.network import resample
 from settings import FRAME_LOSSES, Config, UserError, section
 from training import augment
-from training.devices import copy_stream, to_device
+from training.devices import average_statistics, copy_stream, sum_of_processes, to_device
 from training.losses import (
     LOSSES,
     MeanTeacher,
@@ -123,13 +123,18 @@ class Evaluation(pl.LightningModule):
         self.test_framewise: Optional[np.ndarray] = frames[0] if frames else None
         self.test_metrics = clip_metrics(self.task, clipwise, self.test_targets)
 
+    def _joined(self, column: Sequence[Tensor], dtype: torch.dtype) -> np.ndarray:
+        """What the steps of all processes collected."""
+        part = torch.cat(list(column)).to(dtype)
+        if self.trainer.world_size > 1:
+            part = torch.cat(gather_all_tensors(part.contiguous()))
+        return part.cpu().numpy()
+
     def _gather(self, collected: list[tuple[Tensor, ...]]) -> list[np.ndarray]:
         """What the steps collected, from all processes, sorted by the clips' place in the table, each clip once."""
-        columns = list(zip(*collected, strict=True))
-        parts = [torch.cat(columns[0]), *(torch.cat(column).float() for column in columns[1:])]
-        if self.trainer.world_size > 1:
-            parts = [torch.cat(gather_all_tensors(part.contiguous())) for part in parts]
-        arrays = [part.cpu().numpy() for part in parts]
+        index, *others = zip(*collected, strict=True)
+        # One column after another: of many frames a device has no room for two.
+        arrays = [self._joined(index, torch.long), *(self._joined(column, torch.float32) for column in others)]
         self.not_scored = int((arrays[0] == UNREADABLE).sum())
         if self.not_scored:
             warnings.warn(
@@ -236,9 +241,7 @@ class SEDWrapper(Evaluation):
     def _mean_of_processes(self, values: Tensor) -> Tensor:
         if self._world_size() == 1:
             return values
-        reduced = self.trainer.strategy.reduce(values, reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        return reduced
+        return sum_of_processes(values) / self._world_size()
 
     def _diverged(self, why: str) -> BaseException:
         """What to raise, in all processes: the first one says why."""
@@ -403,6 +406,8 @@ class SEDWrapper(Evaluation):
 
     def on_validation_epoch_start(self) -> None:
         self.collected, self.watched = [], []
+        if self._world_size() > 1:
+            average_statistics(self.sed_model)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         logits = self(self.sound(batch)).clip_logits
@@ -571,8 +576,7 @@ class FrameSEDWrapper(SEDWrapper):
         here, world = chosen.sum().float(), self._world_size()
         if world == 1:
             return here, torch.ones_like(here)
-        total = self.trainer.strategy.reduce(here.clone(), reduce_op="sum")
-        assert isinstance(total, Tensor)
+        total = sum_of_processes(here)
         return total, here * world / total.clamp(min=1)
 
     def _consistency(self, outputs: Outputs, features: Tensor) -> Tensor:

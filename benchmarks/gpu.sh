@@ -15,7 +15,7 @@ folder=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 ESC10=${ESC10:+$(realpath "$ESC10")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-command -v "$python" > /dev/null || python=python
+command -v "$python" > /dev/null || python=python3
 store=$(mktemp -d "${TMPDIR:-/tmp}/clips.XXXXXX")
 trap 'rm -rf "$store"' EXIT
 
@@ -44,10 +44,13 @@ step() {
 : > "$folder/steps.tsv"
 if [ -n "$ESC10" ]; then
     step prepare 60 "$python" main.py prepare --dataset_type esc-50 --raw "$ESC10" --workspace "$store"
-    for precision in 32 bf16-mixed; do
-        step "esc10-$precision" 200 "$python" main.py compare --dataset_type esc-50 --esc_fold 4 --encoders htsat \
+    for precision in 32 bf16-mixed; do # side by side: writing checkpoints takes most of the time
+        step "esc10-$precision" 400 "$python" main.py compare --dataset_type esc-50 --esc_fold 4 --encoders htsat \
             --workspace "$store/$precision" --dataset_path "$store/data/esc-50" --seeds $seeds --steps 0 \
-            --precision $precision --batch_size 16 --save_top_k 1 --devices 1 "${small[@]}"
+            --precision $precision --batch_size 16 --save_top_k 1 --devices 1 "${small[@]}" &
+    done
+    wait
+    for precision in 32 bf16-mixed; do
         cp "$store/$precision"/runs/comparison_*.md "$folder/$precision.md"
     done
     exit

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from torch.autograd import DeviceType
 
-from data.facts import store_facts
 from data.files import check_writable, whole_file, write_json
 from data_generator import SEDDataModule, TrainLoader, load_training_data
 from model.registry import ENCODERS
@@ -35,7 +34,8 @@ from runs.measure import (
     time_training,
 )
 from runs.records import device_name, git_revision
-from settings import Config, UserError, resolve
+from runs.resume import resolve_training
+from settings import Config, UserError
 from training.devices import on_gpu
 from training.performance import settle
 
@@ -52,7 +52,7 @@ FIGURES = {  # column of the table: of a Row, its scale and format
     "GFLOP/s": ("flops_per_second", 1e-9, "{:,.0f}"),
     "of peak": ("share_of_peak", 1, "{:.1%}"),
 }
-COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
+COMPILE_MODES = ("off", "default")
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,8 @@ def run(
     modes = chosen("compile_modes", compile_modes, COMPILE_MODES)
     names = chosen("encoders", encoders, ("all", *ENCODERS))
     names = list(ENCODERS) if "all" in names else names
-    every = [resolve({**given, **({"encoder": name} if name else {})}, facts=store_facts) for name in names or [""]]
+    every = [resolve_training({**given, **({"encoder": name} if name else {})}) for name in names or [""]]
     settings = every[0]
-    if "16-mixed" in (wanted_precisions or [settings.precision]) and not on_gpu(settings):
-        raise UserError("Precision 16-mixed needs a GPU: on a CPU use 32 or bf16-mixed.")
     for flag, path in (("json", json_file), ("trace", trace)):
         if path:
             check_writable(f"--{flag} {path}", path)

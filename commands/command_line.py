@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from prepare.adapters import all_flags
 from settings import all_settings, close_names, resolve
@@ -330,7 +330,8 @@ def add_settings(parser: argparse.ArgumentParser, reads: Sequence[str], *, every
     parser.add_argument("--help-all", action="help", help="this text, with all settings")
     group = parser.add_argument_group("settings (config.py)" if everything else "settings that it reads (config.py)")
     for setting in all_settings().values():
-        choices = [str(v) for v in get_args(setting.type)] if "Literal" in str(setting.type) else []
+        kinds = setting.type, *get_args(setting.type)  # of Optional[Literal[...]] the second
+        choices = [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
         metavar = f"{{{','.join(choices)}}}" if choices else 'VALUE,...|["VALUE",...]' if setting.is_list else "VALUE"
         text = f"{setting.comment} [{defaults[setting.name]}]".replace("%", "%%")
         text = text if everything or setting.name in listed else argparse.SUPPRESS

@@ -15,7 +15,6 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.table import Table
 
-from data.facts import store_facts
 from data.names import markup, terminal_text
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
@@ -30,9 +29,9 @@ from runs.measure import (
     time_training,
 )
 from runs.records import BYTES_PER_TRAINED_PARAMETER, device_name
-from runs.resume import find_resumed
+from runs.resume import find_resumed, resolve_training
 from sed_model import SEDWrapper, build_wrapper
-from settings import Config, UserError, resolve
+from settings import Config, UserError
 from training.devices import device_count, on_gpu, total_memory
 from training.performance import settle
 from training.schedule import (
@@ -75,7 +74,7 @@ def run(given: dict[str, Any], measure_steps: int = 20) -> None:
     """
     if measure_steps < 0:
         raise UserError(f"--measure_steps {measure_steps} is not allowed: it must be 0 or more.")
-    settings = resolve(given, facts=store_facts)
+    settings = resolve_training(given)
     plan = Plan()
     print_plan(settings, plan, make_plan(settings, plan, measure_steps))
     if plan.problems:

@@ -100,7 +100,9 @@ def read_shard(text: str) -> tuple[int, int]:
     """K/N -> which share, and of how many. Raises UserError for anything else."""
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UserError(f"--shard {text} is not allowed: give the number of a share and how many there are, as 2/4.")
+        raise UserError(
+            f"--shard {text} is not allowed: give the number of a share, from 1 on, and how many there are, as 2/4."
+        )
     return int(number), int(count)
 
 

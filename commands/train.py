@@ -6,19 +6,18 @@ from typing import Any, Optional
 import pytorch_lightning as pl
 from torch import nn
 
-from data.facts import measured_as, read_normalization, store_facts
+from data.facts import measured_as, read_normalization
 from data.files import FULL, check_writable, explained, sole_writer
 from data.labels import published_labels
 from data_generator import SEDDataModule, Split, load_training_data
 from model import build_model
-from model.checkpoint import Checkpoint, check_resumable, decided_settings, load_network, read_checkpoint
-from model.foreign import OWN
+from model.checkpoint import Checkpoint, check_resumable, load_network, read_checkpoint
 from model.registry import ENCODERS, encoder_titles, read_options
 from runs.card import CARD, write_run_card
 from runs.records import print_first_page, save_provenance
-from runs.resume import best_checkpoint, find_resumed, resumes, say_changes, with_recorded
+from runs.resume import best_checkpoint, find_resumed, resolve_training, say_changes
 from sed_model import build_wrapper
-from settings import Config, UserError, place_flags, resolve
+from settings import Config, UserError, place_flags
 from training.callbacks import checkpoint_folder, chosen_by, draw_curves, read_curves, restore_best
 from training.devices import is_first_process, process_count
 from training.performance import settle, speed_up
@@ -28,7 +27,7 @@ from training.trainer import build_trainer, interruptible
 
 def run(given: dict[str, Any]) -> None:
     """Train as the settings say, into <workspace>/runs/<exp_name>."""
-    settings = resolve_with_frontend(with_recorded(given))
+    settings = resolve_training(given)
     process_count(settings)
     if not is_first_process():
         train(settings)
@@ -145,31 +144,6 @@ def saved(settings: Config) -> str:
 def checkpoint_bytes(network: nn.Module) -> int:
     """About what a checkpoint takes: float32 weights, and AdamW's two moments of those that are trained."""
     return sum(4 * p.numel() * (3 if p.requires_grad else 1) for p in network.parameters())
-
-
-def resolve_with_frontend(given: dict[str, Any]) -> Config:
-    """The settings, with encoder and sizes of the checkpoint to fine-tune from, its front-end if frontend_from says so.
-
-    Raises UserError where there are two files of weights to start from.
-    """
-    settings = resolve(given, facts=store_facts)
-    if settings.swin_pretrain_path and settings.resume_checkpoint:
-        raise UserError(
-            f"swin_pretrain_path = {settings.swin_pretrain_path} and resume_checkpoint = {settings.resume_checkpoint}: "
-            f"a training starts from one of them. Leave one out."
-        )
-    path = settings.resume_checkpoint or settings.swin_pretrain_path
-    if path is None or resumes(settings):  # its settings are recorded, and this file may be gone
-        return settings
-    start = read_checkpoint(path, given.get("encoder"))
-    decided = decided_settings(start, settings.frontend_from, fine_tuning=True)
-    settings = resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
-    if start.kind != OWN:
-        return settings
-    own = resolve(checkpoint=start.settings)
-    clip_samples = own.clip_samples * settings.sample_rate // own.sample_rate  # as many seconds
-    decided = {"clip_samples": clip_samples, **decided}
-    return resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
 
 
 def starting_weights(settings: Config) -> Optional[Checkpoint]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from inference.onnx_runtime import Exported, export_folder, find_exports, load_onnx
+from inference.onnx_runtime import FILES, REPORT, Exported, export_folder, find_exports, load_onnx
 from inference.tagger import HALF, TF32, Precision, Tagger
 from model.checkpoint import weights_digest
 from model.network import PROBABILITY_TOLERANCE, has_bf16, keep_freed_memory
@@ -83,7 +83,7 @@ def take_export(tagger: Tagger, path: str, wanted: str) -> str:
     found = next((each for each in exports_of(tagger, path) if each.format == wanted), None)
     if found is None or not take(tagger, found):
         raise UserError(
-            f"{export_place(tagger, path)} holds no {wanted} of this checkpoint: `python main.py export "
+            f"{export_place(tagger, path)} holds no {FILES[wanted]} of this checkpoint: `python main.py export "
             f"--resume_checkpoint {path}` writes it; or give the path of a file with --resume_checkpoint."
         )
     return said_of(found)
@@ -97,8 +97,10 @@ def said_of(export: Exported) -> str:
 
 
 def export_place(tagger: Tagger, path: str) -> Path:
-    """Where `export` writes what it makes of a checkpoint."""
+    """Where `export` writes what it makes of a checkpoint; of a file that it wrote, where that lies."""
     file = find_checkpoint(path)[0]
+    if (file.parent / REPORT).is_file():
+        return file.parent
     return export_folder(file, tagger.settings.workspace, known_name=not Path(path).is_file())
 
 

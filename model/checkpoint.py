@@ -197,7 +197,9 @@ def check_labels(path: Path, labels: Sequence[Any], classes: Any) -> None:
 def _read_content(path: Path) -> Mapping[Any, Any]:
     """What a file of weights holds: state_dict and what describes it, or the tensors alone. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}: give the path of a .ckpt file, as train prints it.")
+        best = path / "checkpoints" / "best.ckpt"  # of a run
+        example = f"as {best}" if best.is_file() else "as train prints it"
+        raise UserError(f"There is no checkpoint {path}: give the path of a .ckpt file, {example}.")
     content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, where a checkpoint or a state dict is needed.")

@@ -1,4 +1,4 @@
-"""What a resumed run goes by: the settings that it has recorded, its checkpoint, and what has changed since."""
+"""The settings of a training; what a resumed run goes by: what it has recorded, its checkpoint, what has changed."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ import torch
 
 from data.facts import store_facts
 from data.files import read_json
-from model.checkpoint import Checkpoint, read_checkpoint
+from model.checkpoint import Checkpoint, decided_settings, read_checkpoint
+from model.foreign import OWN
 from settings import (
     OTHER_SECTIONS,
     TRAINED_SECTIONS,
@@ -69,6 +70,33 @@ def _recorded(folder: Path, resume: str) -> Mapping[str, Any]:
         return found
     checkpoint = last if resume == "auto" else Path(resume)
     return read_checkpoint(checkpoint).settings or {} if checkpoint.is_file() else {}
+
+
+def resolve_training(given: Mapping[str, Any]) -> Config:
+    """The settings of the training that is asked for.
+
+    Those of a run that it resumes, or encoder and sizes of the checkpoint to fine-tune from, its front-end if
+    frontend_from says so. Raises UserError where there are two files of weights to start from.
+    """
+    given = with_recorded(given)
+    settings = resolve(given, facts=store_facts)
+    if settings.swin_pretrain_path and settings.resume_checkpoint:
+        raise UserError(
+            f"swin_pretrain_path = {settings.swin_pretrain_path} and resume_checkpoint = {settings.resume_checkpoint}: "
+            f"a training starts from one of them. Leave one out."
+        )
+    path = settings.resume_checkpoint or settings.swin_pretrain_path
+    if path is None or resumes(settings):  # its settings are recorded, and this file may be gone
+        return settings
+    start = read_checkpoint(path, given.get("encoder"))
+    decided = decided_settings(start, settings.frontend_from, fine_tuning=True)
+    settings = resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
+    if start.kind != OWN:
+        return settings
+    own = resolve(checkpoint=start.settings)
+    clip_samples = own.clip_samples * settings.sample_rate // own.sample_rate  # as many seconds
+    decided = {"clip_samples": clip_samples, **decided}
+    return resolve(given, checkpoint=decided, facts=store_facts, fine_tuning=True)
 
 
 def resumes(settings: Config) -> bool:

@@ -1,5 +1,6 @@
 """The devices, machines and processes that share a run."""
 
+import atexit
 import os
 import re
 import signal
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import distributed as fabric
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from torch import Tensor, nn
 
 from settings import Config, UserError
 
@@ -70,7 +73,7 @@ def on_gpu(settings: Config) -> bool:
     return settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
 
 
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(values: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. From the CPU to a GPU by pinned memory: else the CPU waits for all of the GPU's work."""
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
@@ -81,6 +84,23 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of a GPU on which batches are copied to it, beside its work."""
     return torch.cuda.Stream(device)
+
+
+def sum_of_processes(values: Tensor) -> Tensor:
+    """The sum over the processes of a run. Lightning's `reduce` would wait for the GPU first."""
+    total = values.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def average_statistics(network: nn.Module) -> None:
+    """BatchNorm's statistics, which each process has of its own clips -> their mean over the processes."""
+    kept = [value for name, value in network.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if not kept:
+        return
+    means = sum_of_processes(torch.cat(kept)) / torch.distributed.get_world_size()
+    for value, mean in zip(kept, means.split([len(value) for value in kept]), strict=True):
+        value.copy_(mean)
 
 
 def is_first_process() -> bool:
@@ -118,13 +138,19 @@ class EndTogether(Callback):
             threading.Thread(target=_watch, args=(started, self.ending), daemon=True, name="end together").start()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Undo Lightning's handling of SIGTERM, which waits for the other processes in the middle of an exchange."""
+        """Undo Lightning's handling of SIGTERM, which waits for the other processes in the middle of an exchange.
+
+        And in each step, for which the CPU waits for the GPU.
+        """
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.at_sigterm)
 
     on_test_start = on_train_start
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # With NCCL Lightning ends the exchange at exit, which waits for the processes that wait for this one.
+        atexit.unregister(getattr(fabric, "_destroy_dist_connection", print))
         if isinstance(exception, KeyboardInterrupt):  # this process ends the others itself
             self.ending.set()
 

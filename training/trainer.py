@@ -38,8 +38,8 @@ def build_trainer(settings: Config, *, steps_per_epoch: Optional[int]) -> pl.Tra
     gpu = on_gpu(settings)
     strategy: str | Strategy = "auto"
     if devices * node_count() > 1:
-        # Nothing but BandNorm has buffers that change, and it keeps them equal by itself: to broadcast them would only
-        # tie together validation shares, which may differ in length.
+        # Buffers that change are BatchNorm's: BandNorm keeps them equal by itself, the others are averaged before a
+        # validation. To broadcast them would tie together validation shares, which may differ in length.
         strategy = DDPStrategy(process_group_backend="nccl" if gpu else "gloo", broadcast_buffers=False)
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.signal_connector"):
         # print_first_page prints device and processes, main what an interruption leaves

@@ -1,9 +1,11 @@
 """python main.py plan: its figures against a real run's, its warnings, and the exit status."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import main
 from commands.plan import (
@@ -20,7 +22,7 @@ from model import build_model
 from runs.measure import saved_for_backward
 from sed_model import SEDWrapper
 from settings import Config, resolve
-from tests.helpers import SMALL, SMALL_FLAGS, call, last_checkpoint
+from tests.helpers import SMALL, SMALL_FLAGS, call, last_checkpoint, refused, save_network
 from training.schedule import schedule_warnings
 
 
@@ -50,6 +52,17 @@ def test_a_plan_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     for said in (*lines, "train 14, validation 3", "160 in all", "8% of the run", "0.0002", "The training can run."):
         assert said in shown, said
     assert not Path("workspace/runs/nowhere").exists()
+
+
+def test_a_plan_of_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The network is the checkpoint's, as in the training."""
+    path = save_network(tmp_path / "a.ckpt")
+    trained = sum(value.numel() for value in torch.load(path)["state_dict"].values() if value.is_floating_point())
+    words = ("plan", "--dataset_type", "demo", "--accelerator", "cpu", "--measure_steps", "0", "--exp_name", "tuned")
+    call(*words, "--resume_checkpoint", path)
+    (parameters,) = re.findall(r"([\d,]+) \([\d,]+ trained\)", capsys.readouterr().out)
+    assert int(parameters.replace(",", "")) <= trained  # with buffers
+    assert "b.ckpt" in refused(capsys, *words, "--resume_checkpoint", tmp_path / "b.ckpt")
 
 
 def test_steps_and_checkpoints_are_those_of_the_run() -> None:

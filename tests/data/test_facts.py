@@ -7,10 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
-from commands import train
 from data.clip_store import Clip, ClipStoreWriter, Event
 from data.facts import store_facts, store_task
 from model.checkpoint import Checkpoint, decided_settings
+from runs import resume
 from settings import Config, UserError, resolve
 
 RATE = 22050
@@ -36,7 +36,7 @@ def of_data(given: dict[str, Any]) -> Config:
 def test_a_training_needs_no_flags(tmp_path: Path) -> None:
     """As ESC-10: 10 of the 50 classes, at its own rate; what config.py computes follows."""
     given = write_store(tmp_path, "esc-50", [[0], [9]], task="single_label")
-    found = train.resolve_with_frontend(given)
+    found = resume.resolve_training(given)
     assert (found.classes_num, found.task, found.loss_type) == (10, "single_label", "clip_ce")
     assert (found.sample_rate, found.clip_samples, found.hop_size) == (RATE, 10 * RATE, RATE // 100)
     assert found.fmax == RATE / 2

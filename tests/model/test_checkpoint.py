@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from commands.train import resolve_with_frontend
 from inference import Tagger
 from model.checkpoint import FrontendFrom, decided_settings, load_network, read_checkpoint
 from model.foreign import OWN
 from model.opening import open_network
 from prepare.demo import LABELS
+from runs.resume import resolve_training
 from settings import UserError, resolve, section
 from tests.helpers import SMALL as SMALL_SIZES
 from tests.helpers import SMALL_FLAGS, TINY, call
@@ -145,9 +145,9 @@ def test_settings_that_a_checkpoint_decides(tmp_path: Path) -> None:
     for found, wanted in (
         (resolve(checkpoint=decided_settings(checkpoint, "auto")), (16000, 160000, 48)),
         (resolve(checkpoint=decided_settings(checkpoint, "settings")), (32000, 320000, 48)),
-        (resolve_with_frontend(given), (32000, 320000, 48)),
-        (resolve_with_frontend({**given, "htsat_dim": "32"}), (32000, 320000, 32)),
-        (resolve_with_frontend({**given, "frontend_from": "checkpoint"}), (16000, 160000, 48)),
+        (resolve_training(given), (32000, 320000, 48)),
+        (resolve_training({**given, "htsat_dim": "32"}), (32000, 320000, 32)),
+        (resolve_training({**given, "frontend_from": "checkpoint"}), (16000, 160000, 48)),
     ):
         assert (found.sample_rate, found.clip_samples, found.htsat_dim) == wanted
 

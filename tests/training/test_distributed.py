@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import nn
 
 from data.clip_store import Clip, ClipStoreWriter, Event
 from model import build_model
 from prepare.demo import LABELS
 from settings import resolve
 from tests.helpers import ROOT, SMALL, call, flags, forkserver, last_checkpoint
+from training.devices import average_statistics
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +108,24 @@ def test_the_same_loss_is_logged_as_of_one_process(runs: dict[int, Path]) -> Non
     assert len(one[1]) == 2
     for first, second in zip(one, several, strict=True):
         assert second == pytest.approx(first, abs=1e-4)
+
+
+def averages(rank: int, world: int, port: int) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Linear(2, 3), nn.BatchNorm1d(3))
+    for name, value in network.named_buffers():
+        value.fill_({"running_mean": 1, "running_var": 3}.get(name[2:], 7) + 2 * rank)
+    average_statistics(network)
+    wanted = {"running_mean": 2, "running_var": 4, "num_batches_tracked": 7 + 2 * rank}
+    for name, value in network.named_buffers():
+        assert torch.equal(value, torch.full_like(value, wanted[name[2:]])), name
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_of_batch_norms_are_averaged() -> None:
+    forkserver()
+    mp.start_processes(averages, args=(2, free_port()), nprocs=2, start_method="forkserver")
 
 
 KILLED = """

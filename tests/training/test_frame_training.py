@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import main
+import sed_model
 from data.clip_dataset import FrameClipDataset
 from data.clip_store import STRONG, UNLABELLED, WEAK, Clip, ClipStoreWriter, Event, read_store_table
 from data.frame_targets import Events, Targets, rasterize
@@ -354,14 +355,12 @@ def test_processes_learn_from_all_their_clips_alike(demo_workspace: Path, monkey
         mine = {name: value[part] for name, value in batch.items() if isinstance(value, Tensor)}
         calls = iter([4.0, 3.0])  # the sums over both processes, in the order in which they are asked for
 
-        class Strategy:
-            @staticmethod
-            def reduce(count: Tensor, reduce_op: str, sums: Any = calls) -> Tensor:
-                assert reduce_op == "sum"
-                return torch.tensor(next(sums))
+        def sum_of_processes(count: Tensor, sums: Any = calls) -> Tensor:
+            return torch.tensor(next(sums))
 
-        trainer = type("Trainer", (), {"world_size": 2, "strategy": Strategy})()
+        trainer = type("Trainer", (), {"world_size": 2})()
         with monkeypatch.context() as patch:
+            patch.setattr(sed_model, "sum_of_processes", sum_of_processes)
             patch.setattr(wrapper, "_trainer", trainer)
             patch.setattr(FrameSEDWrapper, "trainer", trainer)
             losses.append(wrapper.training_loss({**mine, "events": type(events)(*columns)}))
