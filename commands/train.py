@@ -83,9 +83,9 @@ def train(settings: Config) -> None:
     if is_first_process():
         said = f"workspace = {settings.workspace}"
         check_writable(said, checkpoint_folder(settings) / "last.ckpt", size=checkpoint_bytes(network))
-    speed_up(network, performance)
-    more["performance"] = str(performance)
     wrapper = build_wrapper(network, settings, labels)
+    speed_up(wrapper, performance)
+    more["performance"] = str(performance)
     warnings = schedule_warnings(settings, steps * settings.max_epoch)
     if is_first_process():
         print(end="".join(f"warning: {message}\n" for message in warnings))

@@ -215,9 +215,9 @@ class LapCallback(pl.Callback):
 def measured_module(settings: Config) -> SEDWrapper:
     """A new network in its training wrapper, as fast as the settings say; what was compiled before is forgotten."""
     torch._dynamo.reset()
-    network = build_model(settings)
-    speed_up(network, choose(settings, training=True))
-    return build_wrapper(network, settings, [f"class {k}" for k in range(settings.classes_num)])
+    module = build_wrapper(build_model(settings), settings, [f"class {k}" for k in range(settings.classes_num)])
+    speed_up(module, choose(settings, training=True))
+    return module
 
 
 def fit(settings: Config, batches: Batches, callback: pl.Callback, module: Optional[SEDWrapper] = None) -> None:

@@ -27,6 +27,7 @@ from evaluation.metrics import FRAME_METRIC, MAIN_METRIC
 from model.checkpoint import write_checkpoint
 from settings import FRAME_LOSSES, Config
 from training.devices import on_gpu
+from training.losses import RunningAverage
 
 SECONDS = "epoch_seconds"  # column of a run's logs
 
@@ -73,9 +74,23 @@ def weight_averaging(settings: Config) -> WeightAveraging:
     """
     device = torch.device("cuda") if on_gpu(settings) else None  # else Lightning leaves the average on the CPU
     if settings.weight_averaging == "ema":
-        # All weights at once; Lightning's EMAWeightAveraging takes them one by one, four times as long.
-        return WeightAveraging(device, use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+        return MovingAveraging(device, decay=settings.ema_decay)
     return LastEpochsAveraging(device, first=settings.max_epoch - settings.average_last_epochs)
+
+
+class MovingAveraging(WeightAveraging):
+    """The exponential moving average of the weights after each step.
+
+    All weights at once, where Lightning's EMAWeightAveraging takes one by one, and without its waits for the GPU.
+    """
+
+    def __init__(self, device: Optional[torch.device], *, decay: float) -> None:
+        super().__init__(device, use_buffers=False)
+        self.average = get_ema_multi_avg_fn(decay)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._average_model = RunningAverage(pl_module, self.average, self._device or pl_module.device)
 
 
 class LastEpochsAveraging(WeightAveraging):

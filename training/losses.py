@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...] | list[Tensor]
+Average = Callable[[Tensors, Tensors, int], None]
 
 WEAK, STRONG = 1, 2  # of `labelling`, as data.clip_store has them; any other number: not labelled
 
@@ -88,7 +89,33 @@ def consistency(student_probabilities: Tensor, teacher_probabilities: Tensor) ->
     return F.mse_loss(student_probabilities, teacher_probabilities.detach())
 
 
-class MeanTeacher(AveragedModel):
+class RunningAverage(AveragedModel):
+    """torch's AveragedModel with the number of updates on the CPU too: it waits for the GPU twice a step to read it."""
+
+    def __init__(self, network: nn.Module, average: Average, device: torch.device | int | None = None) -> None:
+        """average(averages, weights, updates) changes the averages in place; the first update copies the weights."""
+        super().__init__(network, device)
+        self.average = average
+        self.updates: Optional[int] = None  # None: read n_averaged
+        self.register_load_state_dict_post_hook(lambda average, _: setattr(average, "updates", None))
+
+    @torch.no_grad()
+    def update_parameters(self, network: nn.Module) -> None:
+        updates = int(self.n_averaged) if self.updates is None else self.updates
+        averages: list[Tensor] = list(self.module.parameters())
+        weights = [w.to(a.device) for a, w in zip(averages, network.parameters(), strict=True)]
+        if updates:
+            self.average(averages, weights, updates)
+        else:
+            for average, weight in zip(averages, weights, strict=True):
+                average.copy_(weight)
+        for kept, buffer in zip(self.module.buffers(), network.buffers(), strict=True):
+            kept.copy_(buffer)
+        self.updates = updates + 1
+        self.n_averaged.fill_(self.updates)
+
+
+class MeanTeacher(RunningAverage):
     """A copy of a network that follows it slowly; `module` is the copy, update_parameters(network) moves it.
 
     Tarvainen and Valpola: Mean teachers are better role models, NeurIPS 2017, arXiv 1703.01780. The baselines of DCASE
@@ -101,10 +128,10 @@ class MeanTeacher(AveragedModel):
     def __init__(self, network: nn.Module, decay: float) -> None:
         """decay: largest share of the old average that an update keeps, from 0 to below 1."""
 
-        def average(ours: Tensors, theirs: Tensors, updates: Tensor | int) -> None:
-            get_ema_multi_avg_fn(min(1 - 1 / (int(updates) + 1), decay))(ours, theirs, updates)
+        def average(ours: Tensors, theirs: Tensors, updates: int) -> None:
+            get_ema_multi_avg_fn(min(1 - 1 / (updates + 1), decay))(ours, theirs, updates)
 
-        super().__init__(network, multi_avg_fn=average)
+        super().__init__(network, average)
         self.requires_grad_(False)
         self.eval()
 

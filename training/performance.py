@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Optional
 
 import torch
+from torch import nn
 
 from model import Network
 from model.layers.onednn import use_onednn
@@ -105,11 +106,13 @@ def settle(settings: Config, *, training: bool, steps: Optional[int] = None) -> 
     return settings.model_copy(update=update), chosen
 
 
-def speed_up(network: Network, chosen: Performance) -> None:
-    """Let a network compute as `choose` has chosen: layers by oneDNN, compilation."""
-    if chosen.onednn:
-        use_onednn(network)
-    compile_network(network, chosen.compile_mode)
+def speed_up(module: nn.Module, chosen: Performance) -> None:
+    """Let a network, or all in a wrapper, compute as `choose` has chosen: layers by oneDNN, compilation."""
+    for network in list(module.modules()):
+        if isinstance(network, Network):
+            if chosen.onednn:
+                use_onednn(network)
+            compile_network(network, chosen.compile_mode)
 
 
 def compile_network(network: Network, mode: Optional[str]) -> None:
