@@ -224,7 +224,7 @@ def load_safetensors(path: Path) -> Probabilities:
 
 def table_rows(exports: Sequence[Export]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the report, as text."""
-    columns = ["file", "MiB", "clip difference", "frame difference", "same top-1", "speed", "kept"]
+    columns = ["file", "MiB", "clip difference", "frame difference", "same top-1", "times as fast", "kept"]
     rows = [
         [
             export.file, f"{export.size / 2**20:.1f}", f"{export.clip_difference:.1e}",
