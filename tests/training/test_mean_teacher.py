@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import Network
 from model.checkpoint import load_network, read_checkpoint
 from sed_model import FrameSEDWrapper
 from settings import resolve
 from tests.networks import SMALL, htsat, noise
-from training.losses import MeanTeacher
+from training.losses import MeanTeacher, RunningAverage
+from training.performance import Performance, speed_up
 from training.schedule import ramp_up
 
 
@@ -109,6 +111,32 @@ def test_checkpoints_of_earlier_versions_are_resumed() -> None:
     wrapper.load_state_dict(checkpoint["state_dict"])
     assert int(wrapper.teacher.n_averaged) == 12
     torch.testing.assert_close(weights(wrapper.teacher.module), weights(wrapper.sed_model) + 1)
+
+
+def test_the_teacher_is_compiled_as_the_network() -> None:
+    wrapper = wrapper_with_teacher()
+    speed_up(wrapper, Performance("32", "default", False, False, False))
+    assert wrapper.teacher is not None
+    for network in (wrapper.sed_model, wrapper.teacher.module):
+        assert isinstance(network, Network)
+        assert all(part._compiled_call_impl is not None for part in network.compiled_parts())
+
+
+def test_a_running_average_is_torchs() -> None:
+    """Over steps, and over a checkpoint that is loaded between them."""
+    network, moving = small_network(), get_ema_multi_avg_fn(0.9)
+    theirs, ours = AveragedModel(network, multi_avg_fn=moving), RunningAverage(network, moving)
+    for number in range(5):
+        step(network)
+        network.get_buffer("1.running_mean").add_(1)
+        theirs.update_parameters(network)
+        ours.update_parameters(network)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+        if number == 2:
+            loaded = RunningAverage(network, moving)
+            loaded.updates = 0
+            loaded.load_state_dict(ours.state_dict())
+            ours = loaded
 
 
 def test_ramp_up() -> None:
