@@ -107,6 +107,8 @@ def run(
     names = list(ENCODERS) if "all" in names else names
     every = [resolve_training({**given, **({"encoder": name} if name else {})}) for name in names or [""]]
     settings = every[0]
+    if "16-mixed" in (wanted_precisions or [settings.precision]) and not on_gpu(settings):
+        raise UserError("Precision 16-mixed needs a GPU: on a CPU use 32 or bf16-mixed.")
     for flag, path in (("json", json_file), ("trace", trace)):
         if path:
             check_writable(f"--{flag} {path}", path)

@@ -1,6 +1,7 @@
 """Resuming a run: after a kill anywhere, in another folder, and what must not have changed."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -50,6 +51,7 @@ def killed(folder: Path, step: int, words: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, batch, batch_idx)
 
+    multiprocessing.set_start_method("fork", force=True)  # as a command: the loader's workers end with it
     os.chdir(folder)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
