@@ -113,7 +113,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="MIT",
         keys=(r"layers\.0\.blocks\.", r"audio_branch\.", r"(audio_model\.)?audio_encoder\.layers\."),
         published=("htsat-audioset", "htsat-esc50", "htsat-scv2"),
-        clips_per_second=3.3,
+        clips_per_second=5.9,
         bf16_difference=2.3e-3,
         at_most={
             "htsat_dim": 96,
@@ -144,7 +144,7 @@ ENCODERS: dict[str, Encoder] = {
             ),
         },
         published=("atst-f-strong", "atst-f-weak", "atst-f-ssl"),
-        clips_per_second=1,
+        clips_per_second=2.2,
     ),
     "beats": Encoder(
         module="beats",
@@ -158,7 +158,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"beats\.", r"patch_embedding\.", r"post_extract_proj\."),
         options=TRANSFORMER_OPTIONS,
         published=("beats-strong", "beats-weak", "beats-ssl"),
-        clips_per_second=0.47,
+        clips_per_second=0.82,
     ),
     "fpasst": Encoder(
         module="fpasst",
@@ -173,7 +173,7 @@ ENCODERS: dict[str, Encoder] = {
         images=(r"dist_token",),
         options=TRANSFORMER_OPTIONS,
         published=("fpasst-strong", "fpasst-weak", "fpasst-ssl"),
-        clips_per_second=1.1,
+        clips_per_second=2.1,
     ),
     "m2d": Encoder(
         module="m2d",
@@ -187,7 +187,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"m2d\.", r"backbone\.(norm_stats|pos_embed|blocks\.)"),
         options=TRANSFORMER_OPTIONS,
         published=("m2d-strong", "m2d-weak", "m2d-ssl"),
-        clips_per_second=0.95,
+        clips_per_second=1.7,
     ),
     "ast": Encoder(
         module="ast",
@@ -212,7 +212,7 @@ ENCODERS: dict[str, Encoder] = {
             "heads": Option(int, 12, "attention heads"),
         },
         published=("ast-audioset",),
-        clips_per_second=0.32,
+        clips_per_second=0.34,
     ),
     "asit": Encoder(
         module="asit",
@@ -226,7 +226,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"asit\.", r"pos_embed"),
         options=TRANSFORMER_OPTIONS,
         published=("asit-strong", "asit-weak", "asit-ssl"),
-        clips_per_second=0.79,
+        clips_per_second=1,
     ),
     "psla": Encoder(
         module="psla",
@@ -245,7 +245,7 @@ ENCODERS: dict[str, Encoder] = {
             **WIDTH,
             **MOMENTUM,
         },
-        clips_per_second=6.4,
+        clips_per_second=8.1,
     ),
     "resnet50": Encoder(
         module="resnet50",
@@ -258,7 +258,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="BSD 3-Clause",
         keys=(r"layer4\.\d+\.conv3\.",),
         options={**FBANK, **WIDTH},
-        clips_per_second=3.1,
+        clips_per_second=3.4,
     ),
     "mobilenetv2": Encoder(
         module="mobilenetv2",
@@ -271,7 +271,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="BSD 3-Clause",
         keys=(r"(mobilenet\.)?features\.\d+\.conv\.",),
         options={**FBANK, **WIDTH},
-        clips_per_second=13,
+        clips_per_second=16,
     ),
     "cnn14": Encoder(
         module="cnn14",
@@ -293,7 +293,7 @@ ENCODERS: dict[str, Encoder] = {
             **WIDTH,
         },
         published=("cnn14-audioset", "cnn14-max-audioset"),
-        clips_per_second=1.7,
+        clips_per_second=1.9,
     ),
     "mn10": Encoder(  # before frame_mn: its files have keys of those, too
         module="mn10",
@@ -307,7 +307,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"mn\.features\.", r"classifier\.5\."),
         options={**WIDTH, **MOMENTUM},
         published=("mn10-audioset",),
-        clips_per_second=18,
+        clips_per_second=22,
     ),
     "frame_mn06": Encoder(
         module="frame_mn",
@@ -321,7 +321,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
         options={**HEAD_OPTIONS, "width": Option(float, 0.6, "factor of the channels"), **MOMENTUM},
         published=("frame_mn06-strong",),
-        clips_per_second=25,
+        clips_per_second=32,
     ),
     "frame_mn10": Encoder(
         module="frame_mn",
@@ -335,7 +335,7 @@ ENCODERS: dict[str, Encoder] = {
         keys=(r"frame_mn\.", r"features\.\d+\.block\."),
         options={**HEAD_OPTIONS, **WIDTH, **MOMENTUM},
         published=("frame_mn10-strong",),
-        clips_per_second=16,
+        clips_per_second=18,
     ),
     "tal": Encoder(
         module="tal",
@@ -348,7 +348,7 @@ ENCODERS: dict[str, Encoder] = {
         licence="BSD 3-Clause",
         keys=(r"gru\.weight_ih_l0",),
         options={**FBANK, **POOLING, **CONVOLUTIONS, **AROUND},
-        clips_per_second=1.3,
+        clips_per_second=1.6,
     ),
     "taltrans": Encoder(
         module="taltrans",
@@ -369,7 +369,7 @@ ENCODERS: dict[str, Encoder] = {
             **AROUND,
             **INSIDE,
         },
-        clips_per_second=1.2,
+        clips_per_second=1.4,
     ),
     "transformer": Encoder(
         module="transformer",
@@ -389,7 +389,7 @@ ENCODERS: dict[str, Encoder] = {
             **AROUND,
             **INSIDE,
         },
-        clips_per_second=4.9,
+        clips_per_second=5.9,
     ),
     "fnet": Encoder(
         module="fnet",
@@ -407,7 +407,7 @@ ENCODERS: dict[str, Encoder] = {
             "layers": Option(int, 50, "Fourier layers"),
             "dropout": Option(float, 0.1, "of the input and of each MLP, in training"),
         },
-        clips_per_second=2,
+        clips_per_second=2.2,
     ),
     "linear": Encoder(
         module="linear",
@@ -425,7 +425,7 @@ ENCODERS: dict[str, Encoder] = {
             "dim": Option(int, 128, "channels"),
             "dropout": Option(float, 0.1, "before each layer, in training"),
         },
-        clips_per_second=64,
+        clips_per_second=58,
     ),
 }
 
