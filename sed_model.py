@@ -123,9 +123,9 @@ class Evaluation(pl.LightningModule):
         self.test_framewise: Optional[np.ndarray] = frames[0] if frames else None
         self.test_metrics = clip_metrics(self.task, clipwise, self.test_targets)
 
-    def _joined(self, column: Sequence[Tensor], dtype: torch.dtype) -> np.ndarray:
+    def _joined(self, column: tuple[Tensor, ...], dtype: torch.dtype) -> np.ndarray:
         """What the steps of all processes collected."""
-        part = torch.cat(list(column)).to(dtype)
+        part = torch.cat(column).to(dtype)
         if self.trainer.world_size > 1:
             part = torch.cat(gather_all_tensors(part.contiguous()))
         return part.cpu().numpy()

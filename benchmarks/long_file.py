@@ -77,8 +77,8 @@ def main() -> None:
     torch.manual_seed(0)
     size = TINY if arguments.network == "tiny" else {}
     settings = resolve({"dataset_type": "audioset", "window_overlap": arguments.window_overlap, **size})
-    tagger = Tagger(build_model(settings), settings, [f"class {k}" for k in range(settings.classes_num)])
-    tagger = tagger.to("auto")
+    labels = [f"class {k}" for k in range(settings.classes_num)]
+    tagger = Tagger(build_model(settings), settings, labels).to("auto")
     if tagger.device.type == "cpu":
         keep_freed_memory()  # as load_tagger does
     with tempfile.TemporaryDirectory() as folder:

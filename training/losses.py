@@ -107,8 +107,8 @@ class RunningAverage(AveragedModel):
         if updates:
             self.average(averages, weights, updates)
         else:
-            for average, weight in zip(averages, weights, strict=True):
-                average.copy_(weight)
+            for kept, weight in zip(averages, weights, strict=True):
+                kept.copy_(weight)
         for kept, buffer in zip(self.module.buffers(), network.buffers(), strict=True):
             kept.copy_(buffer)
         self.updates = updates + 1
